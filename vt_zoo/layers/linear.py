@@ -1,0 +1,109 @@
+"""Linear maps followed by a norm: the one building block of the VT module.
+
+The paper writes every map of a VT as a matrix product and calls it a point-wise convolution. Here each is a 1x1
+convolution without bias and the norm that follows it. Pixels are (B, C, H, W); tokens (B, L, C) are seen as an image of
+height 1 and width L, so that one class of norm, and whatever converts it (SyncBatchNorm, frozen norms), serves both.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn as nn
+from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
+
+__all__ = ['PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups']
+
+
+def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
+    """Number of groups of a 1x1 convolution on pixels, 64 output channels wide each.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        group_width: Output channels of a group. 64 reproduces the multiply-adds of the paper's Tables 2 to 7.
+
+    Returns:
+        The largest number of groups, at most out_chs // group_width, that divides both channel counts.
+    """
+    return math.gcd(in_chs, out_chs, max(out_chs // group_width, 1))
+
+
+def _tokens_to_image(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.transpose(1, 2).unsqueeze(2)  # (B, L, C) -> (B, C, 1, L), channels last in memory
+
+
+def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
+    return image.squeeze(2).transpose(1, 2)
+
+
+class PixelLinear(nn.Module):
+    """Linear map of each pixel and a norm: (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            groups: int = 1,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            groups: Groups of channels that are mapped apart.
+            norm_layer: Norm over channels of an NCHW tensor.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, **dd)
+        self.norm = get_norm_layer(norm_layer)(out_chs, **dd)
+        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+class TokenLinear(PixelLinear):
+    """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
+
+
+class TokenNorm(nn.Module):
+    """Norm over the channels of tokens: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, dim: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> None:
+        """
+        Args:
+            dim: Token channels.
+            norm_layer: Norm over channels of an NCHW tensor. A batch norm takes its statistics over images and tokens.
+        """
+        super().__init__()
+        self.norm = get_norm_layer(norm_layer)(dim, device=device, dtype=dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return _image_to_tokens(self.norm(_tokens_to_image(tokens)))
+
+
+def create_logit_norm(num_tokens: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Module:
+    """Create the norm of a tokenizer's logits (B, L, H, W): one scale a token, learned over a batch.
+
+    It is what keeps the first epochs free of spikes of the loss while the learning rate rises. (The shift that a batch
+    norm also has is constant over the pixels, so the softmax over them cancels it.) Only a batch norm can do this:
+    other norms mix tokens, so with them the logits stay as they are.
+
+    Args:
+        num_tokens: Tokens L.
+        norm_layer: The norm of the rest of the module.
+
+    Returns:
+        A batch norm over L channels, or an identity.
+    """
+    norm_layer = get_norm_layer(norm_layer)
+    norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
+    if issubclass(norm_class, (nn.modules.batchnorm._BatchNorm, FrozenBatchNormAct2d)):
+        return norm_layer(num_tokens, device=device, dtype=dtype)
+    return nn.Identity()

@@ -1,0 +1,398 @@
+"""VT-ResNet: a ResNet whose last stage is made of Visual Transformer modules
+
+Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Models?` - https://arxiv.org/abs/2006.03677
+    by Bichen Wu, Chenfeng Xu, Xiaoliang Dai, Alvin Wan, Peizhao Zhang, Zhicheng Yan, Masayoshi Tomizuka,
+    Joseph Gonzalez, Kurt Keutzer, Peter Vajda
+
+No code was published with it. This is an independent implementation on timm's ResNet: stem and stages 1 to 3 are timm's
+own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
+"""
+from typing import Any, Dict, List, Optional, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerType, create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch.utils.checkpoint import checkpoint
+
+from vt_zoo.layers import FilterTokenizer, RecurrentTokenizer, VTModule
+
+__all__ = ['VTResNet']
+
+MIN_SIZE = 32
+TOKENIZERS: Dict[str, Type[nn.Module]] = {'filter': FilterTokenizer}
+
+
+def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """Return x, or raise ValueError where it is not (B, in_chans, H, W) with H, W >= 32."""
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+        raise ValueError(
+            f'x must have the shape (B, {in_chans}, H, W) with H and W at least {MIN_SIZE}, got {list(x.shape)}')
+    return x
+
+
+torch.fx.wrap('_check_input')
+
+
+def _check_choice(name: str, value: Any, choices: List[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(repr(c) for c in choices)}, got {value!r}')
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}')
+
+
+class VTResNet(ResNet):
+    """VT-ResNet (section 4 of the paper).
+
+    Feature maps, from `features_only=True` and `forward_intermediates()`, are five, as a ResNet's: the stem, stages 1
+    to 3 and the map refined by the VT stage, with reductions 2, 4, 8, 16, 32. The VT stage works at the stride of
+    stage 3, so its map is average-pooled 2x2 on the way out: this is the pyramid that detection and segmentation
+    libraries ask for (segmentation_models_pytorch refuses 2, 4, 8, 16, 16). `output_stride=16` returns the refined map
+    as it is, 2, 4, 8, 16, 16, as timm's ResNets do under that option. Tokens and logits are the same either way.
+
+    For classification nothing reads the map after the last VT module, so that module has no projector; with
+    `features_only=True` each module has one.
+    """
+
+    def __init__(
+            self,
+            block: Union[Type[BasicBlock], Type[Bottleneck]],
+            layers: Tuple[int, ...],
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            output_stride: int = 32,
+            global_pool: str = 'avg',
+            cardinality: int = 1,
+            base_width: int = 64,
+            stem_width: int = 64,
+            stem_type: str = '',
+            replace_stem_pool: bool = False,
+            block_reduce_first: int = 1,
+            down_kernel_size: int = 1,
+            avg_down: bool = False,
+            channels: Tuple[int, ...] = (64, 128, 256),
+            feature_dim: int = 512,
+            token_dim: int = 1024,
+            num_tokens: int = 16,
+            tokenizer: str = 'filter',
+            last_projector: bool = False,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            aa_layer: Optional[Type[nn.Module]] = None,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            drop_block_rate: float = 0.,
+            zero_init_last: bool = True,
+            block_args: Optional[Dict[str, Any]] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Arguments that are not listed are timm's ResNet's and act on the trunk.
+
+        Args:
+            block: Residual block of the trunk, timm's BasicBlock or Bottleneck.
+            layers: Blocks in each of the three stages of the trunk, then the number of VT modules.
+            num_classes: Classes; 0 for none, the output is the pooled tokens (B, CT).
+            in_chans: Channels of the image.
+            output_stride: 32, 16 or 8: stride of the last feature map. Tokens change with 8 only (dilated stage 3).
+            global_pool: Pooling over the tokens, 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
+            channels: Widths of the three stages of the trunk, before the expansion of the block.
+            feature_dim: Channels C_out of the feature map that the VT modules refine.
+            token_dim: Channels CT of a token. 1024 is the paper's (section 4).
+            num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6).
+            tokenizer: Tokenizer of the first module, 'filter' (equation 1). Modules after it use the recurrent one.
+            last_projector: Give the last module a projector too; `features_only=True` sets it.
+            act_layer: Activation of the trunk and of the token transformers.
+            norm_layer: Norm of the trunk and of the VT modules.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth rate, rising linearly from 0 over the blocks of the trunk and the VT modules.
+            zero_init_last: Start residual branches of trunk and VT modules at zero.
+
+        Raises:
+            ValueError: An argument is outside what is allowed.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        _check_choice('output_stride', output_stride, [8, 16, 32])
+        _check_choice('tokenizer', tokenizer, list(TOKENIZERS))
+        _check_choice('global_pool', global_pool, ['avg', 'max', 'avgmax', 'catavgmax', ''])
+        _check_positive('in_chans', in_chans)
+        _check_positive('feature_dim', feature_dim)
+        _check_positive('token_dim', token_dim)
+        _check_positive('num_tokens', num_tokens)
+        if len(layers) != 4 or len(channels) != 3:
+            raise ValueError(
+                f'layers must hold 4 numbers (three stages, VT modules) and channels 3, got {layers!r} and {channels!r}')
+        num_blocks, num_modules = sum(layers[:3]), layers[3]
+        _check_positive('layers[3]', num_modules)
+        last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate
+        super().__init__(
+            block,
+            layers[:3],
+            num_classes=0,
+            in_chans=in_chans,
+            output_stride=output_stride,
+            cardinality=cardinality,
+            base_width=base_width,
+            stem_width=stem_width,
+            stem_type=stem_type,
+            replace_stem_pool=replace_stem_pool,
+            block_reduce_first=block_reduce_first,
+            down_kernel_size=down_kernel_size,
+            avg_down=avg_down,
+            channels=channels,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            aa_layer=aa_layer,
+            drop_rate=drop_rate,
+            drop_path_rate=last_rate * (num_blocks - 1),
+            drop_block_rate=drop_block_rate,
+            zero_init_last=zero_init_last,
+            block_args=block_args,
+            **dd,
+        )
+        del self.global_pool, self.fc  # made again below, so that the classifier's parameters come last
+
+        self.output_stride = output_stride
+        in_chs = self.num_features
+        modules = []
+        for i in range(num_modules):
+            modules.append(VTModule(
+                in_chs,
+                feature_dim,
+                token_dim,
+                num_tokens,
+                tokenizer=TOKENIZERS[tokenizer] if i == 0 else RecurrentTokenizer,
+                projector=last_projector or i < num_modules - 1,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                drop_path=last_rate * (num_blocks + i),
+                **dd,
+            ))
+            in_chs = feature_dim if modules[-1].projector is not None else in_chs
+        self.vt_stage = nn.ModuleList(modules)
+        self.feature_info.append(dict(num_chs=in_chs, reduction=output_stride, module='vt_stage'))
+        if zero_init_last:
+            for m in self.vt_stage.modules():
+                if hasattr(m, 'zero_init_last'):
+                    m.zero_init_last()
+
+        self.num_classes = num_classes
+        self.num_features = token_dim
+        self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = token_dim * self.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
+        """Regular expressions that group the parameters by depth, by stage where `coarse`, else by block."""
+        return dict(
+            stem=r'^conv1|bn1|maxpool',
+            blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)',
+            vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)',
+        )
+
+    def _forward_vt_stage(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map of stage 3 (B, C, H, W) to the refined map (B, C_out, H, W) and the tokens (B, L, CT)."""
+        tokens: Optional[torch.Tensor] = None
+        for module in self.vt_stage:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, tokens = checkpoint(module, x, tokens, use_reentrant=False)
+            else:
+                x, tokens = module(x, tokens)
+        if tokens is None:  # the stage was pruned: the pixels stand for the tokens
+            tokens = x.flatten(2).transpose(1, 2)
+        return x, tokens
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that also returns feature maps.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Which of the five maps: the last n if int, all if None, those listed if a sequence.
+            norm: Has no effect, no norm follows the last map.
+            stop_early: Stop after the last map that was asked for.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Return the maps only.
+
+        Returns:
+            The tokens (B, L, CT) and the list of maps, or the list alone. Where `stop_early` left the VT stage out,
+            the pixels of the last stage that ran stand for the tokens.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(5, indices)
+        last_index = max_index if stop_early else 4
+
+        x = self.act1(self.bn1(self.conv1(_check_input(x, self.in_chans))))
+        maps = [x]
+        if last_index > 0:
+            x = self.maxpool(x)
+        for layer in (self.layer1, self.layer2, self.layer3)[:last_index]:
+            x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
+            maps.append(x)
+        tokens: Optional[torch.Tensor] = None
+        if last_index == 4:
+            x, tokens = self._forward_vt_stage(x)
+            if self.output_stride == 32:
+                x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+            maps.append(x)
+
+        intermediates = [maps[i] for i in take_indices]
+        if intermediates_only:
+            return intermediates
+        return x.flatten(2).transpose(1, 2) if tokens is None else tokens, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the given feature maps do not need.
+
+        Args:
+            indices: Maps to keep: the last n if int, those listed if a sequence.
+            prune_norm: Has no effect, no norm follows the last map.
+            prune_head: Remove the classifier.
+
+        Returns:
+            The indices that were kept.
+        """
+        take_indices, max_index = feature_take_indices(5, indices)
+        for name in ('layer1', 'layer2', 'layer3')[max_index:]:
+            setattr(self, name, nn.Sequential())
+        if max_index == 0:
+            self.maxpool = nn.Identity()
+        if max_index < 4:
+            self.vt_stage = nn.ModuleList()
+            self.output_stride = 0  # nothing left to pool
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or max_index < 4:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to tokens (B, L, CT).
+
+        Raises:
+            ValueError: H or W is under 32, or the channels are not in_chans.
+        """
+        x = _check_input(x, self.in_chans)
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+        x = self.maxpool(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        else:
+            x = self.layer1(x)
+            x = self.layer2(x)
+            x = self.layer3(x)
+        return self._forward_vt_stage(x)[1]
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens (B, L, CT) to logits (B, num_classes), or to the pooled tokens (B, CT) where `pre_logits`."""
+        if self.global_pool.pool_type:
+            x = self.global_pool(x.transpose(1, 2).unsqueeze(2))
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Let a classifier's weights fit a model with features.
+
+    The last module's projector, which a classifier does not have, starts as the model made it: at zero, so that the
+    map passes through unchanged.
+    """
+    new = f'vt_stage.{len(model.vt_stage) - 1}.projector.'
+    if not any(k.startswith(new) for k in state_dict):
+        state_dict.update({k: v for k, v in model.state_dict().items() if k.startswith(new)})
+    return state_dict
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'min_input_size': (3, MIN_SIZE, MIN_SIZE), 'pool_size': None,
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2006.03677',
+        'paper_name': 'Visual Transformers: Where Do Transformers Really Belong in Vision Models?',
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'vt_resnet18.untrained': _cfg(),
+    'vt_resnet34.untrained': _cfg(),
+    'vt_resnet50.untrained': _cfg(),
+    'vt_resnet101.untrained': _cfg(),
+    'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0, first_conv='conv1.0'),
+})
+
+
+def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTResNet:
+    if kwargs.get('features_only', False):
+        kwargs.setdefault('last_projector', True)
+    return build_model_with_cfg(
+        VTResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(feature_cls='getter'),
+        **kwargs,
+    )
+
+
+@register_model
+def vt_resnet18(pretrained: bool = False, **kwargs) -> VTResNet:
+    """VT-ResNet-18: 2 VT modules after the trunk of ResNet-18."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), feature_dim=512)
+    return _create_vt_resnet('vt_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_resnet34(pretrained: bool = False, **kwargs) -> VTResNet:
+    """VT-ResNet-34: 3 VT modules after the trunk of ResNet-34."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), feature_dim=512)
+    return _create_vt_resnet('vt_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_resnet50(pretrained: bool = False, **kwargs) -> VTResNet:
+    """VT-ResNet-50: 3 VT modules after the trunk of ResNet-50."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), feature_dim=1024)
+    return _create_vt_resnet('vt_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_resnet101(pretrained: bool = False, **kwargs) -> VTResNet:
+    """VT-ResNet-101: 3 VT modules after the trunk of ResNet-101."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), feature_dim=1024)
+    return _create_vt_resnet('vt_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vt_resnet(pretrained: bool = False, **kwargs) -> VTResNet:
+    """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations."""
+    model_args = dict(
+        block=BasicBlock, layers=(1, 1, 1, 2), channels=(32, 48, 96), stem_width=16, stem_type='deep', avg_down=True,
+        feature_dim=128, token_dim=128)
+    return _create_vt_resnet('test_vt_resnet', pretrained, **dict(model_args, **kwargs))

@@ -1,4 +1,3 @@
 """Visual Transformers (Wu et al., arXiv 2006.03677) as timm models. Importing this package registers them."""
 from . import models
-
-__version__ = '0.1.0'
+from ._version import __version__

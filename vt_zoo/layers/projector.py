@@ -64,5 +64,5 @@ class Projector(nn.Module):
         query = self.query(x)
         logits = query.flatten(2).transpose(1, 2) @ (self.key(tokens) * self.scale).transpose(1, 2)
         attn = self.softmax(logits)  # (B, H*W, L)
-        projection = (attn @ self.value(tokens)).transpose(1, 2).reshape(query.shape)
+        projection = (attn @ self.value(tokens)).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
         return self.skip(x) + self.drop_path(projection)

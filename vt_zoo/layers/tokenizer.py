@@ -93,7 +93,7 @@ class RecurrentTokenizer(nn.Module):
         self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.
 
         Args:
@@ -102,7 +102,12 @@ class RecurrentTokenizer(nn.Module):
 
         Returns:
             Tokens (B, L, C).
+
+        Raises:
+            ValueError: There are no tokens, as in a first module.
         """
+        if tokens is None:
+            raise ValueError('tokens must be those of the module before, got None')
         filters = self.query(tokens) * self.scale  # W_R
         logits = filters @ self.key(x).flatten(2)  # (X W_R)^T: (B, L, H*W)
         logits = self.logit_norm(logits.unsqueeze(2)).squeeze(2)

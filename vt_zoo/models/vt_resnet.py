@@ -23,15 +23,13 @@ from vt_zoo.layers import FilterTokenizer, RecurrentTokenizer, VTModule
 
 __all__ = ['VTResNet']
 
-MIN_SIZE = 32
 TOKENIZERS: Dict[str, Type[nn.Module]] = {'filter': FilterTokenizer}
 
 
 def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """Return x, or raise ValueError where it is not (B, in_chans, H, W) with H, W >= 32."""
-    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-        raise ValueError(
-            f'x must have the shape (B, {in_chans}, H, W) with H and W at least {MIN_SIZE}, got {list(x.shape)}')
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:
+        raise ValueError(f'x must have the shape (B, {in_chans}, H, W) with H and W at least 32, got {list(x.shape)}')
     return x
 
 
@@ -53,9 +51,10 @@ class VTResNet(ResNet):
 
     Feature maps, from `features_only=True` and `forward_intermediates()`, are five, as a ResNet's: the stem, stages 1
     to 3 and the map refined by the VT stage, with reductions 2, 4, 8, 16, 32. The VT stage works at the stride of
-    stage 3, so its map is average-pooled 2x2 on the way out: this is the pyramid that detection and segmentation
-    libraries ask for (segmentation_models_pytorch refuses 2, 4, 8, 16, 16). `output_stride=16` returns the refined map
-    as it is, 2, 4, 8, 16, 16, as timm's ResNets do under that option. Tokens and logits are the same either way.
+    stage 3, so its map is max-pooled (the paper names a "stage-5 max pooling") on the way out: this is the pyramid that
+    detection and segmentation libraries ask for (segmentation_models_pytorch refuses 2, 4, 8, 16, 16).
+    `output_stride=16` returns the refined map as it is, 2, 4, 8, 16, 16, as timm's ResNets do under that option. Tokens
+    and logits are the same either way.
 
     For classification nothing reads the map after the last VT module, so that module has no projector; with
     `features_only=True` each module has one.
@@ -249,7 +248,7 @@ class VTResNet(ResNet):
         if last_index == 4:
             x, tokens = self._forward_vt_stage(x)
             if self.output_stride == 32:
-                x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+                x = F.max_pool2d(x, 3, stride=2, padding=1)
             maps.append(x)
 
         intermediates = [maps[i] for i in take_indices]
@@ -329,7 +328,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return {
         'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'min_input_size': (3, MIN_SIZE, MIN_SIZE), 'pool_size': None,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv1', 'classifier': 'fc',
@@ -344,7 +343,7 @@ default_cfgs = generate_default_cfgs({
     'vt_resnet34.untrained': _cfg(),
     'vt_resnet50.untrained': _cfg(),
     'vt_resnet101.untrained': _cfg(),
-    'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0, first_conv='conv1.0'),
+    'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
 })
 
 
@@ -393,6 +392,5 @@ def vt_resnet101(pretrained: bool = False, **kwargs) -> VTResNet:
 def test_vt_resnet(pretrained: bool = False, **kwargs) -> VTResNet:
     """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations."""
     model_args = dict(
-        block=BasicBlock, layers=(1, 1, 1, 2), channels=(32, 48, 96), stem_width=16, stem_type='deep', avg_down=True,
-        feature_dim=128, token_dim=128)
+        block=BasicBlock, layers=(1, 1, 1, 2), channels=(32, 48, 96), feature_dim=128, token_dim=128)
     return _create_vt_resnet('test_vt_resnet', pretrained, **dict(model_args, **kwargs))

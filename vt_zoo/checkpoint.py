@@ -1,0 +1,111 @@
+"""Files of weights: safetensors only, and each appears whole or not at all."""
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple, Union
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import create_model, is_model, save_for_hf
+
+from .errors import InputError
+
+__all__ = ['load_model', 'read_tensors', 'whole', 'write_model', 'write_tensors']
+
+
+@contextmanager
+def whole(path: Union[str, Path]) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file or folder to; it takes the name `path` when the block ends well.
+
+    Args:
+        path: Final name. What stood there is replaced, but not before the new is complete.
+
+    Raises:
+        OSError: The disk is full or the place cannot be written. Nothing is left behind and `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        try:
+            yield new
+        except SafetensorError as e:
+            raise OSError(str(e)) from e
+        if path.is_dir():
+            path.rename(Path(folder) / 'old')
+        os.replace(new, path)
+
+
+def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
+    """Write tensors and JSON-able metadata to a safetensors file."""
+    with whole(path) as new:
+        save_file(
+            {k: v.detach().contiguous().clone() for k, v in tensors.items()}, new, {'json': json.dumps(metadata)})
+
+
+def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """Read a file of `write_tensors`.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework='pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['json'])  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f'checkpoint {path} cannot be read: {e}') from e
+
+
+def write_model(path: Union[str, Path], model: nn.Module, classes: List[str], data_config: Dict[str, Any]) -> None:
+    """Write a model in timm's hub layout: `timm.create_model('local-dir:PATH', pretrained=True)` loads it.
+
+    Args:
+        path: Folder to write, with `model.safetensors` and `config.json`; one that stands there is replaced.
+        model: Model that was made by `timm.create_model`.
+        classes: Names of the classes, in the order of the logits.
+        data_config: Input size, mean, std, interpolation and crop that go with the weights.
+    """
+    with whole(path) as new:
+        save_for_hf(
+            model, str(new), model_config={'label_names': classes}, safe_serialization=True, data_config=data_config)
+        config = json.loads((new / 'config.json').read_text())
+        # timm passes the top-level num_classes already; transformers' timm wrapper fails where it comes twice
+        config.get('model_args', {}).pop('num_classes', None)
+        (new / 'config.json').write_text(json.dumps(config, indent=2))
+
+
+def load_model(name_or_dir: str, **kwargs) -> nn.Module:
+    """Create a timm model with its weights.
+
+    Args:
+        name_or_dir: Folder in timm's hub layout, `hf-hub:org/name`, or a registered name that has weights.
+        **kwargs: Arguments of `timm.create_model`.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        InputError: No such model or folder, no weights, or weights that do not fit the model.
+    """
+    source = name_or_dir
+    if Path(name_or_dir).is_dir():
+        source = f'local-dir:{name_or_dir}'
+        if not (Path(name_or_dir) / 'model.safetensors').is_file():
+            raise InputError(f'model folder {name_or_dir} holds no model.safetensors')
+    elif ':' not in name_or_dir:
+        check_name(name_or_dir)
+    try:
+        return create_model(source, pretrained=True, **kwargs).eval()
+    except (RuntimeError, SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        reason = str(e).strip().splitlines()
+        raise InputError(f'model {name_or_dir} cannot be loaded: {" ".join(s.strip() for s in reason[:2])}') from e
+
+
+def check_name(name: str) -> None:
+    """Raise InputError where timm knows no model of this name."""
+    if not is_model(name):
+        raise InputError(f'model {name!r} is neither a model of timm or vt_zoo nor a folder; `vt-zoo models` lists ours')

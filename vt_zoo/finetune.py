@@ -1,0 +1,317 @@
+"""Training on a folder of images on one machine, from timm's own parts.
+
+For ImageNet, several GPUs and all of timm's options there is timm's train.py.
+"""
+import csv
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import create_loader, resolve_data_config
+from timm.models import create_model
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import random_seed
+from tqdm import tqdm
+
+from .checkpoint import check_name, load_model, read_tensors, whole, write_model, write_tensors
+from .errors import InputError
+from .images import ImageFolder, Split, find_split
+
+__all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FinetuneSettings:
+    """What decides the outcome of a run. Names are those of timm's train.py.
+
+    The defaults are section 5.1 of the paper (SGD with momentum 0.9, weight decay 4e-5) with a learning rate for small
+    batches, and a cosine instead of steps, since runs here are short.
+    """
+    model: str = 'vt_resnet18'
+    epochs: int = 30
+    batch_size: int = 32
+    img_size: Optional[int] = None  # the model's own
+    opt: str = 'momentum'
+    lr: float = 0.05
+    weight_decay: float = 4e-5
+    warmup_epochs: int = 2
+    smoothing: float = 0.1
+    drop: float = 0.
+    drop_path: float = 0.
+    model_ema_decay: float = 0.998
+    scale: Tuple[float, float] = (0.35, 1.0)
+    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    aa: Optional[str] = None
+    val_fraction: float = 0.2
+    seed: int = 0
+    precision: str = 'auto'
+
+
+@dataclass
+class FinetuneResult:
+    """Outcome of a run; accuracies are counts over the held-out images."""
+    model_dir: Path
+    epoch: int
+    correct: int
+    total: int
+    reloaded_correct: int
+    same_predictions: bool
+    seconds: float
+    val_samples: List[Tuple[str, int]] = field(repr=False)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Any, device: torch.device) -> Tuple[Dict[str, float], torch.Tensor]:
+    """Run timm's evaluator over a loader, in float32.
+
+    Returns:
+        Its metrics (loss, top1, top5 in percent) and the predicted class of each image (N,).
+    """
+    model.eval()
+    evaluator = ClassificationTask(model, device=device, verbose=False).create_evaluator()
+    predictions = []
+    for x, target in loader:
+        output = model(x)
+        evaluator.update(output, target)
+        predictions.append(output.argmax(-1).cpu())
+    return evaluator.compute(), torch.cat(predictions)
+
+
+def _create_model(settings: FinetuneSettings, num_classes: int) -> nn.Module:
+    kwargs = {'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
+    if Path(settings.model).is_dir() or ':' in settings.model:
+        return load_model(settings.model, **kwargs)
+    check_name(settings.model)
+    try:
+        return create_model(settings.model, **kwargs)
+    except TypeError as e:
+        raise InputError(f'model {settings.model!r} cannot be trained here: {e}') from e
+
+
+def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
+    common = {
+        'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
+        'interpolation': data_config['interpolation'], 'num_workers': workers, 'device': device,
+        'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # so that an epoch depends on its seed alone
+    }
+    train = create_loader(
+        ImageFolder(split.train), batch_size=min(settings.batch_size, len(split.train)), is_training=True,
+        scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
+        auto_augment=settings.aa, **common)
+    val = create_loader(
+        ImageFolder(split.val), batch_size=settings.batch_size, crop_pct=data_config['crop_pct'], **common)
+    return train, val
+
+
+def _amp_dtype(precision: str, device: torch.device) -> Optional[torch.dtype]:
+    if precision == 'auto':
+        if device.type != 'cuda':
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[precision]
+
+
+class _Run:
+    """The state of a run: what a checkpoint holds."""
+
+    def __init__(self, settings: FinetuneSettings, split: Split, workers: int, device: torch.device) -> None:
+        random_seed(settings.seed)
+        self.settings, self.device = settings, device
+        model = _create_model(settings, len(split.classes)).to(device)
+        size = {'img_size': settings.img_size} if settings.img_size else {}
+        self.data_config = resolve_data_config(size, model=model)
+        self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
+        self.task = ClassificationTask(
+            model, criterion_kwargs={'smoothing': settings.smoothing}, device=device, verbose=False)
+        self.task.setup_ema(decay=settings.model_ema_decay, use_warmup=True)
+        self.optimizer = create_optimizer_v2(
+            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=0.9)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
+            warmup_lr=settings.lr / 100, step_on_epochs=False, updates_per_epoch=len(self.train_loader))
+        self.amp_dtype = _amp_dtype(settings.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        self.history: List[Dict[str, float]] = []
+        self.fingerprint = {
+            **asdict(settings), 'scale': list(settings.scale), 'ratio': list(settings.ratio), 'classes': split.classes,
+            'train_images': len(split.train), 'val_images': len(split.val)}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.task.get_trainable_module()
+
+    @property
+    def ema_model(self) -> nn.Module:
+        return self.task.get_trainable_module(ema=True).module
+
+    def train_epoch(self, epoch: int, progress: bool) -> float:
+        """Train for one epoch and return the mean loss."""
+        random_seed(self.settings.seed, epoch + 1)
+        self.model.train()
+        update = epoch * len(self.train_loader)
+        losses = []
+        bar = tqdm(
+            self.train_loader, desc=f'epoch {epoch + 1}/{self.settings.epochs}', disable=not progress, leave=False)
+        for x, target in bar:
+            self.scheduler.step_update(update)
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                loss = self.task(x, target)['loss']
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            update += 1
+            self.task.update_ema(step=update)
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean().item()
+        if not mean < float('inf'):
+            raise InputError(f'the loss became {mean} in epoch {epoch + 1}: try a lower lr than {self.settings.lr}')
+        return mean
+
+    def save(self, path: Path) -> None:
+        """Write the state after an epoch."""
+        state = self.optimizer.state_dict()['state']
+        tensors = {f'model.{k}': v for k, v in self.model.state_dict().items()}
+        tensors.update({f'ema.{k}': v for k, v in self.ema_model.state_dict().items()})
+        scalars = []
+        for index, entries in state.items():
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f'optimizer.{index}.{name}'] = value
+                else:
+                    scalars.append([index, name, value])
+        write_tensors(path, tensors, {
+            'fingerprint': self.fingerprint, 'history': self.history, 'optimizer': scalars,
+            'scaler': self.scaler.state_dict()})
+
+    def load(self, path: Path) -> None:
+        """Read a state that `save` wrote.
+
+        Raises:
+            InputError: It belongs to a run with other settings or data.
+        """
+        tensors, metadata = read_tensors(path)
+        for name, value in metadata['fingerprint'].items():
+            if self.fingerprint.get(name) != value:
+                raise InputError(
+                    f'{path.parent} holds a run with {name} = {value!r}, which cannot go on with '
+                    f'{self.fingerprint.get(name)!r}')
+        parts: Dict[str, Dict[str, torch.Tensor]] = {'model': {}, 'ema': {}, 'optimizer': {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition('.')
+            parts[part][name] = value
+        self.model.load_state_dict(parts['model'])
+        self.ema_model.load_state_dict(parts['ema'])
+        state: Dict[int, Dict[str, Any]] = {}
+        for key, value in parts['optimizer'].items():
+            index, _, name = key.partition('.')
+            state.setdefault(int(index), {})[name] = value
+        for index, name, value in metadata['optimizer']:
+            state.setdefault(index, {})[name] = value
+        self.optimizer.load_state_dict({'state': state, 'param_groups': self.optimizer.state_dict()['param_groups']})
+        self.scaler.load_state_dict(metadata['scaler'])
+        self.history = metadata['history']
+
+
+def _write_history(path: Path, history: List[Dict[str, float]]) -> None:
+    with whole(path) as new, new.open('w', newline='') as f:
+        writer = csv.DictWriter(f, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def finetune(
+        data_dir: Union[str, Path],
+        out: Union[str, Path],
+        settings: FinetuneSettings,
+        resume: bool = False,
+        overwrite: bool = False,
+        workers: int = 0,
+        device: Optional[str] = None,
+        progress: bool = True,
+) -> FinetuneResult:
+    """Train a model on a folder of images, keep the best epoch's weights, and check that they reload.
+
+    The weights that are validated and kept are the moving average. After each epoch the whole state is written, so that
+    a run that was killed at any moment goes on from its last complete epoch, to the same result on the same machine.
+
+    Args:
+        data_dir: Folder of images (see `vt_zoo.images.find_split`).
+        out: Folder to write: `model/` (timm's hub layout) and `history.csv`; `checkpoint.safetensors` and
+            `best.safetensors` while training goes on.
+        settings: What decides the outcome.
+        resume: Go on with the run that `out` holds, if it holds one.
+        overwrite: Begin anew where `out` holds a run.
+        workers: Processes that load images; 0 for none.
+        device: 'cpu' or 'cuda'; the GPU if there is one where None.
+        progress: Show progress bars.
+
+    Returns:
+        The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files.
+
+    Raises:
+        InputError: Data, settings or `out` cannot be used.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    checkpoint, best, model_dir = out / 'checkpoint.safetensors', out / 'best.safetensors', out / 'model'
+    if not overwrite:
+        if checkpoint.exists() and not resume:
+            raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
+        if model_dir.exists() and not checkpoint.exists():
+            raise InputError(f'{out} holds a finished run: add --overwrite to replace it, or choose another --out')
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise InputError(f'device {device} is not to be had on this machine')
+    start = time.monotonic()
+
+    split = find_split(data_dir, settings.val_fraction, settings.seed, progress)
+    run = _Run(settings, split, workers, device)
+    out.mkdir(parents=True, exist_ok=True)
+    if resume and checkpoint.exists():
+        run.load(checkpoint)
+        _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')
+
+    for epoch in range(len(run.history), settings.epochs):
+        loss = run.train_epoch(epoch, progress)
+        metrics, _ = evaluate(run.ema_model, run.val_loader, device)
+        if all(metrics['top1'] >= h['val_top1'] for h in run.history):
+            write_tensors(best, run.ema_model.state_dict(), {'epoch': epoch + 1})
+        run.history.append({
+            'epoch': epoch + 1, 'train_loss': loss, 'val_loss': metrics['loss'], 'val_top1': metrics['top1']})
+        run.save(checkpoint)
+        if progress:
+            tqdm.write(f'epoch {epoch + 1:3d}: training loss {loss:.3f}, held-out accuracy {metrics["top1"]:.2f} %')
+
+    tensors, metadata = read_tensors(best)
+    run.ema_model.load_state_dict(tensors)
+    _, predictions = evaluate(run.ema_model, run.val_loader, device)
+    write_model(model_dir, run.ema_model, split.classes, run.data_config)
+    reloaded = load_model(str(model_dir)).to(device)
+    _, reloaded_predictions = evaluate(reloaded, run.val_loader, device)
+    _write_history(out / 'history.csv', run.history)
+    for path in (checkpoint, best):
+        os.unlink(path)
+
+    targets = torch.tensor([t for _, t in split.val])
+    return FinetuneResult(
+        model_dir=model_dir,
+        epoch=metadata['epoch'],
+        correct=int((predictions == targets).sum()),
+        total=len(targets),
+        reloaded_correct=int((reloaded_predictions == targets).sum()),
+        same_predictions=bool(torch.equal(predictions, reloaded_predictions)),
+        seconds=time.monotonic() - start,
+        val_samples=split.val,
+    )

@@ -108,4 +108,4 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
 def check_name(name: str) -> None:
     """Raise InputError where timm knows no model of this name."""
     if not is_model(name):
-        raise InputError(f'model {name!r} is neither a model of timm or vt_zoo nor a folder; `vt-zoo models` lists ours')
+        raise InputError(f'model {name!r} is neither a name that timm knows nor a folder; `vt-zoo models` lists ours')

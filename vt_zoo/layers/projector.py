@@ -11,8 +11,8 @@ __all__ = ['Projector']
 class Projector(nn.Module):
     """Projector, equation (5): X_out = X_in + softmax_L((X_in W_Q)(T W_K)^T) T.
 
-    Where the channels of X_in, T and X_out differ, a linear map stands on the T that is added and on the skip; where they
-    are equal there is none. The logits are divided by the square root of the output channels.
+    Where the channels of X_in, T and X_out differ, a linear map stands on the T that is added and on the skip; where
+    they are equal there is none. The logits are divided by the square root of the output channels.
     """
 
     def __init__(

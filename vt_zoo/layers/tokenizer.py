@@ -17,7 +17,7 @@ __all__ = ['FilterTokenizer', 'RecurrentTokenizer']
 class FilterTokenizer(nn.Module):
     """Filter-based tokenizer, equation (1): T = softmax_HW(X W_A)^T X.
 
-    W_A is a point-wise convolution to L channels, one learned filter a token. The X that is gathered is the value map of
+    W_A is a point-wise convolution to L channels, one learned filter a token. The X that is gathered is a value map of
     the pixels, as the paper's counts show.
     """
 

@@ -13,9 +13,9 @@ __all__ = ['TokenTransformer']
 class TokenTransformer(nn.Module):
     """Token transformer, equations (3) and (4).
 
-    T' = T + softmax_L((T K)(T Q)^T) T, then T_out = T' + relu(T' F_1) F_2. There is no value map in (3). Keys and queries
-    have half of the token's channels, in two groups, as the paper's counts show; the logits are divided by the square
-    root of that width.
+    T' = T + softmax_L((T K)(T Q)^T) T, then T_out = T' + relu(T' F_1) F_2. There is no value map in (3). Keys and
+    queries have half of the token's channels, in two groups, as the paper's counts show; the logits are divided by the
+    square root of that width.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ class VTResNet(ResNet):
             act_layer: Activation of the trunk and of the token transformers.
             norm_layer: Norm of the trunk and of the VT modules.
             drop_rate: Dropout before the classifier.
-            drop_path_rate: Stochastic depth rate, rising linearly from 0 over the blocks of the trunk and the VT modules.
+            drop_path_rate: Stochastic depth rate, rising linearly from 0 over the trunk's blocks and the VT modules.
             zero_init_last: Start residual branches of trunk and VT modules at zero.
 
         Raises:
@@ -128,7 +128,7 @@ class VTResNet(ResNet):
         _check_positive('num_tokens', num_tokens)
         if len(layers) != 4 or len(channels) != 3:
             raise ValueError(
-                f'layers must hold 4 numbers (three stages, VT modules) and channels 3, got {layers!r} and {channels!r}')
+                f'layers must hold 4 numbers (three stages, VT modules), channels 3; got {layers!r} and {channels!r}')
         num_blocks, num_modules = sum(layers[:3]), layers[3]
         _check_positive('layers[3]', num_modules)
         last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate

@@ -1,0 +1,1 @@
+"""Looking at models: what their tokens attend to, and what they cost."""

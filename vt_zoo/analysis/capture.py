@@ -1,0 +1,80 @@
+"""What a model's VT modules attend to, for given images."""
+from dataclasses import dataclass
+from typing import Dict, List, Optional
+
+import torch
+import torch.nn as nn
+
+from vt_zoo.layers import VTModule
+
+__all__ = ['VTRecord', 'capture']
+
+
+@dataclass
+class VTRecord:
+    """Attention of one VT module for B images, with a feature map of H x W pixels and L tokens of CT channels.
+
+    Attributes:
+        attention: A of the tokenizer, equations (1) and (2): share of each pixel in each token (B, L, H, W), sums to
+            one over the pixels.
+        relation: Attention of the transformer, equation (3): share of token l' in token l (B, L, L), sums to one over
+            l'.
+        projection: Attention of the projector, equation (5): share of each token in each pixel (B, L, H, W), sums to
+            one over the tokens; None where the module has no projector.
+        tokens: The tokens that the module returns (B, L, CT).
+    """
+    attention: torch.Tensor
+    relation: torch.Tensor
+    projection: Optional[torch.Tensor]
+    tokens: torch.Tensor
+
+
+@torch.no_grad()
+def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
+    """Run a model on images and record the attention of its VT modules.
+
+    Args:
+        model: Model with VT modules, not compiled or scripted: the record is taken by hooks on its parts, which are
+            gone afterwards. It runs in the mode that it is in (eval for reproducible results).
+        images: Images (B, C, H, W), preprocessed as the model asks.
+
+    Returns:
+        One record a VT module, in the order of their use.
+
+    Raises:
+        ValueError: The model has no VT modules.
+    """
+    modules = [m for m in model.modules() if isinstance(m, VTModule)]
+    if not modules:
+        raise ValueError(f'model must have VT modules, {type(model).__name__} has none')
+    records: List[VTRecord] = []
+    caught: Dict[str, torch.Tensor] = {}
+    handles = []
+
+    def keep(name: str):
+        def hook(_, inputs, output):
+            caught[name] = output
+        return hook
+
+    def record(_, inputs, output):
+        height, width = inputs[0].shape[-2:]
+        projection = caught.pop('projection', None)  # (B, H*W, L)
+        records.append(VTRecord(
+            attention=caught.pop('attention').unflatten(-1, (height, width)),
+            relation=caught.pop('relation'),
+            projection=None if projection is None else projection.transpose(1, 2).unflatten(-1, (height, width)),
+            tokens=output[1],
+        ))
+
+    try:
+        for m in modules:
+            parts: Dict[str, nn.Module] = {'attention': m.tokenizer, 'relation': m.transformer}
+            if m.projector is not None:
+                parts['projection'] = m.projector
+            handles += [part.softmax.register_forward_hook(keep(name)) for name, part in parts.items()]
+            handles.append(m.register_forward_hook(record))
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return records

@@ -1,0 +1,34 @@
+"""Types of command-line arguments."""
+import argparse
+
+__all__ = ['fraction', 'positive_float', 'positive_int', 'whole_number']
+
+
+def _number(text: str, kind: type, allowed: str, accept) -> float:
+    try:
+        value = kind(text)
+        if accept(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'{text!r} is not {allowed}')
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, 'a whole number of at least 1', lambda v: v >= 1)
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, 'a whole number of at least 0', lambda v: v >= 0)
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, 'a number above 0', lambda v: 0 < v < float('inf'))
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to under 1."""
+    return _number(text, float, 'a number from 0 to under 1', lambda v: 0 <= v < 1)

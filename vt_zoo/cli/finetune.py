@@ -1,0 +1,65 @@
+"""Train a model on a folder of images, on CPU or one GPU.
+
+DATA_DIR holds train/ and val/ with a subfolder a class, or the class folders themselves, which are then split. A file
+that cannot be read as an image is named in a warning and left out. A run that was interrupted goes on with --resume.
+"""
+import argparse
+import os
+from dataclasses import fields
+
+from vt_zoo.finetune import FinetuneSettings, finetune
+
+from .arguments import fraction, positive_float, positive_int, whole_number
+
+DEFAULTS = FinetuneSettings()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add = parser.add_argument
+    add('data_dir', metavar='DATA_DIR', help='folder of images')
+    add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR', help='name, or folder with weights to start from')
+    add('--out', default='vt_zoo_finetune', metavar='DIR', help='folder to write')
+    add('--resume', action='store_true', help='go on with the run that DIR holds')
+    add('--overwrite', action='store_true', help='begin anew where DIR holds a run')
+    add('--epochs', type=positive_int, default=DEFAULTS.epochs, help='passes over the training images')
+    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, help='images a step')
+    add('--img-size', type=positive_int, default=None, help="side of the input; the model's own if not given")
+    add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt, help="timm's optimizer")
+    add('--lr', type=positive_float, default=DEFAULTS.lr, help='peak learning rate')
+    add('--weight-decay', type=fraction, default=DEFAULTS.weight_decay, help='weight decay')
+    add('--warmup-epochs', type=whole_number, default=DEFAULTS.warmup_epochs, help='epochs of rising learning rate')
+    add('--smoothing', type=fraction, default=DEFAULTS.smoothing, help='label smoothing')
+    add('--drop', type=fraction, default=DEFAULTS.drop, help='dropout before the classifier')
+    add('--drop-path', type=fraction, default=DEFAULTS.drop_path, help='stochastic depth')
+    add('--model-ema-decay', type=fraction, default=DEFAULTS.model_ema_decay, help='decay of the moving average')
+    add('--scale', type=positive_float, nargs=2, default=DEFAULTS.scale, help='area of a random crop')
+    add('--ratio', type=positive_float, nargs=2, default=DEFAULTS.ratio, help='aspect ratio of a random crop')
+    add('--hflip', type=fraction, default=DEFAULTS.hflip, help='probability of a horizontal flip')
+    add('--color-jitter', type=fraction, default=DEFAULTS.color_jitter, help='strength of colour jitter')
+    add('--aa', default=DEFAULTS.aa, metavar='POLICY', help="timm's AutoAugment policy, as rand-m9-mstd0.5")
+    add('--val-fraction', type=fraction, default=DEFAULTS.val_fraction, help='share held out where there is no val/')
+    add('--seed', type=whole_number, default=DEFAULTS.seed, help='of weights, order and augmentation')
+    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
+    add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
+    add('--precision', choices=['auto', 'float32', 'bfloat16', 'float16'], default=DEFAULTS.precision,
+        help='of the arithmetic in training; auto is mixed precision on a GPU')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and print what came of it."""
+    settings = FinetuneSettings(**{f.name: getattr(args, f.name) for f in fields(FinetuneSettings)})
+    result = finetune(
+        args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+    print_result(result)
+    print(f'use        vt-zoo predict IMAGE --model {result.model_dir}')
+
+
+def print_result(result) -> None:
+    """Print the outcome of a run."""
+    same = 'the same' if result.same_predictions else f'NOT the same ({result.reloaded_correct} right)'
+    print(
+        f'accuracy   {100 * result.correct / result.total:.2f} % ({result.correct} of {result.total} held-out images), '
+        f'epoch {result.epoch}, {result.seconds:.0f} s')
+    print(f'reloaded   {same} prediction on each of the {result.total} images')
+    print(f'model      {result.model_dir}')

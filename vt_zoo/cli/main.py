@@ -1,0 +1,63 @@
+"""Entry point: finds the command, turns errors of use into one sentence and an exit code."""
+import argparse
+import logging
+import os
+import sys
+from typing import List, Optional
+
+from vt_zoo import __version__
+from vt_zoo.errors import InputError
+
+from . import finetune, models, predict, quickstart
+
+__all__ = ['main']
+
+COMMANDS = {'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def _create_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='vt-zoo', description='Visual Transformers as timm models.')
+    parser.add_argument('--version', action='version', version=f'vt-zoo {__version__}')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    for name, module in COMMANDS.items():
+        text = module.__doc__.strip()
+        command = commands.add_parser(
+            name, help=text.splitlines()[0].rstrip('.'), description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Its words; those of the process where None.
+
+    Returns:
+        Exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+    """
+    args = _create_parser().parse_args(argv)
+    logging.basicConfig(format='vt-zoo: %(levelname)s: %(message)s', level=logging.WARNING)
+    logging.getLogger('vt_zoo').setLevel(logging.INFO)
+    try:
+        COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+    except InputError as e:
+        print(f'vt-zoo: error: {e}', file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output is gone, as in `vt-zoo models | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        print(f'vt-zoo: error: cannot read or write {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('vt-zoo: interrupted', file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,35 @@
+"""List the models with their parameters, multiply-adds and weights.
+
+Parameters are counted the paper's way, without norms and biases; multiply-adds at 224x224 in the training form.
+"""
+import argparse
+import json
+
+import timm
+
+from vt_zoo.analysis.count import count_multiply_adds, count_weights
+
+NAMES = ['vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101', 'test_vt_resnet']
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the models."""
+    rows = []
+    for name in NAMES:
+        model = timm.create_model(name, device='meta')
+        rows.append({
+            'name': name, 'parameters': count_weights(model), 'multiply_adds': count_multiply_adds(model),
+            'weights': [tag for tag in timm.list_pretrained(f'{name}.*')],
+        })
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f'{"model":16}{"parameters":>12}{"multiply-adds":>16}  weights')
+    for row in rows:
+        weights = ', '.join(row['weights']) or 'none'
+        print(f'{row["name"]:16}{row["parameters"] / 1e6:10.2f} M{row["multiply_adds"] / 1e6:14.0f} M  {weights}')

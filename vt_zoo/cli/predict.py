@@ -1,0 +1,49 @@
+"""Print the most likely classes of images.
+
+All images are opened before the first is classified: one that cannot be read stops the command, by name.
+"""
+import argparse
+import json
+
+import torch
+from timm.data import create_transform, resolve_data_config
+from tqdm import tqdm
+
+from vt_zoo.checkpoint import load_model
+from vt_zoo.images import load_image
+
+from .arguments import positive_int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
+    parser.add_argument(
+        '--model', required=True, metavar='NAME_OR_DIR',
+        help="folder with weights in timm's hub layout, hf-hub:org/name, or a model name that has weights")
+    parser.add_argument('--top', type=positive_int, default=5, help='classes an image')
+    parser.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> None:
+    """Print the predictions."""
+    model = load_model(args.model)
+    names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    transform = create_transform(**resolve_data_config({}, model=model))
+    for path in args.images:
+        load_image(path)
+    results = []
+    for path in tqdm(args.images, desc='predicting', disable=len(args.images) < 20, leave=False):
+        probabilities = model(transform(load_image(path))[None]).softmax(-1)[0]
+        top = probabilities.topk(min(args.top, len(probabilities)))
+        results.append({'image': path, 'top': [
+            {'index': i, 'label': names[i], 'probability': round(p, 6)}
+            for i, p in zip(top.indices.tolist(), top.values.tolist())]})
+    if args.json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        print(result['image'])
+        for entry in result['top']:
+            print(f'  {100 * entry["probability"]:6.2f} %  {entry["label"]}')

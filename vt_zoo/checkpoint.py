@@ -31,10 +31,15 @@ def whole(path: Union[str, Path]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
         new = Path(folder) / path.name
+        new.touch()
+        mode = new.stat().st_mode  # what the umask leaves; safetensors writes files that their owner alone can read
+        new.unlink()
         try:
             yield new
         except SafetensorError as e:
             raise OSError(str(e)) from e
+        for file in [new] if new.is_file() else new.iterdir():
+            file.chmod(mode)
         if path.is_dir():
             path.rename(Path(folder) / 'old')
         os.replace(new, path)

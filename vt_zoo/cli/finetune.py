@@ -5,7 +5,9 @@ that cannot be read as an image is named in a warning and left out. A run that w
 """
 import argparse
 import os
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 from vt_zoo.finetune import FinetuneSettings, finetune
 
@@ -49,8 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and print what came of it."""
     settings = FinetuneSettings(**{f.name: getattr(args, f.name) for f in fields(FinetuneSettings)})
-    result = finetune(
-        args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+    try:
+        result = finetune(
+            args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+    except KeyboardInterrupt:
+        if (Path(args.out) / 'checkpoint.safetensors').exists():
+            print(f'the last complete epoch is kept in {args.out}, go on with --resume', file=sys.stderr)
+        raise
     print_result(result)
     print(f'use        vt-zoo predict IMAGE --model {result.model_dir}')
 

@@ -4,6 +4,7 @@ The 1,797 scanned digits that scikit-learn carries are written as a folder of im
 quarters of them, and the rest is the measure. Nothing is downloaded; it takes a minute or two on two CPU cores.
 """
 import argparse
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.figures import draw_token_attention
 from vt_zoo.checkpoint import load_model
 from vt_zoo.digits import write_digits
+from vt_zoo.errors import InputError
 from vt_zoo.finetune import FinetuneResult, FinetuneSettings, finetune
 from vt_zoo.images import load_image
 
@@ -32,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the digits, train, validate, reload, draw."""
+    for package, extra in (('sklearn', 'digits'), ('matplotlib', 'figures')):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"the quickstart needs {package}: pip install 'vt_zoo[{extra}]'")
     out = Path(args.out)
     old = [name for name in WRITTEN if (out / name).exists()]
     if old:

@@ -9,8 +9,6 @@ import timm
 
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
 
-NAMES = ['vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101', 'test_vt_resnet']
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
@@ -20,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the models."""
     rows = []
-    for name in NAMES:
+    for name in timm.list_models(module='vt_resnet'):
         model = timm.create_model(name, device='meta')
         rows.append({
             'name': name, 'parameters': count_weights(model), 'multiply_adds': count_multiply_adds(model),
-            'weights': [tag for tag in timm.list_pretrained(f'{name}.*')],
+            'weights': timm.list_pretrained(f'{name}.*'),
         })
     if args.json:
         print(json.dumps(rows, indent=2))

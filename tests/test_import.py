@@ -1,0 +1,61 @@
+"""`import vt_zoo` registers the models and costs next to nothing on top of `import timm`."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+import vt_zoo
+
+MODELS = ['test_vt_resnet', 'vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101']
+OPTIONAL = {'matplotlib', 'segmentation_models_pytorch', 'sklearn'}
+
+# The aim is 0.3 s where `import timm` takes 3 s. Both are timed in one process, one after the other, so that the ratio
+# does not depend on how fast or how busy the machine is, and the median leaves out a process that was held up.
+MAX_EXTRA = 0.1
+PROCESSES = 3
+
+SCRIPT = '''
+import json, sys, time
+start = time.perf_counter()
+import timm
+timm_time = time.perf_counter() - start
+before = timm.list_models('*vt_resnet*')
+modules = set(sys.modules)
+start = time.perf_counter()
+import vt_zoo
+print(json.dumps({
+    'extra': (time.perf_counter() - start) / timm_time,
+    'before': before,
+    'after': timm.list_models('*vt_resnet*'),
+    'packages': sorted({name.split('.')[0] for name in set(sys.modules) - modules}),
+}))
+'''
+
+
+@pytest.fixture(scope='module')
+def imports():
+    """Reports of fresh processes that import timm, then vt_zoo."""
+    reports = []
+    for _ in range(PROCESSES):
+        run = subprocess.run(
+            [sys.executable, '-c', SCRIPT], cwd=Path(vt_zoo.__file__).parents[1], stdout=subprocess.PIPE, text=True)
+        assert run.returncode == 0
+        reports.append(json.loads(run.stdout.splitlines()[-1]))
+    return reports
+
+
+def test_time(imports):
+    assert median(report['extra'] for report in imports) <= MAX_EXTRA
+
+
+def test_optional_packages_stay_out(imports):
+    assert 'vt_zoo' in imports[0]['packages']
+    assert OPTIONAL.isdisjoint(imports[0]['packages'])
+
+
+def test_models_are_registered(imports):
+    assert imports[0]['before'] == []
+    assert sorted(imports[0]['after']) == sorted(MODELS)

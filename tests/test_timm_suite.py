@@ -1,0 +1,96 @@
+"""timm's own tests of its models, from the sdist of the installed version, pass on the models of vt_zoo."""
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
+
+import pytest
+import timm
+from timm.models import _registry
+from timm_plugin import list_models, list_pretrained, registered_models, token_models
+
+import vt_zoo
+
+TESTS_PER_MODEL = 10  # of timm 1.0.31, for a model with one tag and no weights
+TEST_TIMEOUT = 900  # seconds; timm's 120 to 360 are for an idle machine
+
+
+def _timm_sdist(cache_dir):
+    """Path of the sdist of the installed timm, downloaded unless it is in cache_dir."""
+    sdists = list(cache_dir.glob('timm-*.tar.gz'))
+    if not sdists:
+        command = [
+            sys.executable, '-m', 'pip', 'download', '--quiet', '--retries', '1', '--no-deps', '--no-binary', 'timm',
+            '--dest', cache_dir, f'timm=={timm.__version__}',
+        ]
+        pip = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if pip.returncode != 0:
+            give_up = pytest.fail if os.environ.get('CI') else pytest.skip
+            give_up(f'pip could not download the sdist of timm {timm.__version__}: {pip.stderr.strip()[-1000:]}')
+        sdists = list(cache_dir.glob('timm-*.tar.gz'))
+    return sdists[0]
+
+
+@pytest.fixture
+def timm_tests(pytestconfig, tmp_path):
+    """Folder with timm's tests and pytest settings. Its source stays out, so that the installed timm is tested."""
+    sdist = _timm_sdist(pytestconfig.cache.mkdir(f'timm-{timm.__version__}'))
+    with tarfile.open(sdist) as tar:
+        wanted = [m for m in tar if PurePosixPath(m.name).parts[1:2] in [('tests',), ('pyproject.toml',)]]
+        tar.extractall(tmp_path, wanted, filter='data')
+    return tmp_path / f'timm-{timm.__version__}'
+
+
+def _environment():
+    """Environment for timm's tests, without what would make pytest or timm run them otherwise or leave some out."""
+    env = {k: v for k, v in os.environ.items() if k not in ('GITHUB_ACTIONS', 'PYTEST_ADDOPTS', 'PYTEST_PLUGINS')}
+    env['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'
+    env['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), str(Path(vt_zoo.__file__).parents[1])])
+    env['TIMEOUT'] = str(TEST_TIMEOUT)
+    return env
+
+
+def test_timm_suite(timm_tests, tmp_path):
+    report = tmp_path / 'report.xml'
+    command = [
+        sys.executable, '-m', 'pytest', '-p', 'timm_plugin', '-p', 'pytest_timeout', '-p', 'no:cacheprovider',
+        '-o', 'addopts=', '--disable-warnings', '--tb=short', f'--junit-xml={report}', 'tests/test_models.py',
+    ]
+    run = subprocess.run(command, cwd=timm_tests, env=_environment())
+    assert report.exists(), f'pytest ended with exit status {run.returncode} before it wrote a report'
+
+    passed = Counter()
+    not_passed = []
+    for case in ElementTree.parse(report).iter('testcase'):
+        outcomes = [child.tag for child in case if child.tag in ('error', 'failure', 'skipped')]
+        if outcomes:
+            not_passed.append(f'{case.get("name")}: {", ".join(outcomes)}')
+        else:
+            passed[case.find('properties/property[@name="model"]').get('value')] += 1
+    assert not not_passed
+    assert run.returncode == 0
+    assert registered_models()
+    too_few = {name: passed[name] for name in registered_models() if passed[name] < TESTS_PER_MODEL}
+    assert not too_few, f'fewer than {TESTS_PER_MODEL} tests ran'
+
+
+def test_listings_for_timm_hold_our_models_only():
+    ours = registered_models()
+    tagged = timm.list_models(ours, include_tags=True)
+    assert list_models() == list_models(module=['resnet']) == list_models(exclude_filters=['resnet*']) == ours
+    assert list_models('resnet*') == list_models(module='resnet') == []
+    assert token_models() == ours
+    assert list_models(filter=['vit_*', 'deit*'], include_tags=True) == tagged
+    assert list_models(exclude_filters=['resnet*', 'vit_*'], include_tags=True) == []
+
+
+def test_listings_for_timm_of_models_with_weights(monkeypatch):
+    tagged = timm.list_models('vt_resnet18', include_tags=True)[0]
+    with_weights = {'resnet18', 'resnet18.a1_in1k', 'vt_resnet18', tagged}
+    monkeypatch.setattr(_registry, '_model_has_pretrained', with_weights)
+    assert list_models(pretrained=True) == list_pretrained() == list_pretrained('vt_*') == [tagged]
+    assert list_models(pretrained=True, include_tags=False) == ['vt_resnet18']
+    assert list_pretrained('test_*') == list_pretrained(exclude_filters=['vit_*']) == []

@@ -1,6 +1,9 @@
 """The parts of a Visual Transformer module, one concept a file."""
-from .linear import PixelLinear, TokenLinear, TokenNorm, create_logit_norm, pixel_groups
+from .kmeans import KMeans
+from .linear import PixelLinear, TokenLinear, TokenNorm, create_logit_norm, merge_heads, pixel_groups, split_heads
+from .position_code import PositionCode
 from .projector import Projector
-from .tokenizer import FilterTokenizer, RecurrentTokenizer
+from .token_mixer import GraphMixer, LinearMixer
+from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer, token_grid
 from .transformer import TokenTransformer
-from .vt_module import VTModule
+from .vt_module import DynamicVTModule, TokenModule, VTModule

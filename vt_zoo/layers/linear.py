@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
-__all__ = ['PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups']
+__all__ = [
+    'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads', 'pixel_groups', 'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -34,6 +35,16 @@ def _tokens_to_image(tokens: torch.Tensor) -> torch.Tensor:
 
 def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
     return image.squeeze(2).transpose(1, 2)
+
+
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """(B, heads, N, C / heads) -> (B, N, C)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class PixelLinear(nn.Module):

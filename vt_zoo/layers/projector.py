@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups
+from .linear import PixelLinear, TokenLinear, TokenNorm, merge_heads, pixel_groups, split_heads
 
 __all__ = ['Projector']
 
@@ -22,6 +22,8 @@ class Projector(nn.Module):
             token_dim: int,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
+            num_heads: int = 1,
+            attention_values: bool = False,
             device=None,
             dtype=None,
     ) -> None:
@@ -32,14 +34,22 @@ class Projector(nn.Module):
             token_dim: Token channels CT.
             norm_layer: Norm after each linear map.
             drop_path: Stochastic depth rate of the projection.
+            num_heads: Heads of the attention, each on its share of the channels (first version of the paper).
+            attention_values: Put a value map on T also where the channels are equal (first version of the paper).
+
+        Raises:
+            ValueError: The output channels cannot be divided into so many heads.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.scale = out_chs ** -0.5
+        if out_chs % num_heads:
+            raise ValueError(f'num_heads must divide feature_dim = {out_chs}, got {num_heads}')
+        self.num_heads = num_heads
+        self.scale = (out_chs // num_heads) ** -0.5
         self.query = PixelLinear(in_chs, out_chs, pixel_groups(in_chs, out_chs), norm_layer, **dd)
         self.key = TokenLinear(token_dim, out_chs, 1, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
-        if token_dim != out_chs:
+        if token_dim != out_chs or attention_values:
             self.value = TokenLinear(token_dim, out_chs, 1, norm_layer, **dd)
         else:
             self.value = TokenNorm(token_dim, norm_layer, **dd)
@@ -61,8 +71,8 @@ class Projector(nn.Module):
         Returns:
             Feature map X_out (B, C_out, H, W).
         """
-        query = self.query(x)
-        logits = query.flatten(2).transpose(1, 2) @ (self.key(tokens) * self.scale).transpose(1, 2)
-        attn = self.softmax(logits)  # (B, H*W, L)
-        projection = (attn @ self.value(tokens)).unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
-        return self.skip(x) + self.drop_path(projection)
+        query = split_heads(self.query(x).flatten(2).transpose(1, 2), self.num_heads)
+        key = split_heads(self.key(tokens) * self.scale, self.num_heads)
+        attn = self.softmax(query @ key.transpose(-2, -1))  # softmax_L((X W_Q)(T W_K)^T): (B, heads, H*W, L)
+        projection = merge_heads(attn @ split_heads(self.value(tokens), self.num_heads))
+        return self.skip(x) + self.drop_path(projection.unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2))

@@ -1,24 +1,30 @@
 """Tokenizers: from the pixels of a feature map to a few visual tokens (section 3.1 of the paper).
 
 T = A^T V, where A is a softmax over the H*W pixels and V the value map of the pixels. Tokenizers differ in where the
-logits of A come from.
+logits of A come from. The pooling tokenizer alone has no A.
 """
-from typing import Optional
+import math
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import LayerType
 
+from .kmeans import KMeans
 from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
+from .position_code import PositionCode
 
-__all__ = ['FilterTokenizer', 'RecurrentTokenizer']
+__all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer', 'token_grid']
 
 
-class FilterTokenizer(nn.Module):
-    """Filter-based tokenizer, equation (1): T = softmax_HW(X W_A)^T X.
+class AttentionTokenizer(nn.Module):
+    """What tokenizers with an attention over the pixels share: T = softmax_HW(logits)^T V.
 
-    W_A is a point-wise convolution to L channels, one learned filter a token. The X that is gathered is a value map of
-    the pixels, as the paper's counts show.
+    V is a value map of the pixels and the logits have a norm, as the paper's counts and its training need.
+
+    Attributes:
+        out_chs: Channels of the tokens that it returns, C, with a position code C + 64.
     """
 
     def __init__(
@@ -26,6 +32,7 @@ class FilterTokenizer(nn.Module):
             in_chs: int,
             token_dim: int,
             num_tokens: int = 16,
+            position_code: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
@@ -33,16 +40,46 @@ class FilterTokenizer(nn.Module):
         """
         Args:
             in_chs: Channels C of the feature map.
-            token_dim: Channels CT of the tokens of the module before, which this tokenizer does not look at.
-            num_tokens: Tokens L. 16 is the paper's base model; more did not help (Table 6).
+            token_dim: Channels CT of the tokens of the module before.
+            num_tokens: Tokens L that it makes. 16 is the paper's base model; more did not help (Table 6).
+            position_code: Append a code of where the token comes from, as in the first version of the paper.
             norm_layer: Norm after each linear map.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.value = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
-        self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, **dd)
         self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
+        self.position_code = PositionCode(norm_layer=norm_layer, **dd) if position_code else None
+        self.out_chs = in_chs + (PositionCode.DIM if position_code else 0)
+
+    def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H, W)."""
+        attn = self.softmax(self.logit_norm(logits).flatten(2))  # A^T: (B, L, H*W)
+        tokens = attn @ self.value(x).flatten(2).transpose(1, 2)
+        if self.position_code is not None:
+            tokens = torch.cat([tokens, self.position_code(attn.view(logits.shape))], dim=-1)
+        return tokens
+
+
+class FilterTokenizer(AttentionTokenizer):
+    """Filter-based tokenizer, equation (1): T = softmax_HW(X W_A)^T X.
+
+    W_A is a point-wise convolution to L channels, one learned filter a token.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            token_dim: int,
+            num_tokens: int = 16,
+            position_code: bool = False,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, device=device, dtype=dtype)
+        self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.filters.weight, std=in_chs ** -0.5)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -55,16 +92,14 @@ class FilterTokenizer(nn.Module):
         Returns:
             Tokens (B, L, C).
         """
-        logits = self.logit_norm(self.filters(x))  # X W_A
-        attn = self.softmax(logits.flatten(2))  # A^T: (B, L, H*W)
-        return attn @ self.value(x).flatten(2).transpose(1, 2)
+        return self.gather(self.filters(x), x)  # X W_A
 
 
-class RecurrentTokenizer(nn.Module):
+class RecurrentTokenizer(AttentionTokenizer):
     """Recurrent tokenizer, equation (2): W_R = T_in W_TR, T = softmax_HW(X W_R)^T X.
 
-    The tokens of the module before make the filters. The X that meets W_R is a key map of the pixels and the X that is
-    gathered a value map, as the paper's counts show. The logits are divided by sqrt(C), or they overflow float16.
+    The tokens of the module before make the filters, as many as they are. The X that meets W_R is a key map of the
+    pixels, as the paper's counts show. The logits are divided by sqrt(C), or they overflow float16.
     """
 
     def __init__(
@@ -72,26 +107,16 @@ class RecurrentTokenizer(nn.Module):
             in_chs: int,
             token_dim: int,
             num_tokens: int = 16,
+            position_code: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ) -> None:
-        """
-        Args:
-            in_chs: Channels C of the feature map.
-            token_dim: Channels CT of the tokens of the module before.
-            num_tokens: Tokens L, the same as in the module before.
-            norm_layer: Norm after each linear map.
-        """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        groups = pixel_groups(in_chs, in_chs)
+        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, **dd)
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, 1, norm_layer, **dd)
-        self.key = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd)
-        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd)
-        self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
-        self.softmax = nn.Softmax(dim=-1)
+        self.key = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.
@@ -110,6 +135,92 @@ class RecurrentTokenizer(nn.Module):
             raise ValueError('tokens must be those of the module before, got None')
         filters = self.query(tokens) * self.scale  # W_R
         logits = filters @ self.key(x).flatten(2)  # (X W_R)^T: (B, L, H*W)
-        logits = self.logit_norm(logits.unsqueeze(2)).squeeze(2)
-        attn = self.softmax(logits)
-        return attn @ self.value(x).flatten(2).transpose(1, 2)
+        return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
+
+
+class ClusteringTokenizer(AttentionTokenizer):
+    """Clustering-based tokenizer (section 5.1, Table 3): T = softmax_HW(X W_K)^T X.
+
+    W_K are the centroids of a k-means of the image's pixels, without gradients.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            token_dim: int,
+            num_tokens: int = 16,
+            position_code: bool = False,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, device=device, dtype=dtype)
+        self.kmeans = KMeans(num_tokens)
+
+    def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Gather pixels into tokens.
+
+        Args:
+            x: Feature map (B, C, H, W).
+            tokens: Not used: the centroids come from the pixels.
+
+        Returns:
+            Tokens (B, L, C).
+        """
+        logits = self.kmeans(x) @ x.flatten(2)  # (X W_K)^T: (B, L, H*W)
+        return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
+
+
+def token_grid(num_tokens: int) -> Tuple[int, int]:
+    """Rows and columns of a grid of L cells, nearest to a square.
+
+    Raises:
+        ValueError: The grid would have more than twice as many columns as rows.
+    """
+    rows = max(r for r in range(1, math.isqrt(num_tokens) + 1) if num_tokens % r == 0)
+    if num_tokens // rows > 2 * rows:
+        raise ValueError(
+            'num_tokens must make a grid of at most twice as many columns as rows for the pooling tokenizer, as 4, 8, 9, '
+            f'16, 32 or 64 do, got {num_tokens}')
+    return rows, num_tokens // rows
+
+
+class PoolingTokenizer(nn.Module):
+    """Pooling-based tokenizer (section 5.1, Table 3): the map, bilinearly interpolated to a grid of L cells.
+
+    As in the paper's counts it has no weights: no value map either.
+
+    Attributes:
+        out_chs: Channels of the tokens that it returns, C.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            token_dim: int,
+            num_tokens: int = 16,
+            position_code: bool = False,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Channels C of the feature map.
+            token_dim: Not used.
+            num_tokens: Tokens L, a number that makes a grid.
+            position_code: Must be False, a cell of a grid is always at the same place.
+            norm_layer: Not used.
+
+        Raises:
+            ValueError: num_tokens makes no grid, or there is a position code.
+        """
+        super().__init__()
+        if position_code:
+            raise ValueError("position_code must be False with tokenizer='pooling', got True")
+        self.grid = token_grid(num_tokens)
+        self.out_chs = in_chs
+
+    def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Interpolate a feature map (B, C, H, W) to tokens (B, L, C)."""
+        return F.interpolate(x, size=self.grid, mode='bilinear', align_corners=False).flatten(2).transpose(1, 2)

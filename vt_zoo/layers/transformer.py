@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType, get_act_layer
 
-from .linear import TokenLinear, TokenNorm
+from .linear import TokenLinear, TokenNorm, merge_heads, split_heads
 
 __all__ = ['TokenTransformer']
 
@@ -15,32 +15,45 @@ class TokenTransformer(nn.Module):
 
     T' = T + softmax_L((T K)(T Q)^T) T, then T_out = T' + relu(T' F_1) F_2. There is no value map in (3). Keys and
     queries have half of the token's channels, in two groups, as the paper's counts show; the logits are divided by the
-    square root of that width.
+    square root of that width. Heads and a value map are the first version's of the paper.
     """
 
     def __init__(
             self,
             dim: int,
+            num_tokens: int,
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
+            num_heads: int = 1,
+            attention_values: bool = False,
             device=None,
             dtype=None,
     ) -> None:
         """
         Args:
             dim: Token channels CT.
+            num_tokens: Not used, any number of tokens can be related.
             act_layer: Activation between F_1 and F_2. ReLU is the paper's.
             norm_layer: Norm after each linear map and after the attention.
             drop_path: Stochastic depth rate of both residual branches.
+            num_heads: Heads of the attention, each on its share of the channels.
+            attention_values: Put a value map W_V on the tokens that are added.
+
+        Raises:
+            ValueError: Keys or tokens cannot be divided into so many heads.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         key_dim = max(dim // 2, 1)
         groups = math.gcd(dim, key_dim, 2)
-        self.scale = key_dim ** -0.5
+        if dim % num_heads or key_dim % num_heads:
+            raise ValueError(f'num_heads must divide token_dim / 2 = {key_dim}, got {num_heads}')
+        self.num_heads = num_heads
+        self.scale = (key_dim // num_heads) ** -0.5
         self.key = TokenLinear(dim, key_dim, groups, norm_layer, **dd)
         self.query = TokenLinear(dim, key_dim, groups, norm_layer, **dd)
+        self.value = TokenLinear(dim, dim, 1, norm_layer, **dd) if attention_values else nn.Identity()
         self.softmax = nn.Softmax(dim=-1)
         self.norm = TokenNorm(dim, norm_layer, **dd)
         self.fc1 = TokenLinear(dim, dim, 1, norm_layer, **dd)
@@ -63,6 +76,9 @@ class TokenTransformer(nn.Module):
         Returns:
             Tokens T_out (B, L, CT).
         """
-        logits = (self.key(tokens) * self.scale) @ self.query(tokens).transpose(1, 2)  # (T K)(T Q)^T: (B, L, L)
-        tokens = tokens + self.drop_path(self.norm(self.softmax(logits) @ tokens))
+        key = split_heads(self.key(tokens) * self.scale, self.num_heads)
+        query = split_heads(self.query(tokens), self.num_heads)
+        attn = self.softmax(key @ query.transpose(-2, -1))  # softmax_L((T K)(T Q)^T): (B, heads, L, L)
+        mixed = merge_heads(attn @ split_heads(self.value(tokens), self.num_heads))
+        tokens = tokens + self.drop_path(self.norm(mixed))
         return tokens + self.drop_path(self.fc2(self.act(self.fc1(tokens))))

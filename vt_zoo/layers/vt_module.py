@@ -10,13 +10,14 @@ from .projector import Projector
 from .tokenizer import FilterTokenizer
 from .transformer import TokenTransformer
 
-__all__ = ['VTModule']
+__all__ = ['DynamicVTModule', 'TokenModule', 'VTModule']
 
 
 class VTModule(nn.Module):
     """Visual Transformer module: gather pixels into tokens, relate the tokens, write them back to the pixels.
 
     The order of the pixels has no meaning to it: permuted pixels give the same tokens and an equally permuted map.
+    (A pooling or clustering tokenizer and a position code look at places, and with them it does not hold.)
     """
 
     def __init__(
@@ -26,7 +27,11 @@ class VTModule(nn.Module):
             token_dim: int = 1024,
             num_tokens: int = 16,
             tokenizer: Type[nn.Module] = FilterTokenizer,
+            token_mixer: Type[nn.Module] = TokenTransformer,
             projector: bool = True,
+            position_code: bool = False,
+            num_heads: int = 1,
+            attention_values: bool = False,
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
@@ -40,20 +45,37 @@ class VTModule(nn.Module):
             token_dim: Token channels CT. 1024 is the paper's.
             num_tokens: Tokens L. 16 is the paper's.
             tokenizer: Class of the tokenizer.
+            token_mixer: Class of what relates the tokens.
             projector: Own a projector; a module without one returns the feature map as it came.
+            position_code: Append a position code to the tokens (first version of the paper).
+            num_heads: Heads of the transformer and the projector (first version of the paper).
+            attention_values: Value maps in the transformer and the projector (first version of the paper).
             act_layer: Activation of the transformer.
             norm_layer: Norm over channels of an NCHW tensor, after each linear map.
             drop_path: Stochastic depth rate of each residual branch.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.tokenizer = tokenizer(in_chs, token_dim, num_tokens, norm_layer=norm_layer, **dd)
-        if in_chs != token_dim:
-            self.embed = TokenLinear(in_chs, token_dim, norm_layer=norm_layer, **dd)
+        heads = {'num_heads': num_heads, 'attention_values': attention_values}
+        self.tokenizer = tokenizer(
+            in_chs, token_dim, self.new_tokens(num_tokens), position_code, norm_layer=norm_layer, **dd)
+        if self.tokenizer.out_chs != token_dim:
+            self.embed = TokenLinear(self.tokenizer.out_chs, token_dim, norm_layer=norm_layer, **dd)
         else:
             self.embed = TokenNorm(token_dim, norm_layer, **dd)
-        self.transformer = TokenTransformer(token_dim, act_layer, norm_layer, drop_path, **dd)
-        self.projector = Projector(in_chs, out_chs, token_dim, norm_layer, drop_path, **dd) if projector else None
+        self.transformer = token_mixer(token_dim, num_tokens, act_layer, norm_layer, drop_path, **heads, **dd)
+        self.projector = None
+        if projector:
+            self.projector = Projector(in_chs, out_chs, token_dim, norm_layer, drop_path, **heads, **dd)
+
+    @staticmethod
+    def new_tokens(num_tokens: int) -> int:
+        """Tokens that the tokenizer makes, of `num_tokens` that the module relates."""
+        return num_tokens
+
+    def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
+        """Make tokens (B, L, CT) from the feature map and the tokens of the module before."""
+        return self.embed(self.tokenizer(x, tokens))
 
     def forward(
             self,
@@ -69,7 +91,66 @@ class VTModule(nn.Module):
         Returns:
             The refined feature map (B, C_out, H, W), or x where there is no projector, and the tokens (B, L, CT).
         """
-        tokens = self.transformer(self.embed(self.tokenizer(x, tokens)))
+        tokens = self.transformer(self.tokenize(x, tokens))
         if self.projector is not None:
             x = self.projector(x, tokens)
         return x, tokens
+
+
+class DynamicVTModule(VTModule):
+    """VT module with the dynamic tokens of the paper's first version: it makes half of the tokens anew.
+
+    T_in is split in two halves. The first makes the filters that extract the new tokens, the second is kept, and the
+    transformer relates both.
+    """
+
+    @staticmethod
+    def new_tokens(num_tokens: int) -> int:
+        """Half of the tokens.
+
+        Raises:
+            ValueError: Their number is odd.
+        """
+        if num_tokens % 2:
+            raise ValueError(f'num_tokens must be even with dynamic_tokens=True, got {num_tokens}')
+        return num_tokens // 2
+
+    def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
+        """Make half of the tokens anew and keep the other half: (B, L, CT)."""
+        if tokens is None:
+            raise ValueError('tokens must be those of the module before, got None')
+        guide, kept = tokens.chunk(2, dim=1)
+        return torch.cat([self.embed(self.tokenizer(x, guide)), kept], dim=1)
+
+
+class TokenModule(nn.Module):
+    """Module that relates tokens and does not look at pixels: what follows the first without projectors (Table 7)."""
+
+    projector = None
+
+    def __init__(
+            self,
+            token_dim: int = 1024,
+            num_tokens: int = 16,
+            token_mixer: Type[nn.Module] = TokenTransformer,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            token_dim: Token channels CT.
+            num_tokens: Tokens L.
+            token_mixer: Class of what relates the tokens.
+            **kwargs: Its other arguments.
+        """
+        super().__init__()
+        self.transformer = token_mixer(token_dim, num_tokens, **kwargs)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the feature map as it came and the related tokens (B, L, CT)."""
+        if tokens is None:
+            raise ValueError('tokens must be those of the module before, got None')
+        return x, self.transformer(tokens)

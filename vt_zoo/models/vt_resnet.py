@@ -19,11 +19,31 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.utils.checkpoint import checkpoint
 
-from vt_zoo.layers import FilterTokenizer, RecurrentTokenizer, VTModule
+from vt_zoo.layers import (
+    ClusteringTokenizer,
+    DynamicVTModule,
+    FilterTokenizer,
+    GraphMixer,
+    LinearMixer,
+    PoolingTokenizer,
+    RecurrentTokenizer,
+    TokenModule,
+    TokenTransformer,
+    VTModule,
+)
 
 __all__ = ['VTResNet']
 
-TOKENIZERS: Dict[str, Type[nn.Module]] = {'filter': FilterTokenizer}
+TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the first module, of those after it
+    'filter': (FilterTokenizer, RecurrentTokenizer),
+    'pooling': (PoolingTokenizer, PoolingTokenizer),
+    'clustering': (ClusteringTokenizer, RecurrentTokenizer),
+}
+TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
+    'transformer': TokenTransformer,
+    'graph': GraphMixer,
+    'none': LinearMixer,
+}
 
 
 def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
@@ -81,7 +101,14 @@ class VTResNet(ResNet):
             token_dim: int = 1024,
             num_tokens: int = 16,
             tokenizer: str = 'filter',
+            recurrent: bool = True,
+            token_mixer: str = 'transformer',
+            projector: bool = True,
             last_projector: bool = False,
+            dynamic_tokens: bool = False,
+            position_code: bool = False,
+            num_heads: int = 1,
+            attention_values: bool = False,
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             aa_layer: Optional[Type[nn.Module]] = None,
@@ -107,8 +134,19 @@ class VTResNet(ResNet):
             feature_dim: Channels C_out of the feature map that the VT modules refine.
             token_dim: Channels CT of a token. 1024 is the paper's (section 4).
             num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6).
-            tokenizer: Tokenizer of the first module, 'filter' (equation 1). Modules after it use the recurrent one.
+            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, recurrent tokenizers (equation 2) after
+                it; or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
+            recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
+            token_mixer: 'transformer' (equations 3 and 4), 'graph' (a learned L x L adjacency and a linear map) or
+                'none' (a linear map) (Table 5).
+            projector: Write the tokens back to the map; False for modules after the first that work on tokens only
+                (Table 7).
             last_projector: Give the last module a projector too; `features_only=True` sets it.
+            dynamic_tokens: Modules after the first make half of the tokens anew and keep the other half (first version
+                of the paper, as the next three).
+            position_code: Append a code of the token coefficients A to the tokens.
+            num_heads: Heads of the transformer and the projector.
+            attention_values: Value maps W_V in the transformer and the projector. (The tokenizers always have one.)
             act_layer: Activation of the trunk and of the token transformers.
             norm_layer: Norm of the trunk and of the VT modules.
             drop_rate: Dropout before the classifier.
@@ -121,14 +159,25 @@ class VTResNet(ResNet):
         dd = {'device': device, 'dtype': dtype}
         _check_choice('output_stride', output_stride, [8, 16, 32])
         _check_choice('tokenizer', tokenizer, list(TOKENIZERS))
+        _check_choice('token_mixer', token_mixer, list(TOKEN_MIXERS))
         _check_choice('global_pool', global_pool, ['avg', 'max', 'avgmax', 'catavgmax', ''])
         _check_positive('in_chans', in_chans)
         _check_positive('feature_dim', feature_dim)
         _check_positive('token_dim', token_dim)
         _check_positive('num_tokens', num_tokens)
+        _check_positive('num_heads', num_heads)
         if len(layers) != 4 or len(channels) != 3:
             raise ValueError(
                 f'layers must hold 4 numbers (three stages, VT modules), channels 3; got {layers!r} and {channels!r}')
+        if tokenizer != 'filter' and not recurrent:
+            raise ValueError(f"recurrent=False is for tokenizer='filter', got tokenizer={tokenizer!r}")
+        if dynamic_tokens and (tokenizer == 'pooling' or not recurrent):
+            raise ValueError('dynamic_tokens=True needs recurrent tokenizers, got '
+                             f'tokenizer={tokenizer!r}, recurrent={recurrent}')
+        if not projector and (dynamic_tokens or last_projector or not recurrent):
+            raise ValueError(
+                'projector=False leaves modules after the first without tokenizer and map, got '
+                f'dynamic_tokens={dynamic_tokens}, last_projector={last_projector}, recurrent={recurrent}')
         num_blocks, num_modules = sum(layers[:3]), layers[3]
         _check_positive('layers[3]', num_modules)
         last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate
@@ -161,19 +210,25 @@ class VTResNet(ResNet):
 
         self.output_stride = output_stride
         in_chs = self.num_features
+        first_tokenizer, next_tokenizer = TOKENIZERS[tokenizer]
+        shared = dict(
+            token_dim=token_dim, num_tokens=num_tokens, token_mixer=TOKEN_MIXERS[token_mixer], num_heads=num_heads,
+            attention_values=attention_values, act_layer=act_layer, norm_layer=norm_layer, **dd)
         modules = []
         for i in range(num_modules):
-            modules.append(VTModule(
+            drop_path = last_rate * (num_blocks + i)
+            if i > 0 and not projector:
+                modules.append(TokenModule(drop_path=drop_path, **shared))
+                continue
+            module_class = DynamicVTModule if i > 0 and dynamic_tokens else VTModule
+            modules.append(module_class(
                 in_chs,
                 feature_dim,
-                token_dim,
-                num_tokens,
-                tokenizer=TOKENIZERS[tokenizer] if i == 0 else RecurrentTokenizer,
-                projector=last_projector or i < num_modules - 1,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                drop_path=last_rate * (num_blocks + i),
-                **dd,
+                tokenizer=first_tokenizer if i == 0 else next_tokenizer if recurrent else FilterTokenizer,
+                projector=projector and (last_projector or i < num_modules - 1),
+                position_code=position_code,
+                drop_path=drop_path,
+                **shared,
             ))
             in_chs = feature_dim if modules[-1].projector is not None else in_chs
         self.vt_stage = nn.ModuleList(modules)

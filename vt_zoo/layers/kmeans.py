@@ -1,0 +1,48 @@
+"""K-means of the pixels of each image, for the clustering tokenizer (appendix C of the paper)."""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ['KMeans']
+
+
+class KMeans(nn.Module):
+    """Spherical k-means: pixels and centroids have unit length, the nearest centroid is that of the largest product.
+
+    Deterministic: centroids start from the down-sampled map, then come a fixed number of Lloyd's iterations. A centroid
+    that no pixel is nearest to stays where it is. No gradients flow through it.
+    """
+
+    def __init__(self, num_tokens: int, iterations: int = 5) -> None:
+        """
+        Args:
+            num_tokens: Centroids L.
+            iterations: Lloyd's iterations. The paper gives no number; after 5 few pixels change on 14x14.
+        """
+        super().__init__()
+        self.side = math.isqrt(num_tokens - 1) + 1  # of the smallest square grid with at least L cells
+        self.cells = [i * self.side ** 2 // num_tokens for i in range(num_tokens)]
+        self.iterations = iterations
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Cluster the pixels.
+
+        Args:
+            x: Feature map (B, C, H, W).
+
+        Returns:
+            Centroids of unit length (B, L, C).
+        """
+        cells = F.interpolate(x, size=(self.side, self.side), mode='bilinear', align_corners=False).flatten(2)
+        centroids = F.normalize(cells[:, :, self.cells].transpose(1, 2), dim=-1)
+        pixels = F.normalize(x.flatten(2), dim=1)  # (B, C, H*W)
+        for _ in range(self.iterations):
+            nearest = (centroids @ pixels).argmax(dim=1, keepdim=True)  # (B, 1, H*W)
+            index = torch.arange(centroids.shape[1], device=x.device)[None, :, None]
+            members = (nearest == index).to(pixels.dtype)  # (B, L, H*W)
+            means = F.normalize(members @ pixels.transpose(1, 2), dim=-1)
+            centroids = torch.where(members.sum(-1, keepdim=True) > 0, means.to(centroids.dtype), centroids)
+        return centroids

@@ -1,0 +1,32 @@
+"""Position code of a token, from where its pixels lie (first version of the paper)."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerType
+
+from .linear import TokenLinear
+
+__all__ = ['PositionCode']
+
+
+class PositionCode(nn.Module):
+    """Code of the token coefficients A: down-sampled to a fixed grid, then compressed by a linear map.
+
+    The down-sampling makes it independent of the input's size.
+    """
+
+    DIM = 64  # channels of the code; the summaries of the first version give none
+    GRID = 8  # cells a side of the down-sampled A
+
+    def __init__(self, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> None:
+        """
+        Args:
+            norm_layer: Norm after the linear map.
+        """
+        super().__init__()
+        self.linear = TokenLinear(self.GRID ** 2, self.DIM, norm_layer=norm_layer, device=device, dtype=dtype)
+
+    def forward(self, attn: torch.Tensor) -> torch.Tensor:
+        """Encode token coefficients A (B, L, H, W), which sum to one over the pixels, as (B, L, 64)."""
+        cells = F.interpolate(attn, size=(8, 8), mode='bilinear', align_corners=False).flatten(2)
+        return self.linear(cells * (attn.shape[2] * attn.shape[3]))  # uniform A gives ones

@@ -4,7 +4,6 @@ For ImageNet, several GPUs and all of timm's options there is timm's train.py.
 """
 import csv
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,7 +61,6 @@ class FinetuneSettings:
 class FinetuneResult:
     """Outcome of a run; accuracies are counts over the held-out images."""
     model_dir: Path
-    epoch: int
     correct: int
     total: int
     reloaded_correct: int
@@ -241,15 +239,17 @@ def finetune(
         device: Optional[str] = None,
         progress: bool = True,
 ) -> FinetuneResult:
-    """Train a model on a folder of images, keep the best epoch's weights, and check that they reload.
+    """Train a model on a folder of images, and check that its files give the same predictions.
 
-    The weights that are validated and kept are the moving average. After each epoch the whole state is written, so that
-    a run that was killed at any moment goes on from its last complete epoch, to the same result on the same machine.
+    The weights that are validated and kept are the moving average, after the last epoch: picking the best epoch by the
+    held-out images would make their accuracy look better than it is. After each epoch the whole state is written, so
+    that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
+    machine.
 
     Args:
         data_dir: Folder of images (see `vt_zoo.images.find_split`).
-        out: Folder to write: `model/` (timm's hub layout) and `history.csv`; `checkpoint.safetensors` and
-            `best.safetensors` while training goes on.
+        out: Folder to write: `model/` (timm's hub layout) and `history.csv`; `checkpoint.safetensors` while training
+            goes on.
         settings: What decides the outcome.
         resume: Go on with the run that `out` holds, if it holds one.
         overwrite: Begin anew where `out` holds a run.
@@ -265,7 +265,7 @@ def finetune(
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    checkpoint, best, model_dir = out / 'checkpoint.safetensors', out / 'best.safetensors', out / 'model'
+    checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
         if checkpoint.exists() and not resume:
             raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
@@ -286,28 +286,22 @@ def finetune(
     for epoch in range(len(run.history), settings.epochs):
         loss = run.train_epoch(epoch, progress)
         metrics, _ = evaluate(run.ema_model, run.val_loader, device)
-        if all(metrics['top1'] >= h['val_top1'] for h in run.history):
-            write_tensors(best, run.ema_model.state_dict(), {'epoch': epoch + 1})
         run.history.append({
             'epoch': epoch + 1, 'train_loss': loss, 'val_loss': metrics['loss'], 'val_top1': metrics['top1']})
         run.save(checkpoint)
         if progress:
             tqdm.write(f'epoch {epoch + 1:3d}: training loss {loss:.3f}, held-out accuracy {metrics["top1"]:.2f} %')
 
-    tensors, metadata = read_tensors(best)
-    run.ema_model.load_state_dict(tensors)
     _, predictions = evaluate(run.ema_model, run.val_loader, device)
     write_model(model_dir, run.ema_model, split.classes, run.data_config)
     reloaded = load_model(str(model_dir)).to(device)
     _, reloaded_predictions = evaluate(reloaded, run.val_loader, device)
     _write_history(out / 'history.csv', run.history)
-    for path in (checkpoint, best):
-        os.unlink(path)
+    checkpoint.unlink()
 
     targets = torch.tensor([t for _, t in split.val])
     return FinetuneResult(
         model_dir=model_dir,
-        epoch=metadata['epoch'],
         correct=int((predictions == targets).sum()),
         total=len(targets),
         reloaded_correct=int((reloaded_predictions == targets).sum()),

@@ -23,7 +23,7 @@ def draw_token_attention(
     Args:
         images: B images as the model saw them.
         attention: A of a tokenizer (B, L, H, W), as `capture` returns it. It is drawn as a multiple of uniform
-            attention 1 / (H * W), on one scale for the whole picture.
+            attention 1 / (H * W), on one square-root scale for all.
         titles: What to write beside each image.
         path: PNG or SVG file to write.
 
@@ -31,6 +31,7 @@ def draw_token_attention(
         InputError: matplotlib is not installed.
     """
     try:
+        from matplotlib.colors import PowerNorm
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("pictures need matplotlib: pip install 'vt_zoo[figures]'") from None
@@ -47,13 +48,14 @@ def draw_token_attention(
         maps = F.interpolate(maps[None], size=(image.height, image.width), mode='bilinear')[0]
         for ax, values in zip(row[1:], maps):
             ax.imshow(grey, cmap='gray')
-            drawn = ax.imshow(values, cmap='inferno', vmin=0, vmax=top, alpha=0.75)
+            alpha = 0.2 + 0.65 * (values / top).clamp(0, 1).sqrt()  # the image shows through where attention is low
+            drawn = ax.imshow(values, cmap='inferno', norm=PowerNorm(0.5, vmin=0, vmax=top), alpha=alpha)
     for i, ax in enumerate(axes[0]):
         ax.set_title('image' if i == 0 else str(i), fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.01)
-    bar.set_label('attention / uniform', fontsize=9)
+    bar.set_label('attention / uniform (square-root scale)', fontsize=9)
     figure.supxlabel('token', fontsize=9)
     with whole(path) as new:
         figure.savefig(new, dpi=130)

@@ -67,6 +67,6 @@ def print_result(result) -> None:
     same = 'the same' if result.same_predictions else f'NOT the same ({result.reloaded_correct} right)'
     print(
         f'accuracy   {100 * result.correct / result.total:.2f} % ({result.correct} of {result.total} held-out images), '
-        f'epoch {result.epoch}, {result.seconds:.0f} s')
+        f'{result.seconds:.0f} s')
     print(f'reloaded   {same} prediction on each of the {result.total} images')
     print(f'model      {result.model_dir}')

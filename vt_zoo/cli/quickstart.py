@@ -22,7 +22,7 @@ from vt_zoo.images import load_image
 from .arguments import positive_int, whole_number
 from .finetune import print_result
 
-WRITTEN = ('data', 'model', 'history.csv', 'tokens.png', 'checkpoint.safetensors', 'best.safetensors')
+WRITTEN = ('data', 'model', 'history.csv', 'tokens.png', 'checkpoint.safetensors')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

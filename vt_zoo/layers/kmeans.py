@@ -26,7 +26,6 @@ class KMeans(nn.Module):
         self.cells = [i * self.side ** 2 // num_tokens for i in range(num_tokens)]
         self.iterations = iterations
 
-    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Cluster the pixels.
 
@@ -36,13 +35,14 @@ class KMeans(nn.Module):
         Returns:
             Centroids of unit length (B, L, C).
         """
-        cells = F.interpolate(x, size=(self.side, self.side), mode='bilinear', align_corners=False).flatten(2)
-        centroids = F.normalize(cells[:, :, self.cells].transpose(1, 2), dim=-1)
-        pixels = F.normalize(x.flatten(2), dim=1)  # (B, C, H*W)
-        for _ in range(self.iterations):
-            nearest = (centroids @ pixels).argmax(dim=1, keepdim=True)  # (B, 1, H*W)
-            index = torch.arange(centroids.shape[1], device=x.device)[None, :, None]
-            members = (nearest == index).to(pixels.dtype)  # (B, L, H*W)
-            means = F.normalize(members @ pixels.transpose(1, 2), dim=-1)
-            centroids = torch.where(members.sum(-1, keepdim=True) > 0, means.to(centroids.dtype), centroids)
+        with torch.no_grad():
+            cells = F.interpolate(x, size=(self.side, self.side), mode='bilinear', align_corners=False).flatten(2)
+            centroids = F.normalize(cells[:, :, self.cells].transpose(1, 2), dim=-1)
+            pixels = F.normalize(x.flatten(2), dim=1)  # (B, C, H*W)
+            for _ in range(self.iterations):
+                nearest = (centroids @ pixels).argmax(dim=1, keepdim=True)  # (B, 1, H*W)
+                index = torch.arange(centroids.shape[1], device=x.device)[None, :, None]
+                members = (nearest == index).to(pixels.dtype)  # (B, L, H*W)
+                means = F.normalize(members @ pixels.transpose(1, 2), dim=-1)
+                centroids = torch.where(members.sum(-1, keepdim=True) > 0, means.to(centroids.dtype), centroids)
         return centroids

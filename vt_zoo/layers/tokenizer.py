@@ -180,8 +180,8 @@ def token_grid(num_tokens: int) -> Tuple[int, int]:
     rows = max(r for r in range(1, math.isqrt(num_tokens) + 1) if num_tokens % r == 0)
     if num_tokens // rows > 2 * rows:
         raise ValueError(
-            'num_tokens must make a grid of at most twice as many columns as rows for the pooling tokenizer, as 4, 8, 9, '
-            f'16, 32 or 64 do, got {num_tokens}')
+            'num_tokens must make a grid of at most twice as many columns as rows for the pooling tokenizer, '
+            f'as 4, 8, 9, 16, 32 or 64 do, got {num_tokens}')
     return rows, num_tokens // rows
 
 

@@ -134,8 +134,8 @@ class VTResNet(ResNet):
             feature_dim: Channels C_out of the feature map that the VT modules refine.
             token_dim: Channels CT of a token. 1024 is the paper's (section 4).
             num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6).
-            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, recurrent tokenizers (equation 2) after
-                it; or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
+            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, recurrent ones (equation 2) after it;
+                or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
             recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
             token_mixer: 'transformer' (equations 3 and 4), 'graph' (a learned L x L adjacency and a linear map) or
                 'none' (a linear map) (Table 5).

@@ -111,5 +111,6 @@ class RecurrentTokenizer(nn.Module):
         filters = self.query(tokens) * self.scale  # W_R
         logits = filters @ self.key(x).flatten(2)  # (X W_R)^T: (B, L, H*W)
         logits = self.logit_norm(logits.unsqueeze(2)).squeeze(2)
-        attn = self.softmax(logits)
+        # products of two activations can leave the range of float16, and softmax makes NaN of an infinity
+        attn = self.softmax(torch.nan_to_num(logits, nan=float('nan')))
         return attn @ self.value(x).flatten(2).transpose(1, 2)

@@ -26,7 +26,8 @@ def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
     Returns:
         The largest number of groups, at most out_chs // group_width, that divides both channel counts.
     """
-    return math.gcd(in_chs, out_chs, max(out_chs // group_width, 1))
+    common = math.gcd(in_chs, out_chs)
+    return next(groups for groups in range(max(out_chs // group_width, 1), 0, -1) if common % groups == 0)
 
 
 def _tokens_to_image(tokens: torch.Tensor) -> torch.Tensor:

@@ -369,15 +369,15 @@ class VTResNet(ResNet):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Let a classifier's weights fit a model with features.
+    """Let the weights of a classifier fit a model with features, and the other way round.
 
-    The last module's projector, which a classifier does not have, starts as the model made it: at zero, so that the
-    map passes through unchanged.
+    They differ by the projector of the last module. A new one starts as the model made it: at zero, so that the map
+    passes through unchanged.
     """
-    new = f'vt_stage.{len(model.vt_stage) - 1}.projector.'
-    if not any(k.startswith(new) for k in state_dict):
-        state_dict.update({k: v for k, v in model.state_dict().items() if k.startswith(new)})
-    return state_dict
+    last = f'vt_stage.{len(model.vt_stage) - 1}.projector.'
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(last)}
+    given = {k: v for k, v in state_dict.items() if k in own or not k.startswith(last)}
+    return {**own, **given}
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -251,8 +251,8 @@ def report(records: List[Dict[str, str]], environment: str) -> str:
     lines = [
         "# The paper's Tables 1 to 8", '', f'Command: `python benchmarks/paper_tables.py`. {environment}', '',
         'Multiply-adds and weights (no norms, no biases) of the real modules at 224x224, training form, by the flop '
-        "counter of torch. A cell is *reproduced* within its rounding or 0.1 %. Accuracies are the paper's, unverified: nobody "
-        f'here has ImageNet. {tally["reproduced"]} cells are reproduced, {tally["differing"]} differ, '
+        'counter of torch. A cell is *reproduced* within its rounding or 0.1 %. Accuracies are unverified: '
+        f'nobody here has ImageNet. {tally["reproduced"]} cells are reproduced, {tally["differing"]} differ, '
         f'{tally["unverified"]} are unverified.', '']
     for table in sorted({r['table'] for r in records}):
         lines += [f'## Table {table}', '', '| row | column | paper | ours | difference | |', f'|{"---|" * 6}']

@@ -1,5 +1,6 @@
 """Transformer over the tokens (section 3.2 of the paper)."""
 import math
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -21,7 +22,7 @@ class TokenTransformer(nn.Module):
     def __init__(
             self,
             dim: int,
-            num_tokens: int,
+            num_tokens: Optional[int] = None,
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,

@@ -158,7 +158,7 @@ def report(runs: List[dict], environment: str) -> str:
         f'Command: `python benchmarks/ablations.py`. {environment} {len(runs)} runs, {minutes:.0f} minutes.', '',
         f"Each {SIZE}x{SIZE} image shows two of scikit-learn's scanned digits at least {SIZE // 2} pixels apart among "
         f'random strokes; the label is their sum. {TRAIN_IMAGES} training and {TEST_IMAGES} test images of different '
-        f'scans, {epochs} epochs of SGD (momentum 0.9, peak lr {LR}, batch {BATCH}, cosine), the same for all. Accuracy '
+        f'scans, {epochs} epochs of SGD (momentum, peak lr {LR}, batch {BATCH}, cosine), the same for all. Accuracy '
         f'after the last epoch in percent, mean and standard deviation over {seeds} seeds; guessing 9 gives 10. Models '
         'are small (test_vt_resnet with a narrower trunk), so this says nothing of ImageNet.', '',
         '| variant | table | parameters, M | test accuracy | each seed | training accuracy |', f'|{"---|" * 6}']

@@ -43,6 +43,7 @@ class KMeans(nn.Module):
                 nearest = (centroids @ pixels).argmax(dim=1, keepdim=True)  # (B, 1, H*W)
                 index = torch.arange(centroids.shape[1], device=x.device)[None, :, None]
                 members = (nearest == index).to(pixels.dtype)  # (B, L, H*W)
-                means = F.normalize(members @ pixels.transpose(1, 2), dim=-1)
-                centroids = torch.where(members.sum(-1, keepdim=True) > 0, means.to(centroids.dtype), centroids)
+                sums = (members @ pixels.transpose(1, 2)).to(centroids.dtype)
+                some = sums.abs().amax(-1, keepdim=True) > 0  # neither empty nor of black pixels only
+                centroids = torch.where(some, F.normalize(sums, dim=-1), centroids)
         return centroids

@@ -40,9 +40,15 @@ def whole(path: Union[str, Path]) -> Iterator[Path]:
             raise OSError(str(e)) from e
         for file in [new] if new.is_file() else new.iterdir():
             file.chmod(mode)
-        if path.is_dir():
-            path.rename(Path(folder) / 'old')
-        os.replace(new, path)
+        if not path.is_dir():
+            os.replace(new, path)
+            return
+        old = path.rename(Path(folder) / 'old')
+        try:
+            os.replace(new, path)
+        except BaseException:
+            old.rename(path)
+            raise
 
 
 def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
@@ -105,9 +111,11 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
         check_name(name_or_dir)
     try:
         return create_model(source, pretrained=True, **kwargs).eval()
-    except (RuntimeError, SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-        reason = str(e).strip().splitlines()
-        raise InputError(f'model {name_or_dir} cannot be loaded: {" ".join(s.strip() for s in reason[:2])}') from e
+    except Exception as e:  # a damaged config.json makes timm raise nearly anything
+        reason = next(iter(str(e).splitlines()), '').rstrip('.:')[:200] or type(e).__name__
+        if 'loading state_dict' in reason:
+            reason = 'its weights are those of another model'
+        raise InputError(f'model {name_or_dir} cannot be loaded: {reason}') from e
 
 
 def check_name(name: str) -> None:

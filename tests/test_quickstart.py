@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -178,10 +179,11 @@ def test_bad_accuracy_is_told_as_it_is(second):
     assert percent < 98
 
 
-def test_folders_of_the_user_are_not_deleted(command, tmp_path):
+def test_folders_of_the_user_are_not_deleted(command, signal_at, tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'thesis.txt').write_text('mine')
-    result = command('quickstart', '--epochs', 1, '--out', tmp_path)
+    before_training = signal_at('timm.task.ClassificationTask.update_ema', 1, signal.SIGKILL)
+    result = command('quickstart', '--out', tmp_path, before=before_training)
     assert (tmp_path / 'data' / 'thesis.txt').exists(), result.stdout
 
 

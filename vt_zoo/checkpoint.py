@@ -1,10 +1,10 @@
 """Files of weights: safetensors only, and each appears whole or not at all."""
 import json
 import os
-import tempfile
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from timm.models import create_model, is_model, save_for_hf
 
 from .errors import InputError
 
-__all__ = ['load_model', 'read_tensors', 'whole', 'write_model', 'write_tensors']
+__all__ = ['check_input_size', 'check_name', 'load_model', 'read_tensors', 'whole', 'write_model', 'write_tensors']
 
 
 @contextmanager
@@ -28,9 +28,11 @@ def whole(path: Union[str, Path]) -> Iterator[Path]:
         OSError: The disk is full or the place cannot be written. Nothing is left behind and `path` is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    folder = path.parent / f'.{path.name}.tmp'
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir(parents=True)
+    new = folder / path.name
+    try:
         new.touch()
         mode = new.stat().st_mode  # what the umask leaves; safetensors writes files that their owner alone can read
         new.unlink()
@@ -38,11 +40,20 @@ def whole(path: Union[str, Path]) -> Iterator[Path]:
             yield new
         except SafetensorError as e:
             raise OSError(str(e)) from e
-        for file in [new] if new.is_file() else new.iterdir():
-            file.chmod(mode)
-        if path.is_dir():
-            path.rename(Path(folder) / 'old')
-        os.replace(new, path)
+        for file in (new, *new.rglob('*')):
+            if file.is_file():
+                file.chmod(mode)
+        if not path.is_dir():
+            os.replace(new, path)
+            return
+        old = path.rename(folder / 'old')
+        try:
+            os.replace(new, path)
+        except BaseException:
+            old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
@@ -105,9 +116,22 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
         check_name(name_or_dir)
     try:
         return create_model(source, pretrained=True, **kwargs).eval()
-    except (RuntimeError, SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-        reason = str(e).strip().splitlines()
-        raise InputError(f'model {name_or_dir} cannot be loaded: {" ".join(s.strip() for s in reason[:2])}') from e
+    except Exception as e:  # a damaged config.json makes timm raise nearly anything
+        reason = next(iter(str(e).splitlines()), '').rstrip('.:')[:200] or type(e).__name__
+        if 'loading state_dict' in reason:
+            reason = 'its weights are those of another model'
+        raise InputError(f'model {name_or_dir} cannot be loaded: {reason}') from e
+
+
+def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> None:
+    """Raise InputError where the model does not take images of this size (C, H, W)."""
+    parameter = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    except (RuntimeError, ValueError, AssertionError) as e:
+        size = 'x'.join(str(n) for n in input_size)
+        raise InputError(f'model {name} does not take images of {size}: {str(e).splitlines()[0]}') from e
 
 
 def check_name(name: str) -> None:

@@ -19,7 +19,7 @@ from timm.task import ClassificationTask
 from timm.utils import random_seed
 from tqdm import tqdm
 
-from .checkpoint import check_name, load_model, read_tensors, whole, write_model, write_tensors
+from .checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
 from .errors import InputError
 from .images import ImageFolder, Split, find_split
 
@@ -93,8 +93,8 @@ def _create_model(settings: FinetuneSettings, num_classes: int) -> nn.Module:
     check_name(settings.model)
     try:
         return create_model(settings.model, **kwargs)
-    except TypeError as e:
-        raise InputError(f'model {settings.model!r} cannot be trained here: {e}') from e
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise InputError(f'model {settings.model!r} cannot be trained here: {str(e).splitlines()[0]}') from e
 
 
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
@@ -103,10 +103,13 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
         'interpolation': data_config['interpolation'], 'num_workers': workers, 'device': device,
         'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # so that an epoch depends on its seed alone
     }
-    train = create_loader(
-        ImageFolder(split.train), batch_size=min(settings.batch_size, len(split.train)), is_training=True,
-        scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
-        auto_augment=settings.aa, **common)
+    try:
+        train = create_loader(
+            ImageFolder(split.train), batch_size=min(settings.batch_size, len(split.train)), is_training=True,
+            scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
+            auto_augment=settings.aa, **common)
+    except (AssertionError, ValueError) as e:
+        raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
         ImageFolder(split.val), batch_size=settings.batch_size, crop_pct=data_config['crop_pct'], **common)
     return train, val
@@ -129,6 +132,7 @@ class _Run:
         model = _create_model(settings, len(split.classes)).to(device)
         size = {'img_size': settings.img_size} if settings.img_size else {}
         self.data_config = resolve_data_config(size, model=model)
+        check_input_size(model, self.data_config['input_size'], settings.model)
         self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
         self.task = ClassificationTask(
             model, criterion_kwargs={'smoothing': settings.smoothing}, device=device, verbose=False)
@@ -200,6 +204,8 @@ class _Run:
             InputError: It belongs to a run with other settings or data.
         """
         tensors, metadata = read_tensors(path)
+        if 'fingerprint' not in metadata:
+            raise InputError(f'checkpoint {path} is not one of `vt-zoo finetune`')
         for name, value in metadata['fingerprint'].items():
             if self.fingerprint.get(name) != value:
                 raise InputError(
@@ -279,6 +285,8 @@ def finetune(
     split = find_split(data_dir, settings.val_fraction, settings.seed, progress)
     run = _Run(settings, split, workers, device)
     out.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        checkpoint.unlink(missing_ok=True)
     if resume and checkpoint.exists():
         run.load(checkpoint)
         _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')

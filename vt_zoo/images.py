@@ -53,7 +53,7 @@ def load_image(path: Union[str, Path]) -> Image.Image:
         raise InputError(f'image {path} does not exist') from None
     except IsADirectoryError:
         raise InputError(f'image {path} is a folder, not an image file') from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+    except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = 'it is not an image' if isinstance(e, Image.UnidentifiedImageError) else str(e).rstrip('.')
         raise InputError(f'image {path} cannot be read: {reason}') from e
 

@@ -45,10 +45,10 @@ def draw_token_attention(
         row[0].imshow(image)
         row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=9)
         grey = image.convert('L')
-        maps = F.interpolate(maps[None], size=(image.height, image.width), mode='bilinear')[0]
+        maps = F.interpolate(maps[None], size=(image.height, image.width), mode='bilinear')[0].numpy()
         for ax, values in zip(row[1:], maps):
             ax.imshow(grey, cmap='gray')
-            alpha = 0.2 + 0.65 * (values / top).clamp(0, 1).sqrt()  # the image shows through where attention is low
+            alpha = 0.2 + 0.65 * (values / top).clip(0, 1) ** 0.5  # the image shows through where attention is low
             drawn = ax.imshow(values, cmap='inferno', norm=PowerNorm(0.5, vmin=0, vmax=top), alpha=alpha)
     for i, ax in enumerate(axes[0]):
         ax.set_title('image' if i == 0 else str(i), fontsize=9)

@@ -9,7 +9,8 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from tqdm import tqdm
 
-from vt_zoo.checkpoint import load_model
+from vt_zoo.checkpoint import check_input_size, load_model
+from vt_zoo.errors import InputError
 from vt_zoo.images import load_image
 
 from .arguments import positive_int
@@ -30,7 +31,11 @@ def run(args: argparse.Namespace) -> None:
     """Print the predictions."""
     model = load_model(args.model)
     names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
-    transform = create_transform(**resolve_data_config({}, model=model))
+    if len(names) != model.num_classes:
+        raise InputError(f'model {args.model} has {model.num_classes} classes, its config.json names {len(names)}')
+    data_config = resolve_data_config({}, model=model)
+    check_input_size(model, data_config['input_size'], args.model)
+    transform = create_transform(**data_config)
     for path in args.images:
         load_image(path)
     results = []

@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.figures import draw_token_attention
-from vt_zoo.checkpoint import load_model
+from vt_zoo.checkpoint import load_model, whole
 from vt_zoo.digits import write_digits
 from vt_zoo.errors import InputError
 from vt_zoo.finetune import FinetuneResult, FinetuneSettings, finetune
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
         print(f'replacing  {", ".join(old)} of an earlier run in {out}')
     for name in old:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-    write_digits(out / 'data')
+    with whole(out / 'data') as new:
+        write_digits(new)
     settings = FinetuneSettings(
         model='test_vt_resnet', epochs=args.epochs, img_size=96, scale=(0.7, 1.0), hflip=0., color_jitter=0.,
         seed=args.seed)

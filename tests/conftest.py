@@ -1,0 +1,237 @@
+"""Fixtures shared by the tests: processes of the command line, folders of digits, trained models."""
+import json
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vt_zoo.digits import write_digits
+from vt_zoo.errors import InputError
+from vt_zoo.finetune import FinetuneSettings, finetune
+
+TIMEOUT = 600
+MAX_SENTENCE = 400  # characters, paths among them
+
+# Imports torch once and forks a process a command, each as it is after the imports of `python -m vt_zoo`, which ends
+# without tearing the interpreter down: that saves seconds a command. A job's `before` is code that the process runs
+# first, to put it into bad circumstances.
+FORKS = '''
+import json, os, runpy, signal, sys, traceback
+import vt_zoo.cli
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    os._exit(0)
+for descriptor, path, flags in (0, os.devnull, os.O_RDONLY), (1, job['out'], os.O_WRONLY), (2, job['err'], os.O_WRONLY):
+    os.dup2(os.open(path, flags), descriptor)
+os.chdir(job['cwd'])
+signal.setitimer(signal.ITIMER_REAL, job['timeout'])
+exec(job['before'])
+sys.argv[1:] = job['args']
+code = 1
+try:
+    runpy.run_module('vt_zoo', run_name='__main__', alter_sys=True)
+except SystemExit as e:
+    code = e.code or 0
+except BaseException:
+    traceback.print_exc()
+try:
+    sys.stdout.flush()
+except OSError:
+    traceback.print_exc()
+    code = 120
+os._exit(code)
+'''
+
+# A process that sends itself and its children a signal where it calls a function, in place of that call or after it.
+SIGNAL_AT = '''
+import multiprocessing.process, os, PIL.Image, timm.task, vt_zoo.cli.predict, vt_zoo.images
+def send_signal(owner, name, call, number, after):
+    function, calls = getattr(owner, name), []
+    def replacement(*args, **kwargs):
+        calls.append(args)
+        result = function(*args, **kwargs) if after or len(calls) != call else None
+        if len(calls) == call:
+            os.killpg(0, number)
+        return result
+    setattr(owner, name, replacement)
+os.setpgrp()
+'''
+
+
+def lines_of(text):
+    """What is left to read on a terminal, where a progress bar is written over."""
+    lines = [line.rsplit('\r', 1)[-1] for line in text.split('\n')]
+    return [line for line in lines if line.strip()]
+
+
+class CommandLine:
+    """Runs commands: `python -m vt_zoo` in forks of a process that has imported it already."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, *args, cwd=None, before='', out=None, timeout=TIMEOUT):
+        """Run a command.
+
+        Args:
+            args: Its words.
+            cwd: Folder to run it in.
+            before: Python code that the process runs first.
+            out: File to take standard output; not read back where given.
+            timeout: Seconds until SIGALRM ends it at once, as SIGKILL would.
+
+        Returns:
+            Exit code, standard output, standard error as text and its lines that stay on a terminal.
+        """
+        job = {
+            'args': [str(a) for a in args], 'cwd': str(cwd or self.folder), 'before': before, 'timeout': timeout,
+            'out': str(out or self.folder / 'out'), 'err': str(self.folder / 'err')}
+        (self.folder / 'out').write_bytes(b'')
+        (self.folder / 'err').write_bytes(b'')
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        code = int(self.server.stdout.readline())
+        stdout, stderr = ((self.folder / n).read_bytes().decode(errors='surrogateescape') for n in ('out', 'err'))
+        return SimpleNamespace(code=code, stdout=stdout, stderr=stderr, lines=lines_of(stderr))
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(TIMEOUT)
+        self.server.stdout.close()
+
+
+@pytest.fixture(scope='session')
+def command(tmp_path_factory):
+    """Runs a command of vt-zoo: `command('models', '--json').stdout`."""
+    command_line = CommandLine(tmp_path_factory.mktemp('command'))
+    yield command_line
+    command_line.close()
+
+
+@pytest.fixture(scope='session')
+def signal_at():
+    """Gives code for `before` of a command: `signal_at('os.replace', 2, SIGINT)`, a signal at the second call.
+
+    `after` is for a signal right after the call; otherwise it comes in place of the call.
+    """
+    def code(function, call, number, after=False):
+        owner, _, name = function.rpartition('.')
+        return f'{SIGNAL_AT}\nsend_signal({owner}, {name!r}, {call}, {int(number)}, {after})'
+    return code
+
+
+@pytest.fixture(scope='session')
+def models(command):
+    """What `vt-zoo models --json` lists, by name."""
+    return {entry['name']: entry for entry in json.loads(command('models', '--json').stdout)}
+
+
+@pytest.fixture(scope='session')
+def input_error():
+    """Context manager: the block raises an InputError of one sentence that matches."""
+    @contextmanager
+    def check(match):
+        with pytest.raises(InputError, match=match) as info:
+            yield
+        message = str(info.value)
+        assert '\n' not in message
+        assert len(message) <= MAX_SENTENCE, f'a sentence of {len(message)} characters'
+    return check
+
+
+@pytest.fixture(scope='session')
+def script():
+    """Path of the console script."""
+    return Path(sys.executable).with_name('vt-zoo')
+
+
+@pytest.fixture(scope='session')
+def quickstart(script, tmp_path_factory):
+    """One whole `vt-zoo quickstart`: its folder `out` in `cwd`, standard output and error, seconds."""
+    cwd = tmp_path_factory.mktemp('quickstart')
+    start = time.monotonic()
+    process = subprocess.run(
+        [script, 'quickstart'], cwd=cwd, capture_output=True, text=True, timeout=2 * TIMEOUT)
+    seconds = time.monotonic() - start
+    assert process.returncode == 0, process.stderr
+    return SimpleNamespace(
+        cwd=cwd, out=cwd / 'vt_zoo_quickstart', stdout=process.stdout, stderr=process.stderr, seconds=seconds)
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """All digits as `write_digits` writes them. Not to be changed."""
+    folder = tmp_path_factory.mktemp('digits')
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def few_digits(digits, tmp_path_factory):
+    """Three classes, train/ of 36 images and val/ of 18. Not to be changed."""
+    folder = tmp_path_factory.mktemp('few_digits')
+    for split, count in (('train', 12), ('val', 6)):
+        for name in '012':
+            (folder / split / name).mkdir(parents=True)
+            for path in sorted((digits / split / name).iterdir())[:count]:
+                shutil.copy(path, folder / split / name)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def class_folders(few_digits):
+    """Three class folders of 12 images without train/ and val/. Not to be changed."""
+    return few_digits / 'train'
+
+
+@pytest.fixture
+def my_digits(few_digits, tmp_path):
+    """A copy of few_digits to change."""
+    return Path(shutil.copytree(few_digits, tmp_path / 'my_digits'))
+
+
+@pytest.fixture(scope='session')
+def tiny_settings():
+    """Settings of the cheapest sensible run: 4 steps an epoch on few_digits."""
+    return FinetuneSettings(
+        model='test_vt_resnet', epochs=2, batch_size=8, img_size=32, lr=0.02, warmup_epochs=0, hflip=0.,
+        scale=(0.7, 1.0))
+
+
+@pytest.fixture(scope='session')
+def tiny_arguments():
+    """The words that give tiny_settings on the command line, without the data folder and --out."""
+    return [
+        '--model', 'test_vt_resnet', '--epochs', '2', '--batch-size', '8', '--img-size', '32', '--lr', '0.02',
+        '--warmup-epochs', '0', '--hflip', '0', '--scale', '0.7', '1.0', '--workers', '0', '--device', 'cpu']
+
+
+@pytest.fixture(scope='session')
+def tiny_run(few_digits, tiny_settings, tmp_path_factory):
+    """A finished run of two epochs: `out`, `result`. Not to be changed."""
+    out = tmp_path_factory.mktemp('tiny') / 'run'
+    result = finetune(few_digits, out, tiny_settings, device='cpu', progress=False)
+    return SimpleNamespace(out=out, result=result)
+
+
+@pytest.fixture(scope='session')
+def tiny_model(tiny_run):
+    """Folder of the model of tiny_run. Not to be changed."""
+    return tiny_run.out / 'model'
+
+
+@pytest.fixture
+def my_model(tiny_model, tmp_path):
+    """A copy of tiny_model to change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / 'my_model'))

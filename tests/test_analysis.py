@@ -1,0 +1,263 @@
+"""What a model's tokens look at, what it costs, and the picture."""
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import vt_zoo  # noqa: F401
+from vt_zoo.analysis.capture import capture
+from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.analysis.figures import draw_token_attention
+
+SIZES = [(64, 64), (32, 32), (48, 96), (100, 33)]
+TOKENS, TOKEN_DIM = 16, 128  # of test_vt_resnet
+
+
+def images(batch=2, height=64, width=64):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    """A model whose residual branches are not zero, in eval."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_vt_resnet', num_classes=5)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and name.endswith('weight'):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    model.train()(images(8))
+    return model.eval()
+
+
+def hooks(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+@pytest.mark.parametrize('height, width', SIZES)
+def test_shapes(model, height, width):
+    first, last = capture(model, images(3, height, width))
+    pixels = (-(-height // 16), -(-width // 16))
+    for record in (first, last):
+        assert record.attention.shape == (3, TOKENS, *pixels)
+        assert record.relation.shape == (3, TOKENS, TOKENS)
+        assert record.tokens.shape == (3, TOKENS, TOKEN_DIM)
+    assert first.projection.shape == (3, TOKENS, *pixels)
+    assert last.projection is None
+
+
+def test_shares_sum_to_one(model):
+    for record in capture(model, images(2, 48, 96)):
+        shares = [record.attention.flatten(2).sum(-1), record.relation.sum(-1)]
+        if record.projection is not None:
+            shares.append(record.projection.sum(1))
+        for share in shares:
+            torch.testing.assert_close(share, torch.ones_like(share))
+        assert record.attention.min() >= 0
+
+
+def test_tokens_are_those_of_the_model(model):
+    records = capture(model, images())
+    with torch.inference_mode():
+        assert torch.equal(records[-1].tokens, model.forward_features(images()))
+    assert not torch.equal(records[0].tokens, records[1].tokens)
+
+
+def test_attention_is_what_the_tokenizer_gathers_with(model):
+    seen = []
+    handles = [m.tokenizer.register_forward_hook(lambda m, x, y: seen.append((m, x[0], y))) for m in model.vt_stage]
+    records = capture(model, images(2, 48, 96))
+    for handle in handles:
+        handle.remove()
+    with torch.inference_mode():
+        for record, (tokenizer, x, tokens) in zip(records, seen):
+            value = tokenizer.value(x)
+            gathered = torch.einsum('blhw,bchw->blc', record.attention, value)
+            torch.testing.assert_close(gathered, tokens, rtol=1e-4, atol=1e-4)
+            assert record.attention.flatten(2).std(-1).min() > 1e-5
+
+
+def test_attention_of_the_first_module_is_equation_1(model):
+    tokenizer, x = model.vt_stage[0].tokenizer, images(2, 48, 96)
+    with torch.inference_mode():
+        pixels = model.forward_intermediates(x, indices=[3], intermediates_only=True)[0]
+        logits = tokenizer.logit_norm(torch.einsum('lc,bchw->blhw', tokenizer.filters.weight[..., 0, 0], pixels))
+    expected = logits.flatten(2).softmax(-1).view_as(logits)
+    torch.testing.assert_close(capture(model, x)[0].attention, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_relation_is_what_the_transformer_mixes_with(model):
+    transformer, seen = model.vt_stage[0].transformer, []
+    handle = transformer.norm.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    other = transformer.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    record = capture(model, images())[0]
+    handle.remove()
+    other.remove()
+    tokens, mixed = seen
+    torch.testing.assert_close(record.relation @ tokens, mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_projection_is_what_the_projector_writes_with(model):
+    projector, seen = model.vt_stage[0].projector, []
+    handle = projector.register_forward_hook(lambda m, x, y: seen.append((*x, y)))
+    record = capture(model, images(2, 48, 96))[0]
+    handle.remove()
+    x, tokens, out = seen[0]
+    with torch.inference_mode():
+        written = torch.einsum('blhw,blc->bchw', record.projection, projector.value(tokens))
+        torch.testing.assert_close(projector.skip(x) + written, out, rtol=1e-4, atol=1e-4)
+
+
+def test_model_is_as_before(model):
+    with torch.inference_mode():
+        before = model(images())
+    capture(model, images())
+    assert hooks(model) == []
+    assert not model.training
+    with torch.inference_mode():
+        assert torch.equal(model(images()), before)
+
+
+def test_mode_of_the_model_is_kept(model):
+    model.train()
+    capture(model, images())
+    assert model.training
+
+
+def test_records_hold_no_graph(model):
+    for record in capture(model, images()):
+        assert not record.attention.requires_grad
+        assert not record.tokens.requires_grad
+
+
+def test_hooks_are_gone_after_an_error(model):
+    with pytest.raises(ValueError, match='at least 32'):
+        capture(model, torch.zeros(1, 3, 8, 8))
+    assert hooks(model) == []
+
+
+def test_other_hooks_stay(model):
+    calls = []
+    model.vt_stage[0].tokenizer.softmax.register_forward_hook(lambda *args: calls.append(1))
+    capture(model, images())
+    assert len(hooks(model)) == len(calls) == 1
+
+
+def test_backbone_has_a_projector_in_each_module():
+    model = timm.create_model('test_vt_resnet', features_only=True).eval()
+    records = capture(model, images())
+    assert len(records) == 2
+    assert all(record.projection is not None for record in records)
+
+
+def test_twice_the_same(model):
+    for record, again in zip(capture(model, images()), capture(model, images())):
+        assert torch.equal(record.attention, again.attention)
+
+
+def test_model_without_tokens():
+    with pytest.raises(ValueError, match='ResNet has none'):
+        capture(timm.create_model('resnet18'), images())
+
+
+@pytest.fixture
+def hand_made():
+    """216 + 4,800 weights and 216 * 120 + 4,800 multiply-adds for an image of 3x10x12."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 10 * 12, 5))
+
+
+def test_weights_of_a_hand_made_model(hand_made):
+    assert count_weights(hand_made) == 216 + 4800
+
+
+def test_multiply_adds_of_a_hand_made_model(hand_made):
+    assert count_multiply_adds(hand_made, (3, 10, 12)) == 216 * 120 + 4800
+
+
+def test_multiply_adds_of_groups_strides_and_products():
+    class Product(nn.Module):
+        def forward(self, x):
+            return x @ x.transpose(1, 2)
+
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, stride=2, groups=2, bias=False), nn.Flatten(2), Product())
+    assert count_weights(model) == 6 * 2 * 4
+    assert count_multiply_adds(model, (4, 8, 6)) == 48 * 12 + 6 * 6 * 12
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_counting_changes_nothing(hand_made, training):
+    hand_made.train(training)
+    before = {name: value.clone() for name, value in hand_made.state_dict().items()}
+    count_multiply_adds(hand_made, (3, 10, 12))
+    assert hand_made.training == training
+    assert all(torch.equal(value, before[name]) for name, value in hand_made.state_dict().items())
+
+
+@pytest.mark.parametrize('device, dtype', [('meta', torch.float32), ('cpu', torch.bfloat16)])
+def test_counting_elsewhere(hand_made, device, dtype):
+    assert count_multiply_adds(hand_made.to(device, dtype), (3, 10, 12)) == 216 * 120 + 4800
+
+
+def attention(batch=2, tokens=3, height=4, width=4):
+    logits = torch.randn(batch, tokens, height * width, generator=torch.Generator().manual_seed(0))
+    return (3 * logits).softmax(-1).unflatten(-1, (height, width))
+
+
+def pictures(batch=2, size=(32, 32)):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(batch)]
+
+
+def test_picture(tmp_path):
+    draw_token_attention(pictures(), attention(), ['a', 'b'], tmp_path / 'new' / 'tokens.png')
+    with Image.open(tmp_path / 'new' / 'tokens.png') as image:
+        assert image.format == 'PNG'
+        assert min(image.size) > 100
+        assert len(np.unique(np.asarray(image.convert('RGB')).reshape(-1, 3), axis=0)) > 500
+    assert [p.name for p in (tmp_path / 'new').iterdir()] == ['tokens.png']
+
+
+def test_picture_shows_the_attention(tmp_path):
+    draw_token_attention(pictures(), attention(), ['a', 'b'], tmp_path / 'a.png')
+    draw_token_attention(pictures(), attention().flip(-1), ['a', 'b'], str(tmp_path / 'b.png'))
+    draw_token_attention(pictures(), attention(), ['a', 'b'], tmp_path / 'c.png')
+    a, b, c = (np.asarray(Image.open(tmp_path / f'{name}.png')).astype(int) for name in 'abc')
+    assert (a == c).all()
+    assert a.shape != b.shape or np.abs(a - b).mean() > 1
+
+
+def test_picture_as_svg(tmp_path):
+    draw_token_attention(pictures(), attention(), ['cat', 'dog'], tmp_path / 'tokens.svg')
+    assert '<svg' in (tmp_path / 'tokens.svg').read_text()
+
+
+@pytest.mark.parametrize('size, batch', [((48, 32), 1), ((32, 64), 3)])
+def test_picture_of_images_that_are_not_square(tmp_path, size, batch):
+    maps = attention(batch, 5, size[1] // 16, size[0] // 16)
+    draw_token_attention(pictures(batch, size), maps, ['x'] * batch, tmp_path / 'tokens.png')
+    assert (tmp_path / 'tokens.png').stat().st_size > 1000
+
+
+def test_picture_of_captured_attention(model, tmp_path):
+    records = capture(model, images(2, 48, 96))
+    for i, record in enumerate(records):
+        draw_token_attention(pictures(2, (96, 48)), record.attention, ['a', 'b'], tmp_path / f'{i}.png')
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError):
+        draw_token_attention(pictures(), attention(), ['a', 'b'], tmp_path / 'file' / 'tokens.png')
+
+
+def test_picture_without_matplotlib(tmp_path, monkeypatch, input_error):
+    for name in [name for name in sys.modules if name.split('.')[0] == 'matplotlib'] + ['matplotlib']:
+        monkeypatch.setitem(sys.modules, name, None)
+    with input_error('matplotlib'):
+        draw_token_attention(pictures(), attention(), ['a', 'b'], tmp_path / 'tokens.png')
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,378 @@
+"""Files of weights: whole or not there, in timm's hub layout, and a sentence where they do not fit."""
+import json
+import os
+import shutil
+import stat
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import vt_zoo.checkpoint
+from vt_zoo.checkpoint import check_name, load_model, read_tensors, whole, write_model, write_tensors
+from vt_zoo.errors import InputError
+
+CLASSES = ['cat', 'dog', 'Zebra']
+
+
+class Stop(BaseException):
+    """Not an Exception, as KeyboardInterrupt."""
+
+
+def create(name='test_vt_resnet', num_classes=3, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+
+
+def images(batch=2, size=32):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(model):
+    with torch.inference_mode():
+        return model(images())
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(changes)
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+def put_file(path, text):
+    with whole(path) as new:
+        new.write_text(text)
+
+
+def put_folder(path, **texts):
+    with whole(path) as new:
+        new.mkdir()
+        for name, text in texts.items():
+            (new / name).write_text(text)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob('*') if p.is_file()}
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """A model with random weights in the hub layout."""
+    write_model(tmp_path / 'model', create(), CLASSES, {'input_size': (3, 32, 32)})
+    return tmp_path / 'model'
+
+
+def test_file_appears_whole(tmp_path):
+    with whole(str(tmp_path / 'a.txt')) as new:
+        new.write_text('half')
+        assert not (tmp_path / 'a.txt').exists()
+        new.write_text('whole')
+    assert tree(tmp_path) == {'a.txt': 'whole'}
+
+
+def test_folder_appears_whole(tmp_path):
+    put_folder(tmp_path / 'a', x='1', y='2')
+    assert tree(tmp_path) == {'a/x': '1', 'a/y': '2'}
+
+
+def test_parents_are_made(tmp_path):
+    put_file(tmp_path / 'b' / 'c' / 'a.txt', 'text')
+    assert tree(tmp_path) == {'b/c/a.txt': 'text'}
+
+
+def test_file_is_replaced(tmp_path):
+    put_file(tmp_path / 'a.txt', 'old')
+    put_file(tmp_path / 'a.txt', 'new')
+    assert tree(tmp_path) == {'a.txt': 'new'}
+
+
+def test_folder_is_replaced(tmp_path):
+    put_folder(tmp_path / 'a', x='old', y='old')
+    put_folder(tmp_path / 'a', x='new')
+    assert tree(tmp_path) == {'a/x': 'new'}
+
+
+@pytest.mark.parametrize('error', [RuntimeError, OSError, KeyboardInterrupt, Stop])
+@pytest.mark.parametrize('before', [{}, {'a': 'old'}, {'a/x': 'old'}])
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+def test_nothing_is_left_of_a_block_that_fails(tmp_path, error, before, kind):
+    for name, text in before.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error), whole(tmp_path / 'a') as new:
+        if kind == 'folder':
+            new.mkdir()
+            new = new / 'x'
+        new.write_text('half')
+        raise error('no more')
+    assert tree(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == (['a'] if before else [])
+
+
+@pytest.mark.parametrize('before', [{'a': 'old'}, {'a/x': 'old'}])
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+def test_old_survives_where_the_new_cannot_take_its_name(tmp_path, monkeypatch, before, error):
+    for name, text in before.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def replace(source, target):
+        raise error('no more')
+
+    monkeypatch.setattr(vt_zoo.checkpoint.os, 'replace', replace)
+    with pytest.raises(error), whole(tmp_path / 'a') as new:
+        if 'a' in before:
+            new.write_text('new')
+        else:
+            new.mkdir()
+            (new / 'x').write_text('new')
+    assert tree(tmp_path) == before
+
+
+def test_error_of_safetensors_is_one_of_the_place(tmp_path):
+    with pytest.raises(OSError), whole(tmp_path / 'a'):
+        safetensors.torch.save_file({'x': torch.zeros(1)}, tmp_path / 'no' / 'a')
+
+
+def test_place_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError):
+        put_file(tmp_path / 'file' / 'a.txt', 'text')
+    assert tree(tmp_path) == {'file': ''}
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        put_file(tmp_path / 'a.txt', 'text')
+        write_tensors(tmp_path / 'a.safetensors', {'x': torch.zeros(1)}, {})
+        write_model(tmp_path / 'model', create(), CLASSES, {})
+    finally:
+        os.umask(old)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob('*') if p.is_file()}
+    assert modes == dict.fromkeys(['a.txt', 'a.safetensors', 'model.safetensors', 'config.json'], 0o666 & ~umask)
+
+
+def test_tensors_come_back(tmp_path):
+    weight = torch.randn(4, 3)
+    tensors = {
+        'weight': weight, 'tied': weight, 'view': weight.t(), 'step': torch.tensor(7), 'half': weight.bfloat16(),
+        'empty': torch.zeros(0, 2), 'parameter': torch.nn.Parameter(weight)}
+    metadata = {'list': [1, 2.5, None, 'ü'], 'dict': {'a': {}}}
+    write_tensors(tmp_path / 'a.safetensors', tensors, metadata)
+    result, result_metadata = read_tensors(tmp_path / 'a.safetensors')
+    assert result_metadata == metadata
+    assert result.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert result[name].dtype == value.dtype
+        assert torch.equal(result[name], value)
+
+
+def test_floats_come_back_to_the_last_bit(tmp_path):
+    values = [0.1, 1 / 3, 1e-308, 123456789.123456789]
+    write_tensors(tmp_path / 'a.safetensors', {}, {'values': values})
+    assert read_tensors(tmp_path / 'a.safetensors')[1]['values'] == values
+
+
+@pytest.mark.parametrize('share', [0, 0.001, 0.1, 0.5, 0.999])
+def test_truncated_tensors(tmp_path, share, input_error):
+    path = tmp_path / 'a.safetensors'
+    write_tensors(path, {'x': torch.randn(100, 100)}, {'a': 1})
+    data = path.read_bytes()
+    path.write_bytes(data[:int(share * len(data))])
+    with input_error('a.safetensors cannot be read'):
+        read_tensors(path)
+
+
+def test_file_of_other_origin_is_no_checkpoint(tmp_path, input_error):
+    torch.save({'x': torch.zeros(2)}, tmp_path / 'pickle.safetensors')
+    safetensors.torch.save_file({'x': torch.zeros(2)}, tmp_path / 'bare.safetensors')
+    safetensors.torch.save_file({'x': torch.zeros(2)}, tmp_path / 'other.safetensors', {'json': 'no JSON'})
+    for name in ('pickle', 'bare', 'other'):
+        with input_error(f'{name}.safetensors cannot be read'):
+            read_tensors(tmp_path / f'{name}.safetensors')
+
+
+def test_model_comes_back(tmp_path):
+    model = create(drop_rate=0.3)
+    write_model(tmp_path / 'model', model, CLASSES, {'input_size': (3, 48, 48), 'mean': (0.1, 0.2, 0.3)})
+    result = load_model(str(tmp_path / 'model'))
+    assert not result.training
+    assert torch.equal(outputs(result), outputs(model))
+    assert result.num_classes == 3
+    assert list(result.pretrained_cfg['label_names']) == CLASSES
+    assert list(result.pretrained_cfg['input_size']) == [3, 48, 48]
+    assert list(result.pretrained_cfg['mean']) == [0.1, 0.2, 0.3]
+
+
+def test_timm_loads_the_folder(model_dir):
+    result = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval()
+    assert torch.equal(outputs(result), outputs(create()))
+
+
+def test_local_dir_may_be_named_as_in_timm(model_dir):
+    assert torch.equal(outputs(load_model(f'local-dir:{model_dir}')), outputs(create()))
+
+
+def test_layout_of_the_folder(model_dir):
+    assert sorted(os.listdir(model_dir)) == ['config.json', 'model.safetensors']
+    config = json.loads((model_dir / 'config.json').read_text())
+    assert (config['architecture'], config['num_classes']) == ('test_vt_resnet', 3)
+    assert config['label_names'] == CLASSES
+    assert 'num_classes' not in config.get('model_args', {})
+
+
+def test_arguments_that_make_the_model_come_back(tmp_path):
+    model = create(num_tokens=5, in_chans=1, global_pool='max')
+    write_model(tmp_path / 'model', model, CLASSES, {'input_size': (1, 32, 32)})
+    result = load_model(str(tmp_path / 'model'))
+    image = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(result(image), model(image))
+
+
+def test_model_is_replaced(model_dir):
+    (model_dir / 'of an earlier version').touch()
+    write_model(model_dir, create(num_classes=2), ['a', 'b'], {})
+    assert sorted(os.listdir(model_dir)) == ['config.json', 'model.safetensors']
+    assert load_model(str(model_dir)).num_classes == 2
+    assert os.listdir(model_dir.parent) == ['model']
+
+
+def test_arguments_of_timm_pass_through(model_dir):
+    model = load_model(str(model_dir), num_classes=7, drop_path_rate=0.2)
+    assert outputs(model).shape == (2, 7)
+    state, expected = model.state_dict(), create().state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items() if not name.startswith('fc.'))
+
+
+def test_model_of_timm(tmp_path):
+    model = create('test_resnet')
+    write_model(tmp_path / 'model', model, CLASSES, {})
+    assert torch.equal(outputs(load_model(str(tmp_path / 'model'))), outputs(model))
+
+
+def truncated(folder):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:-100])
+
+
+def cut_in_the_header(folder):
+    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:100])
+
+
+def no_bytes(folder):
+    (folder / 'model.safetensors').write_bytes(b'')
+
+
+def text(folder):
+    (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+
+
+def pickled(folder):
+    torch.save(create().state_dict(), folder / 'model.safetensors')
+
+
+def of_another_architecture(folder):
+    safetensors.torch.save_file(create('test_resnet').state_dict(), folder / 'model.safetensors')
+
+
+def of_a_larger_model(folder):
+    safetensors.torch.save_file(create('vt_resnet18').state_dict(), folder / 'model.safetensors')
+
+
+def of_other_classes(folder):
+    safetensors.torch.save_file(create(num_classes=7).state_dict(), folder / 'model.safetensors')
+
+
+def without_classifier(folder):
+    tensors = {k: v for k, v in create().state_dict().items() if not k.startswith('fc.')}
+    safetensors.torch.save_file(tensors, folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('damage', [
+    truncated, cut_in_the_header, no_bytes, text, pickled, of_another_architecture, of_a_larger_model, of_other_classes,
+    without_classifier])
+def test_weights_that_do_not_fit(model_dir, damage, input_error):
+    damage(model_dir)
+    with input_error(str(model_dir)):
+        load_model(str(model_dir))
+
+
+def test_pickle_is_not_run(model_dir, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'run'),)
+
+    torch.save({'x': Malicious()}, model_dir / 'model.safetensors')
+    shutil.copy(model_dir / 'model.safetensors', model_dir / 'pytorch_model.bin')
+    with pytest.raises(InputError):
+        load_model(str(model_dir))
+    (model_dir / 'model.safetensors').unlink()
+    with pytest.raises(InputError, match=r'holds no model\.safetensors'):
+        load_model(str(model_dir))
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('content', [
+    b'{', b'', b'[]', b'3', b'{}', b'\xff\xfe', b'{"architecture": "no_such_model", "num_classes": 3}'])
+def test_broken_config(model_dir, content, input_error):
+    (model_dir / 'config.json').write_bytes(content)
+    with input_error(str(model_dir)):
+        load_model(str(model_dir))
+
+
+@pytest.mark.parametrize('changes', [
+    {'architecture': 'no_such_model'},
+    {'architecture': 'test_resnet'},
+    {'num_classes': 7},
+    {'num_classes': 'three'},
+    {'num_classes': 7, 'pretrained_cfg': {'num_classes': 3, 'input_size': [3, 32, 32]}},
+    {'model_args': {'no_such_argument': 1}},
+    {'model_args': {'token_dim': -1}},
+    {'model_args': {'token_dim': 64}},
+    {'model_args': 'a text'},
+    {'pretrained_cfg': {'input_size': 'large'}},
+    {'pretrained_cfg': 'a text'},
+])
+def test_config_that_does_not_fit(model_dir, changes, input_error):
+    change_config(model_dir, **changes)
+    with input_error(str(model_dir)):
+        load_model(str(model_dir))
+
+
+def test_no_config(model_dir, input_error):
+    (model_dir / 'config.json').unlink()
+    with input_error('config'):
+        load_model(str(model_dir))
+
+
+@pytest.mark.parametrize('name, match', [
+    ('no_such_model', "'no_such_model'.*vt-zoo models"),
+    ('no/such/folder', "'no/such/folder'"),
+    ('', 'model'),
+    ('vt_resnet18', 'vt_resnet18.*No pretrained weights'),
+    ('vt_resnet18.no_such_tag', 'no_such_tag'),
+    ('no-such-source:vt_resnet18', 'no-such-source'),
+    ('local-dir:no/such/folder', 'no/such/folder'),
+])
+def test_model_that_is_not_there(tmp_path, monkeypatch, name, match, input_error):
+    monkeypatch.chdir(tmp_path)
+    with input_error(match):
+        load_model(name)
+
+
+def test_hub_that_cannot_be_reached(monkeypatch, tmp_path, input_error):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    with input_error('hf-hub:nobody/nothing'):
+        load_model('hf-hub:nobody/nothing')
+
+
+def test_names():
+    check_name('test_vt_resnet')
+    check_name('resnet18')
+    with pytest.raises(InputError, match='no_such_model'):
+        check_name('no_such_model')

@@ -1,0 +1,518 @@
+"""The command line: what it prints, and one sentence and an exit code for each input that cannot be used."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+
+import vt_zoo
+
+MAX_LINE = 420
+STEPS = 4  # of an epoch with tiny_arguments on few_digits
+CASES = {  # words after `finetune DATA_DIR`
+    'unknown model': ['--model', 'no_such_model'],
+    'unknown tag': ['--model', 'vt_resnet18.no_such_tag'],
+    'unknown source': ['--model', 'no-such-source:vt_resnet18'],
+    'size under 32': ['--img-size', '16'],
+    'fixed size': ['--model', 'vit_tiny_patch16_224'],
+    'unknown augmentation': ['--aa', 'nosuchpolicy'],
+    'no epochs': ['--epochs', '0'],
+    'epochs in words': ['--epochs', 'many'],
+    'negative learning rate': ['--lr', '-1'],
+    'learning rate of nan': ['--lr', 'nan'],
+    'learning rate too high': ['--lr', '1e30'],
+    'all held out': ['--val-fraction', '1'],
+    'unknown optimizer': ['--opt', 'no_such_optimizer'],
+    'unknown device': ['--device', 'abacus'],
+    'unknown word': ['--no-such-word'],
+}
+
+
+def limit_file_size(size):
+    """For `before` of a command: a write beyond so many bytes of a file fails, as it does on a full disk."""
+    return f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))'
+
+
+def tree(folder):
+    """Everything below a folder: bytes of the files, None for folders."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
+
+
+def check_refused(result, *words, code=2):
+    """One sentence on standard error, after warnings and notes, that holds the given words."""
+    assert 'Traceback' not in result.stderr, result.stderr[-2000:]
+    assert result.code == code
+    assert result.lines, 'there is no sentence'
+    *warnings, sentence = result.lines
+    assert all(line.startswith(('vt-zoo: WARNING: ', 'vt-zoo: INFO: ')) for line in warnings), warnings
+    assert sentence.startswith('vt-zoo') and ': error: ' in sentence
+    assert len(sentence) <= MAX_LINE, f'a sentence of {len(sentence)} characters: {sentence[:200]}'
+    for word in words:
+        assert str(word) in sentence
+
+
+def check_interrupted(result):
+    assert 'Traceback' not in result.stderr, result.stderr[-2000:]
+    assert result.code == 130
+    assert result.lines[-1] == 'vt-zoo: interrupted'
+    assert len(result.lines) <= 2
+
+
+def weights(out):
+    return (out / 'model' / 'model.safetensors').read_bytes()
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope='module')
+def picture(digits):
+    return sorted((digits / 'val' / '1').iterdir())[0]
+
+
+@pytest.fixture
+def half_a_picture(picture, tmp_path):
+    path = tmp_path / 'half.jpg'
+    Image.fromarray(noise(64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    return path
+
+
+@pytest.fixture
+def odd_pictures(tmp_path):
+    """Files of unusual kinds, by kind."""
+    folder = tmp_path / 'odd'
+    folder.mkdir()
+    grey = noise(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, upright = Image.fromarray(grey), Image.fromarray(noise(30, 20, 3))
+    alpha = Image.new('RGBA', (30, 20), (255, 0, 0, 0))
+    pictures = {
+        'grey': (plain, 'grey.png', {}),
+        'grey16': (Image.fromarray(grey.astype(np.uint16) * 257), 'grey16.png', {}),
+        'rgb': (plain.convert('RGB'), 'rgb.png', {}),
+        'opaque': (plain.convert('RGBA'), 'opaque.png', {}),
+        'white': (Image.new('RGB', (30, 20), 'white'), 'white.png', {}),
+        'transparent': (alpha, 'transparent.png', {}),
+        'upright': (upright, 'upright.png', {}),
+        'rotated': (upright.transpose(Image.Transpose.ROTATE_90), 'rotated.png', {'exif': exif}),
+        'rotated_jpeg': (upright.transpose(Image.Transpose.ROTATE_90), 'rotated.jpg', {'exif': exif}),
+        'cmyk': (upright.convert('CMYK'), 'cmyk.jpg', {}),
+        'palette': (upright.convert('P'), 'palette.png', {}),
+        'black_and_white': (plain.convert('1'), 'one.png', {}),
+    }
+    for image, name, options in pictures.values():
+        image.save(folder / name, **options)
+    return {kind: folder / name for kind, (_, name, _) in pictures.items()}
+
+
+@pytest.fixture(scope='module')
+def refuse_finetune(command, few_digits, tiny_arguments):
+    """Runs `finetune` with words after tiny_arguments, and checks that nothing changes in a folder."""
+    def run(folder, *words, data_dir=few_digits, holds=(), **kwargs):
+        before = tree(folder)
+        result = command('finetune', data_dir, *tiny_arguments, '--out', folder / 'run', *words, **kwargs)
+        check_refused(result, *holds)
+        assert [path for path in files(folder) if path not in before] == []
+        assert {path: content for path, content in tree(folder).items() if path in before} == before
+        assert result.stdout == ''
+        return result
+    return run
+
+
+def test_version(command):
+    result = command('--version')
+    assert (result.code, result.stdout, result.stderr) == (0, f'vt-zoo {vt_zoo.__version__}\n', '')
+
+
+def test_help(command):
+    text = command('--help').stdout
+    for name in ('quickstart', 'finetune', 'predict', 'models'):
+        assert name in text
+        result = command(name, '--help')
+        assert result.code == 0
+        assert f'usage: vt-zoo {name}' in result.stdout
+
+
+def test_real_process_of_an_unknown_command():
+    process = subprocess.run([sys.executable, '-m', 'vt_zoo', 'no_such_command'], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, '')
+    assert process.stderr.startswith('vt-zoo: error: ')
+    assert process.stderr.count('\n') == 1
+    assert 'no_such_command' in process.stderr
+
+
+def test_no_command(command):
+    result = command()
+    check_refused(result, 'COMMAND')
+    assert result.stdout == ''
+
+
+def test_models_as_json(models):
+    assert set(models) == {'vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101', 'test_vt_resnet'}
+    for name, entry in models.items():
+        model = timm.create_model(name, device='meta')
+        assert entry['parameters'] == sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        assert entry['multiply_adds'] > 10 * entry['parameters']
+        assert entry['weights'] == timm.list_pretrained(f'{name}.*')
+
+
+def test_models_as_a_table(command, models):
+    result = command('models')
+    assert (result.code, result.stderr) == (0, '')
+    head, *rows = result.stdout.splitlines()
+    assert head.split() == ['model', 'parameters', 'multiply-adds', 'weights']
+    assert [row.split()[0] for row in rows] == list(models)
+    for row, entry in zip(rows, models.values()):
+        assert f'{entry["parameters"] / 1e6:.2f} M' in row
+        assert f'{entry["multiply_adds"] / 1e6:.0f} M' in row
+
+
+def test_predict_as_json(command, few_digits, tiny_model):
+    paths = [str(p) for p in sorted((few_digits / 'val' / '1').iterdir())[:2]]
+    result = command('predict', *paths, '--model', tiny_model, '--json', '--top', 10)
+    assert (result.code, result.stderr) == (0, '')
+    predictions = json.loads(result.stdout)
+    assert [p['image'] for p in predictions] == paths
+
+    model = timm.create_model(f'local-dir:{tiny_model}', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=model))
+    for path, prediction in zip(paths, predictions):
+        with torch.inference_mode():
+            expected = model(transform(Image.open(path).convert('RGB'))[None]).softmax(-1)[0]
+        top = prediction['top']
+        assert [entry['index'] for entry in top] == expected.argsort(descending=True).tolist()
+        assert [entry['label'] for entry in top] == [str(entry['index']) for entry in top]
+        assert [entry['probability'] for entry in top] == pytest.approx(
+            expected.sort(descending=True).values.tolist(), abs=1e-5)
+
+
+def test_predict_as_a_table(command, picture, few_digits, tiny_model):
+    other = sorted((few_digits / 'val' / '2').iterdir())[0]
+    words = ['predict', picture, other, '--model', tiny_model, '--top', '2']
+    result = command(*words)
+    assert (result.code, result.stderr) == (0, '')
+    lines = result.stdout.splitlines()
+    expected = json.loads(command(*words, '--json').stdout)
+    assert [lines[0], lines[3]] == [str(picture), str(other)]
+    for first, prediction in zip((1, 4), expected):
+        for line, entry in zip(lines[first:first + 2], prediction['top']):
+            percent, sign, label = line.split()
+            assert float(percent) == pytest.approx(100 * entry['probability'], abs=0.006)
+            assert (sign, label) == ('%', entry['label'])
+    assert len(lines) == 6
+
+
+def test_predict_many_prints_nothing_else_on_standard_output(command, few_digits, tiny_model):
+    paths = sorted((few_digits / 'train').rglob('*.png'))
+    result = command('predict', *paths, '--model', tiny_model, '--json', '--top', 1)
+    assert [p['image'] for p in json.loads(result.stdout)] == [str(p) for p in paths]
+
+
+def test_predict_odd_pictures(command, odd_pictures, tiny_model):
+    result = command('predict', *odd_pictures.values(), '--model', tiny_model, '--json')
+    assert (result.code, result.stderr) == (0, '')
+    tops = dict(zip(odd_pictures, (p['top'] for p in json.loads(result.stdout))))
+    assert tops['grey'] == tops['grey16'] == tops['rgb'] == tops['opaque']
+    assert tops['transparent'] == tops['white']
+    assert tops['rotated'] == tops['upright']
+    assert tops['upright'] != tops['grey'] != tops['white']
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda folder: folder / 'missing.png', ['missing.png', 'does not exist']),
+    (lambda folder: folder, ['is a folder']),
+    (lambda folder: (folder / 'note.png').write_text('Hello') and folder / 'note.png', ['note.png', 'not an image']),
+    (lambda folder: (folder / 'empty.png').touch() or folder / 'empty.png', ['empty.png', 'not an image']),
+])
+def test_predict_of_a_file_that_is_no_image(command, picture, tiny_model, tmp_path, make, words):
+    result = command('predict', picture, make(tmp_path), '--model', tiny_model)
+    check_refused(result, *words)
+    assert result.stdout == ''
+
+
+def test_predict_of_a_truncated_image(command, picture, half_a_picture, tiny_model):
+    result = command('predict', picture, half_a_picture, '--model', tiny_model, '--json')
+    check_refused(result, half_a_picture)
+    assert result.stdout == ''
+
+
+@pytest.mark.parametrize('words', [
+    ['--model', 'no_such_model'], ['--model', 'vt_resnet18'], ['--model', 'no/such/folder'], ['--model', ''], [],
+    ['--model', 'test_vt_resnet.no_such_tag'], ['--model', os.path.dirname(__file__)],
+])
+def test_predict_without_a_model(command, picture, words):
+    result = command('predict', picture, *words)
+    check_refused(result)
+    assert result.stdout == ''
+
+
+def test_predict_without_images(command, tiny_model):
+    check_refused(command('predict', '--model', tiny_model), 'IMAGE')
+
+
+def test_predict_no_classes(command, picture, tiny_model):
+    check_refused(command('predict', picture, '--model', tiny_model, '--top', '0'), '--top')
+
+
+def weights_of_another_model(folder):
+    save_file(timm.create_model('test_resnet', num_classes=3).state_dict(), folder / 'model.safetensors')
+
+
+def weights_of_other_classes(folder):
+    save_file(timm.create_model('test_vt_resnet', num_classes=5).state_dict(), folder / 'model.safetensors')
+
+
+def truncated_weights(folder):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
+
+
+def pickled_weights(folder):
+    torch.save({}, folder / 'model.safetensors')
+
+
+def no_config(folder):
+    (folder / 'config.json').unlink()
+
+
+def broken_config(folder):
+    (folder / 'config.json').write_text('{')
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(changes)
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+def too_few_labels(folder):
+    change_config(folder, label_names=['one'])
+
+
+def too_small_an_input(folder):
+    config = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    change_config(folder, pretrained_cfg={**config, 'input_size': [3, 8, 8]})
+
+
+@pytest.mark.parametrize('damage', [
+    weights_of_another_model, weights_of_other_classes, truncated_weights, pickled_weights, no_config, broken_config,
+    too_few_labels, too_small_an_input])
+def test_predict_with_a_damaged_model(command, picture, my_model, damage):
+    damage(my_model)
+    result = command('predict', picture, '--model', my_model, '--top', 3)
+    check_refused(result, my_model)
+    assert result.stdout == ''
+
+
+@pytest.mark.parametrize('damage', [weights_of_another_model, truncated_weights, broken_config])
+def test_finetune_from_a_damaged_model(refuse_finetune, my_model, tmp_path, damage):
+    damage(my_model)
+    refuse_finetune(tmp_path, '--model', my_model, holds=[my_model])
+
+
+@pytest.mark.parametrize('words', CASES.values(), ids=CASES)
+def test_finetune_with_words_that_cannot_be_used(refuse_finetune, tmp_path, words):
+    refuse_finetune(tmp_path, *words)
+
+
+def test_finetune_without_a_folder(command):
+    check_refused(command('finetune'), 'DATA_DIR')
+
+
+def test_finetune_on_a_missing_folder(refuse_finetune, tmp_path):
+    refuse_finetune(tmp_path, data_dir=tmp_path / 'missing', holds=['missing', 'does not exist'])
+
+
+def test_finetune_on_an_empty_folder(refuse_finetune, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    refuse_finetune(tmp_path, data_dir=tmp_path / 'empty', holds=['empty', 'no images'])
+
+
+def test_finetune_on_a_file(refuse_finetune, tmp_path, picture):
+    refuse_finetune(tmp_path, data_dir=picture, holds=[picture, 'not a folder'])
+
+
+def test_finetune_on_one_class(refuse_finetune, few_digits, tmp_path):
+    shutil.copytree(few_digits / 'train' / '1', tmp_path / 'data' / 'one')
+    refuse_finetune(tmp_path, data_dir=tmp_path / 'data', holds=['one class', "'one'"])
+
+
+def test_finetune_on_a_class_of_damaged_images(refuse_finetune, my_digits, tmp_path):
+    for path in (my_digits / 'train' / '1').iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    result = refuse_finetune(tmp_path, data_dir=my_digits, holds=['0 readable images'])
+    assert len(result.lines) == 13
+
+
+def test_finetune_leaves_damaged_images_out(command, my_digits, half_a_picture, odd_pictures, tiny_arguments, tmp_path):
+    half_a_picture.rename(my_digits / 'train' / '0' / 'half.jpg')
+    (my_digits / 'val' / '2' / 'note.png').write_text('This is a note.\n')
+    for name, path in odd_pictures.items():
+        shutil.copy(path, my_digits / 'train' / '1' / f'{name}{path.suffix}')
+    out = tmp_path / 'run'
+    result = command('finetune', my_digits, *tiny_arguments, '--out', out)
+    assert result.code == 0
+    assert len(result.lines) == 2
+    for line, name in zip(sorted(result.lines), ('train/0/half.jpg', 'val/2/note.png')):
+        assert line.startswith('vt-zoo: WARNING: ')
+        assert str(my_digits / name) in line
+    assert 'of 18 held-out images' in result.stdout
+    assert sorted(os.listdir(out)) == ['history.csv', 'model']
+
+
+def test_finetune_prints_a_summary(command, few_digits, tiny_arguments, tiny_run, tmp_path):
+    result = command('finetune', few_digits, *tiny_arguments, '--out', 'run', cwd=tmp_path)
+    assert (result.code, result.lines) == (0, [])
+    outcome = tiny_run.result
+    assert (f'accuracy   {100 * outcome.correct / outcome.total:.2f} % '
+            f'({outcome.correct} of {outcome.total} held-out images)') in result.stdout
+    assert 'reloaded   the same prediction on each of the 18 images' in result.stdout
+    assert 'model      run/model' in result.stdout.splitlines()
+    assert 'epoch 2/2' in result.stderr
+
+
+@pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place', '/proc'])
+def test_finetune_into_a_place_that_cannot_be_written(command, few_digits, tiny_arguments, tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    result = command('finetune', few_digits, *tiny_arguments, '--out', tmp_path / place)
+    check_refused(result, tmp_path / place)
+    assert tree(tmp_path) == {'file': b'mine'}
+
+
+@pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place', '/proc'])
+def test_quickstart_into_a_place_that_cannot_be_written(command, tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    check_refused(command('quickstart', '--epochs', 1, '--out', tmp_path / place), tmp_path / place)
+    assert tree(tmp_path) == {'file': b'mine'}
+
+
+@pytest.mark.parametrize('words', [[], ['--resume']])
+def test_finetune_into_a_finished_run(command, few_digits, tiny_arguments, tiny_run, words):
+    before = tree(tiny_run.out)
+    result = command('finetune', few_digits, *tiny_arguments, '--out', tiny_run.out, *words)
+    check_refused(result, '--overwrite')
+    assert tree(tiny_run.out) == before
+
+
+@pytest.mark.parametrize('size', [1_000, 1_000_000, 3_000_000])
+def test_finetune_on_a_full_disk(command, refuse_finetune, few_digits, tiny_arguments, tiny_run, tmp_path, size):
+    refuse_finetune(tmp_path, before=limit_file_size(size))
+    result = command('finetune', few_digits, *tiny_arguments, '--out', tmp_path / 'run')
+    assert result.code == 0
+    assert weights(tmp_path / 'run') == weights(tiny_run.out)
+
+
+def test_disk_that_is_full_at_the_end(command, signal_at, few_digits, tiny_arguments, tiny_run, tmp_path):
+    out = tmp_path / 'run'
+    words = ['finetune', few_digits, *tiny_arguments, '--out', out]
+    check_interrupted(command(*words, before=signal_at('os.replace', 3, signal.SIGINT)))
+    before = tree(out)
+    assert list(before) == ['checkpoint.safetensors']
+    check_refused(command(*words, '--resume', before=limit_file_size(1_000_000)))
+    assert tree(out) == before
+    assert command(*words, '--resume').code == 0
+    assert weights(out) == weights(tiny_run.out)
+
+
+@pytest.mark.parametrize('words', [['models'], ['models', '--json']])
+def test_standard_output_on_a_full_disk(command, words):
+    check_refused(command(*words, out='/dev/full'))
+
+
+def test_predict_onto_a_full_disk(command, picture, tiny_model):
+    check_refused(command('predict', picture, '--model', tiny_model, '--json', out='/dev/full'))
+
+
+def test_reader_that_goes_away(picture, tiny_model):
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'vt_zoo', 'predict', picture, '--model', tiny_model],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b''
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path):
+    out = tmp_path / 'run'
+    words = ['finetune', few_digits, *tiny_arguments, '--epochs', '5', '--workers', '2', '--out']
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'vt_zoo', *words, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True)
+    while not (out / 'checkpoint.safetensors').exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert 'Traceback' not in stderr
+    assert stderr.endswith('vt-zoo: interrupted\n')
+    assert os.listdir(out) == ['checkpoint.safetensors']
+
+    assert command(*words, out, '--resume').code == 0
+    assert command(*words, tmp_path / 'whole').code == 0
+    assert weights(out) == weights(tmp_path / 'whole')
+    assert (out / 'history.csv').read_bytes() == (tmp_path / 'whole' / 'history.csv').read_bytes()
+
+
+@pytest.mark.parametrize('function, call, left', [
+    ('vt_zoo.images.load_image', 5, []),  # while the images are checked
+    ('timm.task.ClassificationTask.update_ema', 2, []),
+    ('timm.task.ClassificationTask.update_ema', STEPS + 2, ['checkpoint.safetensors']),
+    ('os.replace', 1, []),
+    ('os.replace', 2, ['checkpoint.safetensors']),
+    ('os.replace', 4, ['checkpoint.safetensors', 'model']),
+])
+def test_ctrl_c_in_finetune(command, signal_at, few_digits, tiny_arguments, tiny_run, tmp_path, function, call, left):
+    out = tmp_path / 'run'
+    words = ['finetune', few_digits, *tiny_arguments, '--out', out]
+    result = command(*words, before=signal_at(function, call, signal.SIGINT))
+    check_interrupted(result)
+    assert sorted(os.listdir(out) if out.exists() else []) == left
+    assert (len(result.lines) == 2 and '--resume' in result.lines[0]) == bool(left)
+    assert command(*words, '--resume').code == 0
+    assert weights(out) == weights(tiny_run.out)
+
+
+@pytest.mark.parametrize('function, call, after', [
+    ('timm.task.ClassificationTask.update_ema', STEPS + 2, False),
+    ('multiprocessing.process.BaseProcess.join', 1, False),  # while those of the first epoch end
+])
+def test_ctrl_c_in_finetune_with_workers(
+        command, signal_at, few_digits, tiny_arguments, tmp_path, function, call, after):
+    words = ['finetune', few_digits, *tiny_arguments, '--workers', 2, '--out', tmp_path / 'run']
+    check_interrupted(command(*words, before=signal_at(function, call, signal.SIGINT, after)))
+    assert not (tmp_path / 'run' / 'model').exists()
+
+
+def test_ctrl_c_in_predict(command, signal_at, few_digits, tiny_model):
+    paths = sorted((few_digits / 'train').rglob('*.png'))
+    before = signal_at('vt_zoo.cli.predict.load_image', len(paths) + 5, signal.SIGINT)
+    result = command('predict', *paths, '--model', tiny_model, before=before)
+    check_interrupted(result)
+    assert result.stdout == ''
+
+
+@pytest.mark.parametrize('function, call', [
+    ('PIL.Image.Image.save', 500), ('timm.task.ClassificationTask.update_ema', 3)])
+def test_ctrl_c_in_the_quickstart(command, signal_at, tmp_path, function, call):
+    result = command('quickstart', '--out', tmp_path / 'out', before=signal_at(function, call, signal.SIGINT))
+    check_interrupted(result)
+    assert len(files(tmp_path)) in (0, 1797)

@@ -1,0 +1,92 @@
+"""What the README shows runs as it stands there, and its numbers are those of the models."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+DOCUMENTS = ['README.md', 'MODEL_CARDS.md']
+
+
+def blocks(language):
+    return re.findall(rf'^```{language}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks('sh') for line in block.splitlines() if line.startswith('vt-zoo ')]
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    """A copy of what a clone holds of code."""
+    path = tmp_path_factory.mktemp('checkout') / 'vt_zoo'
+    shutil.copytree(ROOT / 'vt_zoo', path / 'vt_zoo', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT / 'hubconf.py', path)
+    return path
+
+
+@pytest.mark.parametrize('block', blocks('python'), ids=lambda block: block.splitlines()[-1][:30])
+def test_python_block(checkout, block):
+    process = subprocess.run([sys.executable, '-c', block], cwd=checkout, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    shown = [line.split('#')[1] for line in block.splitlines() if line.lstrip().startswith('print(') and '#' in line]
+    printed = process.stdout.replace('torch.Size([', '(').replace('])', ')').splitlines()
+    for text, line in zip(shown, printed):
+        assert re.findall(r'\([\d, ]+\)', line) == re.findall(r'\([\d, ]+\)', text)
+    assert len(printed) >= len(shown)
+
+
+@pytest.fixture(scope='module')
+def outputs(quickstart, script):
+    """What the commands of the README print, run one after the other where the quickstart ran before."""
+    environment = {**os.environ, 'PATH': f'{script.parent}{os.pathsep}{os.environ["PATH"]}'}
+    outputs = {}
+    for line in COMMANDS:
+        outputs[line] = subprocess.run(
+            ['bash', '-c', line], cwd=quickstart.cwd, env=environment, capture_output=True, text=True)
+    yield outputs
+    shutil.rmtree(quickstart.cwd / 'my_model', ignore_errors=True)
+
+
+@pytest.mark.parametrize('line', COMMANDS)
+def test_command(outputs, quickstart, line):
+    process = outputs[line]
+    assert process.returncode == 0, process.stderr
+    sevens = [f'vt_zoo_quickstart/data/val/7/{p.name}' for p in (quickstart.out / 'data' / 'val' / '7').iterdir()]
+    command, *words = line.split()[1:]
+    if command == 'finetune':
+        out = words[words.index('--out') + 1]
+        assert sorted(os.listdir(quickstart.cwd / out)) == ['history.csv', 'model']
+    elif command == 'predict' and '--json' in words:
+        assert {prediction['image'] for prediction in json.loads(process.stdout)} == set(sevens)
+    elif command == 'predict':
+        assert set(sevens) <= set(process.stdout.splitlines())
+        assert len(process.stdout.splitlines()) == (1 + int(words[words.index('--top') + 1])) * len(sevens)
+    else:
+        assert 'vt_resnet50' in process.stdout
+
+
+def test_each_command_is_shown():
+    assert {line.split()[1] for line in COMMANDS} == {'finetune', 'predict', 'models'}
+    assert 'vt-zoo quickstart' in README
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_table_of_the_models(name, models):
+    rows = re.findall(r'^\| `?(\w*vt_resnet\w*)`? \| ([\d.]+) M \| (\d+) M \|', (ROOT / name).read_text(), re.MULTILINE)
+    assert {model: (parameters, multiply_adds) for model, parameters, multiply_adds in rows} == {
+        model: (f'{entry["parameters"] / 1e6:.2f}', f'{entry["multiply_adds"] / 1e6:.0f}')
+        for model, entry in models.items()}
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_files_that_are_linked(name):
+    targets = re.findall(r'\]\(([^)]+)\)', (ROOT / name).read_text())
+    files = [target for target in targets if '://' not in target]
+    assert files
+    assert [file for file in files if not (ROOT / file).exists()] == []

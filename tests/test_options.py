@@ -14,6 +14,7 @@ from test_layers import array, assert_close, build, mapped, matrix, normed, pixe
 from torch.utils.flop_counter import FlopCounterMode
 
 import vt_zoo  # noqa: F401
+from vt_zoo.analysis.capture import capture
 from vt_zoo.layers import (
     ClusteringTokenizer,
     DynamicVTModule,
@@ -813,3 +814,24 @@ def test_counts_are_those_of_the_ablation_table(depth, options, r18, r34):
     multiply_adds, weights = r18 if depth == 18 else r34
     assert counter.get_total_flops() / 2e6 == pytest.approx(multiply_adds, rel=1e-3)
     assert sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1e6 == pytest.approx(weights, rel=1e-3)
+
+
+@pytest.mark.parametrize('options, missing', [
+    ({'num_heads': 2, 'attention_values': True}, {}),
+    ({'tokenizer': 'pooling'}, {'attention': 2}),
+    ({'tokenizer': 'clustering'}, {}),
+    ({'token_mixer': 'graph'}, {'relation': 2}),
+    ({'projector': False}, {'attention': 1, 'projection': 2}),
+    ({'dynamic_tokens': True, 'position_code': True}, {}),
+], ids=str)
+def test_capture_of_every_option(options, missing):
+    model = timm.create_model('test_vt_resnet', **options).eval()
+    records = capture(model, torch.randn(2, 3, 48, 64))
+    sizes = {'attention': (3, 4), 'relation': (16,), 'projection': (3, 4)}
+    for name, size in sizes.items():
+        maps = [m for m in (getattr(r, name) for r in records) if m is not None]
+        assert len(records) - len(maps) == missing.get(name, 1 if name == 'projection' else 0)
+        for m in maps:
+            assert m.shape[0] == 2 and m.shape[2:] == size
+            over = 1 if name == 'projection' else tuple(range(2, m.ndim))
+            torch.testing.assert_close(m.sum(over), torch.ones_like(m.sum(over)))

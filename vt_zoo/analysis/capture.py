@@ -5,26 +5,30 @@ from typing import Dict, List, Optional
 import torch
 import torch.nn as nn
 
-from vt_zoo.layers import VTModule
+from vt_zoo.layers import TokenModule, VTModule
 
 __all__ = ['VTRecord', 'capture']
+
+PARTS = ('tokenizer', 'transformer', 'projector')
 
 
 @dataclass
 class VTRecord:
     """Attention of one VT module for B images, with a feature map of H x W pixels and L tokens of CT channels.
 
+    A part that the module does not have, or that has no attention, leaves None. Heads are averaged.
+
     Attributes:
         attention: A of the tokenizer, equations (1) and (2): share of each pixel in each token (B, L, H, W), sums to
-            one over the pixels.
+            one over the pixels. None with a pooling tokenizer and in modules that work on tokens only.
         relation: Attention of the transformer, equation (3): share of token l' in token l (B, L, L), sums to one over
-            l'.
+            l'. None with the other token mixers.
         projection: Attention of the projector, equation (5): share of each token in each pixel (B, L, H, W), sums to
-            one over the tokens; None where the module has no projector.
+            one over the tokens. None where the module has no projector.
         tokens: The tokens that the module returns (B, L, CT).
     """
-    attention: torch.Tensor
-    relation: torch.Tensor
+    attention: Optional[torch.Tensor]
+    relation: Optional[torch.Tensor]
     projection: Optional[torch.Tensor]
     tokens: torch.Tensor
 
@@ -44,12 +48,11 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
     Raises:
         ValueError: The model has no VT modules.
     """
-    modules = [m for m in model.modules() if isinstance(m, VTModule)]
+    modules = [m for m in model.modules() if isinstance(m, (VTModule, TokenModule))]
     if not modules:
         raise ValueError(f'model must have VT modules, {type(model).__name__} has none')
     records: List[VTRecord] = []
     caught: Dict[str, torch.Tensor] = {}
-    handles = []
 
     def keep(name: str):
         def hook(_, inputs, output):
@@ -57,22 +60,23 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
         return hook
 
     def record(_, inputs, output):
-        height, width = inputs[0].shape[-2:]
-        projection = caught.pop('projection', None)  # (B, H*W, L)
+        size = inputs[0].shape[-2:]
+        attention, relation, projection = (caught.pop(part, None) for part in PARTS)
         records.append(VTRecord(
-            attention=caught.pop('attention').unflatten(-1, (height, width)),
-            relation=caught.pop('relation'),
-            projection=None if projection is None else projection.transpose(1, 2).unflatten(-1, (height, width)),
+            attention=None if attention is None else attention.unflatten(-1, size),
+            relation=None if relation is None else relation.mean(1),
+            projection=None if projection is None else projection.mean(1).transpose(1, 2).unflatten(-1, size),
             tokens=output[1],
         ))
 
+    handles = []
     try:
-        for m in modules:
-            parts: Dict[str, nn.Module] = {'attention': m.tokenizer, 'relation': m.transformer}
-            if m.projector is not None:
-                parts['projection'] = m.projector
-            handles += [part.softmax.register_forward_hook(keep(name)) for name, part in parts.items()]
-            handles.append(m.register_forward_hook(record))
+        for module in modules:
+            for part in PARTS:
+                softmax = getattr(getattr(module, part, None), 'softmax', None)
+                if softmax is not None:
+                    handles.append(softmax.register_forward_hook(keep(part)))
+            handles.append(module.register_forward_hook(record))
         model(images)
     finally:
         for handle in handles:

@@ -705,7 +705,7 @@ def test_features_only(options):
 
 @pytest.mark.parametrize('options', [{}, {'out_indices': (0, 1)}, {'tokenizer': 'pooling'}], ids=str)
 def test_features_only_needs_a_projector(options):
-    with pytest.raises(ValueError, match=r'projector=False .*last_projector=True'):
+    with pytest.raises(ValueError, match=r'features_only=True .*projector=False'):
         timm.create_model('test_vt_resnet', features_only=True, projector=False, **TINY, **options)
 
 

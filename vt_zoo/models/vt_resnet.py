@@ -404,6 +404,8 @@ default_cfgs = generate_default_cfgs({
 
 def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTResNet:
     if kwargs.get('features_only', False):
+        if not kwargs.get('projector', True):
+            raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
         kwargs.setdefault('last_projector', True)
     return build_model_with_cfg(
         VTResNet,

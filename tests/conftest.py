@@ -21,7 +21,7 @@ MAX_SENTENCE = 400  # characters, paths among them
 # without tearing the interpreter down: that saves seconds a command. A job's `before` is code that the process runs
 # first, to put it into bad circumstances.
 FORKS = '''
-import json, os, runpy, signal, sys, traceback
+import atexit, json, os, runpy, signal, sys, traceback
 import vt_zoo.cli
 for line in sys.stdin:
     job = json.loads(line)
@@ -35,6 +35,7 @@ for descriptor, path, flags in (0, os.devnull, os.O_RDONLY), (1, job['out'], os.
     os.dup2(os.open(path, flags), descriptor)
 os.chdir(job['cwd'])
 signal.setitimer(signal.ITIMER_REAL, job['timeout'])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
 exec(job['before'])
 sys.argv[1:] = job['args']
 code = 1
@@ -49,6 +50,7 @@ try:
 except OSError:
     traceback.print_exc()
     code = 120
+atexit._run_exitfuncs()
 os._exit(code)
 '''
 

@@ -28,7 +28,7 @@ WRITTEN = ('data', 'model', 'history.csv', 'tokens.png', 'checkpoint.safetensors
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument('--out', default='vt_zoo_quickstart', metavar='DIR', help='folder to write')
-    parser.add_argument('--epochs', type=positive_int, default=20, help='passes over the training images')
+    parser.add_argument('--epochs', type=positive_int, default=12, help='passes over the training images')
     parser.add_argument('--seed', type=whole_number, default=0, help='of weights, order and augmentation')
 
 

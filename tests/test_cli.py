@@ -452,7 +452,7 @@ def test_reader_that_goes_away(picture, tiny_model):
 
 def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path):
     out = tmp_path / 'run'
-    words = ['finetune', few_digits, *tiny_arguments, '--epochs', '5', '--workers', '2', '--out']
+    words = ['finetune', few_digits, *tiny_arguments, '--epochs', '5', '--out']
     process = subprocess.Popen(
         [sys.executable, '-m', 'vt_zoo', *words, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -500,23 +500,6 @@ def test_ctrl_c_in_finetune_with_workers(
     words = ['finetune', few_digits, *tiny_arguments, '--workers', 2, '--out', tmp_path / 'run']
     check_interrupted(command(*words, before=signal_at(function, call, signal.SIGINT, after)))
     assert not (tmp_path / 'run' / 'model').exists()
-
-
-def test_ctrl_c_while_workers_are_forked(command, few_digits, tiny_arguments, tmp_path):
-    """Python drops what is raised in the callbacks of a fork, where a signal that came during the fork is handled."""
-    before = '''
-import os, signal
-forks = []
-def interrupt():
-    forks.append(1)
-    if len(forks) == 5:  # the first of the second epoch
-        os.killpg(0, signal.SIGINT)
-os.register_at_fork(after_in_parent=interrupt)
-os.setpgrp()
-'''
-    words = ['finetune', few_digits, *tiny_arguments, '--workers', 2, '--out', tmp_path / 'run']
-    check_interrupted(command(*words, before=before))
-    assert os.listdir(tmp_path / 'run') == ['checkpoint.safetensors']
 
 
 def test_ctrl_c_in_predict(command, signal_at, few_digits, tiny_model):

@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"the quickstart needs {package}: pip install 'vt_zoo[{extra}]'")
     out = Path(args.out)
     old = [name for name in WRITTEN if (out / name).exists()]
+    if old and not _is_of_quickstart(out / 'data'):
+        raise InputError(f'{out} holds {", ".join(old)} that is not of an earlier quickstart: choose another --out')
     if old:
         print(f'replacing  {", ".join(old)} of an earlier run in {out}')
     for name in old:
@@ -55,6 +57,13 @@ def run(args: argparse.Namespace) -> None:
     print(f'history    {out / "history.csv"}')
     print(f'picture    {out / "tokens.png"}')
     print(f'use        vt-zoo predict {result.val_samples[0][0]} --model {result.model_dir}')
+
+
+def _is_of_quickstart(data: Path) -> bool:
+    """Whether a folder holds what `write_digits` writes, and nothing beside it."""
+    if not data.is_dir() or {p.name for p in data.iterdir()} != {'train', 'val'}:
+        return False
+    return all({p.name for p in split.iterdir()} == set('0123456789') for split in data.iterdir())
 
 
 def draw_tokens(result: FinetuneResult, path: Path) -> None:

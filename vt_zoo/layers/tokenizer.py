@@ -56,7 +56,7 @@ class AttentionTokenizer(nn.Module):
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H, W)."""
         # products of two activations can leave the range of float16, and softmax makes NaN of an infinity
-        logits = torch.nan_to_num(self.logit_norm(logits), nan=float('nan'))
+        logits = torch.nan_to_num(self.logit_norm(logits))
         attn = self.softmax(logits.flatten(2))  # A^T: (B, L, H*W)
         tokens = attn @ self.value(x).flatten(2).transpose(1, 2)
         if self.position_code is not None:

@@ -56,13 +56,13 @@ os._exit(code)
 
 # A process that sends itself and its children a signal where it calls a function, in place of that call or after it.
 SIGNAL_AT = '''
-import multiprocessing.process, os, PIL.Image, timm.task, vt_zoo.cli.predict, vt_zoo.images
+import itertools, multiprocessing.process, os, PIL.Image, timm.task, vt_zoo.cli.predict, vt_zoo.images
 def send_signal(owner, name, call, number, after):
-    function, calls = getattr(owner, name), []
+    function, calls = getattr(owner, name), itertools.count(1)
     def replacement(*args, **kwargs):
-        calls.append(args)
-        result = function(*args, **kwargs) if after or len(calls) != call else None
-        if len(calls) == call:
+        due = next(calls) == call  # threads call it too, and each must have a number of its own
+        result = function(*args, **kwargs) if after or not due else None
+        if due:
             os.killpg(0, number)
         return result
     setattr(owner, name, replacement)

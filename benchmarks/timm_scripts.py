@@ -85,7 +85,7 @@ class TimmScripts:
             raise RuntimeError(f'{script} ended with {process.returncode}: {process.stderr[-3000:]}')
         launcher = 'python' if script == 'train.py' else 'python -m vt_zoo.run'
         self.commands[name or script] = f'{launcher} {shlex.join([script, *map(str, words)])}'
-        return process.stdout + process.stderr
+        return process.stdout
 
     def result(self, script: str, *words: object, name: str = '') -> dict:
         """Run a script and return the object that it prints after `--result`."""
@@ -140,17 +140,19 @@ class TimmScripts:
 
     # One batch an epoch and no augmentation: timm seeds a run at its start, not its epochs, so that the order of images
     # after a resumption is another one.
-    _STEADY = ('--epochs', 4, '-b', 138, '--no-aug')
+    @cached_property
+    def _steady(self) -> tuple:
+        return '--epochs', 4, '-b', len(list((self.folder / 'few' / 'train').rglob('*.png'))), '--no-aug'
 
     @cached_property
     def uninterrupted(self) -> Training:
-        return self.train('uninterrupted', 'plain', 'few', *self._STEADY)
+        return self.train('uninterrupted', 'plain', 'few', *self._steady)
 
     @cached_property
     def resumed(self) -> Training:
         """Killed in its third epoch and resumed."""
         with subprocess.Popen(
-                self._words('train.py', *self._training_words('killed', 'plain', 'few', *self._STEADY)),
+                self._words('train.py', *self._training_words('killed', 'plain', 'few', *self._steady)),
                 cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                 text=True) as process:
             for line in process.stderr:
@@ -161,7 +163,7 @@ class TimmScripts:
         if process.wait() != -signal.SIGKILL:
             raise RuntimeError(f'train.py ended with {process.returncode} before it was killed')
         return self.train(
-            'resumed', 'plain', 'few', *self._STEADY, '--resume', Path('runs') / 'killed' / 'last.pth.tar')
+            'resumed', 'plain', 'few', *self._steady, '--resume', Path('runs') / 'killed' / 'last.pth.tar')
 
     @cached_property
     def validated(self) -> Dict[str, dict]:
@@ -214,7 +216,7 @@ class TimmScripts:
         text = self.run(
             'onnx_validate.py', 'data/val', '--onnx-input', self.onnx.name, '--img-size', SIZE, '-b', 50, '-j', 1,
             '--crop-pct', 1.0, '--interpolation', 'bilinear')
-        return float(re.findall(r'\* Prec@1 ([\d.]+)', text)[-1])
+        return float(re.search(r'\* Prec@1 ([\d.]+)', text)[1])
 
 
 def largest_difference(a: Path, b: Path) -> float:

@@ -1,6 +1,8 @@
 """The recipes for timm's train.py: the paper's values, through timm's own scheduler, optimizer, model and loss."""
 import importlib.util
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +178,21 @@ def test_keys_are_arguments_of_train_py(train_py, name):
         assert choices is None or value in choices
         values = value if isinstance(value, list) else [value]
         assert kind is None or all(type(v) in (kind, int) for v in values), key
+
+
+def commands_of_the_docs():
+    root = Path(__file__).parents[1]
+    text = ''.join((root / name).read_text() for name in ('README.md', 'docs/training.md')).replace('\\\n', ' ')
+    return [line for line in text.splitlines() if re.match(r'(torchrun|python) .*train\.py ', line)]
+
+
+@pytest.mark.parametrize('command', commands_of_the_docs(), ids=range(len(commands_of_the_docs())))
+def test_train_py_reads_the_commands_of_the_docs(train_py, monkeypatch, command):
+    command = re.sub(r'\$\(vt-zoo recipe (\w+)\)', lambda match: str(recipe_path(match[1])), command)
+    monkeypatch.setattr(sys, 'argv', shlex.split(command[command.index('train.py'):]))
+    args, _ = train_py._parse_args()
+    assert args.device_modules == ['vt_zoo']
+    assert timm.is_model(args.model)
 
 
 @pytest.mark.parametrize('name', list_recipes())

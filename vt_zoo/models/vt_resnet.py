@@ -388,8 +388,8 @@ def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[s
     differing = sorted((own.keys() - new.keys()) ^ trunk.keys())
     if differing:
         raise RuntimeError(
-            f'the ResNet of these weights has another trunk than this model: {len(differing)} names differ, the first is '
-            f'{differing[0]}')
+            f'the ResNet of these weights has another trunk than this model: {len(differing)} names differ, the first '
+            f'is {differing[0]}')
     _logger.warning('Only the trunk is pretrained: the VT stage and the classifier are new, train them.')
     return {**trunk, **new}
 

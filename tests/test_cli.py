@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 import vt_zoo
+from vt_zoo.recipes import list_recipes
 
 MAX_LINE = 420
 STEPS = 4  # of an epoch with tiny_arguments on few_digits
@@ -162,6 +165,19 @@ def test_no_command(command):
     result = command()
     check_refused(result, 'COMMAND')
     assert result.stdout == ''
+
+
+@pytest.mark.parametrize('name', list_recipes())
+def test_recipe(command, name):
+    result = command('recipe', name)
+    assert (result.code, result.stderr) == (0, '')
+    path = Path(result.stdout.rstrip('\n'))
+    assert command('recipe', name, '--show').stdout == path.read_text()
+    assert yaml.safe_load(path.read_text())['device_modules'] == ['vt_zoo']
+
+
+def test_unknown_recipe(command):
+    check_refused(command('recipe', 'no_such_recipe'), "'no_such_recipe'", *list_recipes())
 
 
 def test_models_as_json(models):

@@ -84,9 +84,10 @@ def test_table_of_the_models(name, models):
         for model, entry in models.items()}
 
 
-@pytest.mark.parametrize('name', DOCUMENTS)
+@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md'])
 def test_files_that_are_linked(name):
-    targets = re.findall(r'\]\(([^)]+)\)', (ROOT / name).read_text())
+    document = ROOT / name
+    targets = re.findall(r'\]\(([^)]+)\)', document.read_text())
     files = [target for target in targets if '://' not in target]
     assert files
-    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert [file for file in files if not (document.parent / file).exists()] == []

@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
+from hub_server import hub_server
+from safetensors.torch import save_file
 from timm.models import _registry
 from timm_plugin import list_models, list_pretrained, registered_models, token_models
 
@@ -44,22 +46,38 @@ def timm_tests(pytestconfig, tmp_path):
     return tmp_path / f'timm-{timm.__version__}'
 
 
-def _environment():
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with the ResNets whose trunks our tags name; their weights are random."""
+    for name in list_pretrained():
+        config = timm.models.get_pretrained_cfg(name)
+        folder = tmp_path / 'hub' / config.hf_hub_id
+        folder.mkdir(parents=True)
+        resnet = timm.create_model(config.hf_hub_id.split('/')[1].split('.')[0])
+        save_file(resnet.state_dict(), folder / 'model.safetensors')
+    with hub_server(tmp_path / 'hub') as server:
+        yield server
+    asked = {path.split('/resolve/')[0].strip('/') for _, path in server.requests if '/resolve/' in path}
+    assert asked == {timm.models.get_pretrained_cfg(name).hf_hub_id for name in list_pretrained()}
+
+
+def _environment(hub, home):
     """Environment for timm's tests, without what would make pytest or timm run them otherwise or leave some out."""
     env = {k: v for k, v in os.environ.items() if k not in ('GITHUB_ACTIONS', 'PYTEST_ADDOPTS', 'PYTEST_PLUGINS')}
     env['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'
     env['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), str(Path(vt_zoo.__file__).parents[1])])
     env['TIMEOUT'] = str(TEST_TIMEOUT)
+    env.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1')
     return env
 
 
-def test_timm_suite(timm_tests, tmp_path):
+def test_timm_suite(timm_tests, hub, tmp_path):
     report = tmp_path / 'report.xml'
     command = [
         sys.executable, '-m', 'pytest', '-p', 'timm_plugin', '-p', 'pytest_timeout', '-p', 'no:cacheprovider',
         '-o', 'addopts=', '--disable-warnings', '--tb=short', f'--junit-xml={report}', 'tests/test_models.py',
     ]
-    run = subprocess.run(command, cwd=timm_tests, env=_environment())
+    run = subprocess.run(command, cwd=timm_tests, env=_environment(hub, tmp_path / 'home'))
     assert report.exists(), f'pytest ended with exit status {run.returncode} before it wrote a report'
 
     passed = Counter()
@@ -88,7 +106,7 @@ def test_listings_for_timm_hold_our_models_only():
 
 
 def test_listings_for_timm_of_models_with_weights(monkeypatch):
-    tagged = timm.list_models('vt_resnet18', include_tags=True)[0]
+    tagged = timm.list_pretrained('vt_resnet18')[0]
     with_weights = {'resnet18', 'resnet18.a1_in1k', 'vt_resnet18', tagged}
     monkeypatch.setattr(_registry, '_model_has_pretrained', with_weights)
     assert list_models(pretrained=True) == list_pretrained() == list_pretrained('vt_*') == [tagged]

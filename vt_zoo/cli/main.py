@@ -8,11 +8,12 @@ from typing import List, Optional
 from vt_zoo import __version__
 from vt_zoo.errors import InputError
 
-from . import finetune, models, predict, quickstart
+from . import finetune, models, predict, quickstart, recipe
 
 __all__ = ['main']
 
-COMMANDS = {'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models}
+COMMANDS = {
+    'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe}
 
 
 class _Parser(argparse.ArgumentParser):

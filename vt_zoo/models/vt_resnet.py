@@ -7,12 +7,18 @@ Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Model
 No code was published with it. This is an independent implementation on timm's ResNet: stem and stages 1 to 3 are timm's
 own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
 """
+import logging
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.layers import LayerType, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -33,6 +39,8 @@ from vt_zoo.layers import (
 )
 
 __all__ = ['VTResNet']
+
+_logger = logging.getLogger(__name__)
 
 TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the first module, of those after it
     'filter': (FilterTokenizer, RecurrentTokenizer),
@@ -368,12 +376,33 @@ class VTResNet(ResNet):
         return x if pre_logits else self.fc(x)
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Let the weights of a classifier fit a model with features, and the other way round.
+def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Stem and stages 1 to 3 of a timm ResNet; the VT stage and the classifier are the model's own, which are new.
 
-    They differ by the projector of the last module. A new one starts as the model made it: at zero, so that the map
-    passes through unchanged.
+    Raises:
+        RuntimeError: It is not the ResNet whose trunk the model has.
     """
+    own = model.state_dict()
+    new = {k: v for k, v in own.items() if k.startswith(('vt_stage.', 'fc.'))}
+    trunk = {k: v for k, v in state_dict.items() if not k.startswith(('layer4.', 'fc.'))}
+    differing = sorted((own.keys() - new.keys()) ^ trunk.keys())
+    if differing:
+        raise RuntimeError(
+            f'the ResNet of these weights has another trunk than this model: {len(differing)} names differ, the first '
+            f'is {differing[0]}')
+    _logger.warning('Only the trunk is pretrained: the VT stage and the classifier are new, train them.')
+    return {**trunk, **new}
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Let other weights than the model's own fit it.
+
+    Of a timm ResNet the trunk is taken. The weights of a classifier and of a model with features differ by the
+    projector of the last module; a new one starts as the model made it: at zero, so that the map passes through
+    unchanged.
+    """
+    if any(k.startswith('layer4.') for k in state_dict):
+        return _keep_trunk(state_dict, model)
     last = f'vt_stage.{len(model.vt_stage) - 1}.projector.'
     own = {k: v for k, v in model.state_dict().items() if k.startswith(last)}
     given = {k: v for k, v in state_dict.items() if k in own or not k.startswith(last)}
@@ -393,11 +422,23 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
+def _trunk_cfg(resnet: str, **kwargs) -> Dict[str, Any]:
+    """Weights of a timm ResNet, whose trunk is taken. Not a classifier before it has been trained further."""
+    return _cfg(hf_hub_id=f'timm/{resnet}', interpolation='bicubic', crop_pct=0.95, **kwargs)
+
+
+# The bare names have no weights: an `untrained*` after the others keeps timm from taking the trunks for them. A trunk
+# is named after its ResNet, among the best of its depth in timm's results of August 2026 under a licence like ours.
 default_cfgs = generate_default_cfgs({
-    'vt_resnet18.untrained': _cfg(),
-    'vt_resnet34.untrained': _cfg(),
-    'vt_resnet50.untrained': _cfg(),
-    'vt_resnet101.untrained': _cfg(),
+    'vt_resnet18.trunk_a1_in1k': _trunk_cfg('resnet18.a1_in1k'),
+    'vt_resnet18.untrained*': _cfg(),
+    'vt_resnet34.trunk_ra4_e3600_r224_in1k': _trunk_cfg(
+        'resnet34.ra4_e3600_r224_in1k', mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD),
+    'vt_resnet34.untrained*': _cfg(),
+    'vt_resnet50.trunk_a1_in1k': _trunk_cfg('resnet50.a1_in1k'),
+    'vt_resnet50.untrained*': _cfg(),
+    'vt_resnet101.trunk_a1h_in1k': _trunk_cfg('resnet101.a1h_in1k'),
+    'vt_resnet101.untrained*': _cfg(),
     'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
 })
 

@@ -1,0 +1,16 @@
+"""Print the path of a recipe for timm's train.py, as in `python train.py -c $(vt-zoo recipe advanced) ...`."""
+import argparse
+
+from vt_zoo.recipes import list_recipes, recipe_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument('name', choices=list_recipes(), metavar='NAME', help=f'one of: {", ".join(list_recipes())}')
+    parser.add_argument('--show', action='store_true', help="print the recipe's text instead")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the recipe's path or text."""
+    path = recipe_path(args.name)
+    print(path.read_text() if args.show else path, end='' if args.show else '\n')

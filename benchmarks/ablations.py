@@ -201,8 +201,8 @@ def report(runs: List[dict], environment: str) -> str:
             ', '.join(f'{p:+.1f}' for p in paper) if paper else '')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join([
-        *lines, '', "The paper's points are those of its Tables 2 to 7 on ImageNet, unverified. Here the sign is not that "
-        f'of both of its models for: {", ".join(otherwise) or "none"}.', '',
+        *lines, '', "The paper's points are those of its Tables 2 to 7 on ImageNet, unverified. Here the sign is not "
+        f'that of both of its models for: {", ".join(otherwise) or "none"}.', '',
         '![Test accuracy of each variant](ablations.png)', ''])
 
 

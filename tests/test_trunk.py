@@ -1,9 +1,14 @@
 """Weights of timm's ResNets as trunks: what is taken, what stays new, and what is refused."""
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
+from hub_server import hub_server
+from safetensors.torch import save_file
 
 TRUNKS = {
     'vt_resnet18.trunk_a1_in1k': 'resnet18.a1_in1k',
@@ -117,6 +122,36 @@ def test_a_key_that_differs(resnet18, change):
         state_dict['layer2.0.bn1.extra'] = torch.zeros(1)
     with pytest.raises(RuntimeError, match=r'1 names differ, the first is layer2\.0\.bn1\.\w+'):
         load('vt_resnet18.trunk_a1_in1k', state_dict)
+
+
+def run_finetune(data, out, arguments, **environment):
+    """`vt-zoo finetune` with other settings of the hub's client than this process has."""
+    words = ['finetune', data, *arguments, '--epochs', '1', '--model', 'vt_resnet18.trunk_a1_in1k', '--out', out]
+    return subprocess.run(
+        [sys.executable, '-m', 'vt_zoo', *map(str, words)], capture_output=True, text=True,
+        env={**os.environ, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', **environment})
+
+
+def test_finetune_takes_the_trunk_from_the_hub(resnet18, few_digits, tiny_arguments, tmp_path):
+    folder = tmp_path / 'hub' / 'timm' / 'resnet18.a1_in1k'
+    folder.mkdir(parents=True)
+    save_file(resnet18.state_dict(), folder / 'model.safetensors')
+    with hub_server(tmp_path / 'hub') as server:
+        process = run_finetune(
+            few_digits, tmp_path / 'run', tiny_arguments, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'home'))
+    assert process.returncode == 0, process.stderr
+    assert ('GET', '/timm/resnet18.a1_in1k/resolve/main/model.safetensors') in server.requests
+    assert 'Only the trunk is pretrained' in process.stderr
+
+
+def test_finetune_without_the_hub(few_digits, tiny_arguments, tmp_path):
+    process = run_finetune(
+        few_digits, tmp_path / 'run', tiny_arguments, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'home'))
+    assert process.returncode == 2
+    sentence = process.stderr.splitlines()[-1]
+    assert sentence.startswith('vt-zoo: error: model vt_resnet18.trunk_a1_in1k cannot be loaded: ')
+    assert 'Traceback' not in process.stderr
+    assert not (tmp_path / 'run').exists()
 
 
 def test_own_weights_are_not_taken_for_a_trunk(caplog):

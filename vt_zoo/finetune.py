@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_data_config
-from timm.models import create_model
+from timm.models import create_model, list_pretrained
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
@@ -88,7 +88,7 @@ def evaluate(model: nn.Module, loader: Any, device: torch.device) -> Tuple[Dict[
 
 def _create_model(settings: FinetuneSettings, num_classes: int) -> nn.Module:
     kwargs = {'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
-    if Path(settings.model).is_dir() or ':' in settings.model:
+    if Path(settings.model).is_dir() or ':' in settings.model or settings.model in list_pretrained():
         return load_model(settings.model, **kwargs)
     check_name(settings.model)
     try:

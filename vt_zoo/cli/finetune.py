@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
     add('data_dir', metavar='DATA_DIR', help='folder of images')
-    add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR', help='name, or folder with weights to start from')
+    add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR', help='name, or name.tag or folder with weights')
     add('--out', default='vt_zoo_finetune', metavar='DIR', help='folder to write')
     add('--resume', action='store_true', help='go on with the run that DIR holds')
     add('--overwrite', action='store_true', help='begin anew where DIR holds a run')

@@ -25,14 +25,13 @@ from typing import Dict, List, Tuple
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
+from training import accuracy, train_epochs
+from versions import versions
 
-import vt_zoo
 from vt_zoo.checkpoint import whole
 from vt_zoo.digits import write_digits
 from vt_zoo.images import find_split, load_image
@@ -132,41 +131,20 @@ def load_data() -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-@torch.inference_mode()
-def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Accuracy in percent."""
-    model.eval()
-    return 100 * torch.cat([model(part).argmax(1) for part in x.split(256)]).eq(y).float().mean().item()
-
-
 def train(name: str, seed: int, epochs: int) -> dict:
     """Train a variant; its test accuracy is that after the last epoch."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = load_data()
     model = create(name).to(memory_format=torch.channels_last)
-    x, y = data['train']
-    steps = len(x) // BATCH
     optimizer = create_optimizer_v2(model, 'adamw', lr=LR, weight_decay=WEIGHT_DECAY)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=LR / 100, step_on_epochs=False,
-        updates_per_epoch=steps)
     generator = torch.Generator().manual_seed(seed)
-    losses, start = [], time.monotonic()
-    for epoch in range(epochs):
-        model.train()
-        total = 0.
-        for step, batch in enumerate(torch.randperm(len(x), generator=generator)[:steps * BATCH].split(BATCH)):
-            scheduler.step_update(epoch * steps + step)
-            loss = F.cross_entropy(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        losses.append(total / steps)
+    orders = (torch.randperm(TRAIN_IMAGES, generator=generator) for _ in range(epochs))
+    start = time.monotonic()
+    losses = list(train_epochs(model, data['train'], optimizer, orders, epochs, BATCH, warmup_lr=LR / 100))
     return {
-        'variant': name, 'seed': seed, 'epochs': epochs, 'loss': losses, 'test': accuracy(model, *data['test']),
-        'train': accuracy(model, *(t[:2000] for t in data['train'])),
+        'variant': name, 'seed': seed, 'epochs': epochs, 'loss': losses, 'test': accuracy(model, *data['test'], 256),
+        'train': accuracy(model, *(t[:2000] for t in data['train']), 256),
         'parameters': sum(p.numel() for p in model.parameters()), 'seconds': time.monotonic() - start}
 
 
@@ -247,9 +225,7 @@ def main() -> None:
     log = args.out / 'ablations.json'
     runs = json.loads(log.read_text())['runs'] if log.exists() else []
     runs = [r for r in runs if r['epochs'] == args.epochs and r['seed'] < args.seeds]
-    environment = (
-        f'{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, '
-        f'torch {torch.__version__}, timm {timm.__version__}, vt_zoo {vt_zoo.__version__}.')
+    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
     missing = [
         (name, seed, args.epochs) for seed in range(args.seeds) for name in (*VARIANTS, BASELINE)
         if not any((r['variant'], r['seed']) == (name, seed) for r in runs)]

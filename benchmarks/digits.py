@@ -16,14 +16,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
+from training import accuracy, train_epochs
+from versions import versions
 
-import vt_zoo
 from vt_zoo.checkpoint import whole
 from vt_zoo.digits import write_digits
 from vt_zoo.images import find_split, load_image
@@ -52,36 +51,19 @@ def load_digits() -> dict:
     return {k: (((x - mean) / std).expand(-1, 3, -1, -1).contiguous(), y) for k, (x, y) in tensors.items()}
 
 
-@torch.inference_mode()
-def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    model.eval()
-    return 100 * torch.cat([model(part).argmax(1) for part in x.split(64)]).eq(y).float().mean().item()
-
-
 def train(name: str, recipe: str, seed: int, epochs: int, data: dict) -> dict:
     """Train one model and return its training losses and held-out accuracies, an entry an epoch."""
     torch.manual_seed(seed)
     model = timm.create_model(name, num_classes=10)
     optimizer = create_optimizer_v2(model, **RECIPES[recipe])
-    x, y = data['train']
-    steps = len(x) // BATCH
-    scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=RECIPES[recipe]['lr'] / 16,
-        step_on_epochs=False, updates_per_epoch=steps)
+    orders = (
+        torch.randperm(len(data['train'][0]), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        for epoch in tqdm(range(epochs), desc=f'{name} {recipe} seed {seed}', leave=False))
     losses, accuracies, start = [], [], time.monotonic()
-    for epoch in tqdm(range(epochs), desc=f'{name} {recipe} seed {seed}', leave=False):
-        model.train()
-        total = 0.
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for step, batch in enumerate(order[:steps * BATCH].split(BATCH)):
-            scheduler.step_update(epoch * steps + step)
-            loss = F.cross_entropy(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        losses.append(total / steps)
-        accuracies.append(accuracy(model, *data['val']))
+    for loss in train_epochs(
+            model, data['train'], optimizer, orders, epochs, BATCH, warmup_lr=RECIPES[recipe]['lr'] / 16):
+        losses.append(loss)
+        accuracies.append(accuracy(model, *data['val'], 64))
     return {'model': name, 'recipe': recipe, 'seed': seed, 'epochs': epochs, 'loss': losses, 'accuracy': accuracies,
             'seconds': time.monotonic() - start}
 
@@ -139,9 +121,7 @@ def main() -> None:
     log = args.out / 'digits.json'
     runs = json.loads(log.read_text())['runs'] if log.exists() else []
     runs = [r for r in runs if r['epochs'] == args.epochs and r['seed'] < args.seeds]
-    environment = (
-        f'{platform.machine()}, {torch.get_num_threads()} CPU threads, Python '
-        f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, vt_zoo {vt_zoo.__version__}')
+    environment = f'{platform.machine()}, {torch.get_num_threads()} CPU threads, {versions()}'
     data = load_digits()
     for seed in range(args.seeds):
         for recipe in RECIPES:

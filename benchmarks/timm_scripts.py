@@ -57,6 +57,11 @@ class Training:
         return max(epoch['eval_top1'] for epoch in self.epochs)
 
 
+def _read_csv(path: Path) -> List[Dict[str, str]]:
+    with path.open(newline='') as f:
+        return list(csv.DictReader(f))
+
+
 class TimmScripts:
     """timm's scripts at work in a folder. Each property runs what it is named after, once."""
 
@@ -87,32 +92,21 @@ class TimmScripts:
         self.commands[name or script] = f'{launcher} {shlex.join([script, *map(str, words)])}'
         return process.stdout
 
-    def result(self, script: str, *words: object, name: str = '') -> dict:
+    def result(self, script: str, *words: object) -> dict:
         """Run a script and return the object that it prints after `--result`."""
-        return json.loads(self.run(script, *words, name=name).rsplit('--result', 1)[1])
+        return json.loads(self.run(script, *words).rsplit('--result', 1)[1])
 
     def _training_words(self, name: str, recipe: str, data: str, *words: object) -> tuple:
         return (
             '-c', recipe_path(recipe), '--data-dir', data, '--val-split', 'val', *MODEL, *LOADER, '--hflip', 0,
             '--output', 'runs', '--experiment', name, *words)
 
-    def _training(self, name: str) -> Training:
-        with (self.folder / 'runs' / name / 'summary.csv').open(newline='') as f:
-            epochs = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
-        return Training(self.folder / 'runs' / name, epochs)
-
     def train(self, name: str, recipe: str, data: str, *words: object) -> Training:
         """Run train.py with one of our recipes."""
         self.run('train.py', *self._training_words(name, recipe, data, *words), name=name)
-        return self._training(name)
-
-    def hub_folder(self, name: str, training: Training) -> Path:
-        """The best weights of a training in timm's hub layout, with the names of the classes."""
-        model = timm.create_model('test_vt_resnet', num_classes=CLASSES)
-        model.load_state_dict(load_state_dict(training.best, use_ema=True))
-        data_config = timm.data.resolve_data_config({'img_size': SIZE}, model=model)
-        write_model(self.folder / name, model, [f'digit {i}' for i in range(CLASSES)], data_config)
-        return self.folder / name
+        folder = self.folder / 'runs' / name
+        rows = _read_csv(folder / 'summary.csv')
+        return Training(folder, [{key: float(value) for key, value in row.items()} for row in rows])
 
     @cached_property
     def plain(self) -> Training:
@@ -120,7 +114,13 @@ class TimmScripts:
 
     @cached_property
     def teacher(self) -> Path:
-        return self.hub_folder('teacher', self.plain)
+        """Its best weights in timm's hub layout, with the names of the classes."""
+        model = timm.create_model('test_vt_resnet', num_classes=CLASSES)
+        model.load_state_dict(load_state_dict(self.plain.best, use_ema=True))
+        data_config = timm.data.resolve_data_config({'img_size': SIZE}, model=model)
+        folder = self.folder / 'teacher'
+        write_model(folder, model, [f'digit {i}' for i in range(CLASSES)], data_config)
+        return folder
 
     @cached_property
     def advanced(self) -> Training:
@@ -185,8 +185,7 @@ class TimmScripts:
             'inference.py', '--data-dir', 'data', '--split', 'val', *LOADER, '-b', 50, '--model',
             f'local-dir:{self.teacher.name}', '--pretrained', '--label-type', 'name', '--include-index', '--topk', 1,
             '--fullname', '--results-dir', 'predictions', '--results-file', 'table')
-        with (self.folder / 'predictions' / 'table.csv').open(newline='') as f:
-            return list(csv.DictReader(f))
+        return _read_csv(self.folder / 'predictions' / 'table.csv')
 
     _SPEED = ('--img-size', SIZE, '-b', 4, '--device', 'cpu', '--num-warm-iter', 1, '--num-bench-iter', 10)
 
@@ -201,8 +200,7 @@ class TimmScripts:
             'bulk_runner.py', '--model-list', 'test_vt_*', '--results-file', 'bulk.csv', '--sort-key',
             'infer_samples_per_sec', '--module', 'yes', 'vt_zoo.run', self.scripts / 'benchmark.py', *self._SPEED,
             '--bench', 'inference')
-        with (self.folder / 'bulk.csv').open(newline='') as f:
-            return list(csv.DictReader(f))
+        return _read_csv(self.folder / 'bulk.csv')
 
     @cached_property
     def onnx(self) -> Path:

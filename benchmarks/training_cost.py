@@ -12,6 +12,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import List
 
@@ -22,8 +23,8 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from tqdm import tqdm
+from versions import versions
 
-import vt_zoo
 from vt_zoo.analysis.count import count_multiply_adds
 from vt_zoo.checkpoint import whole
 from vt_zoo.recipes import recipe_path
@@ -54,12 +55,13 @@ class Step:
         return self.flops * self.batch / self.seconds
 
 
+@cache
 def flops_of_an_image(model: str, recipe: str) -> float:
     """Operations (two a multiply-add) of an image: forward and twice that backward, and the teacher's forward."""
     own = 6 * count_multiply_adds(timm.create_model(model, device='meta'))
     if recipe == 'plain':
         return own
-    return own + 2 * count_multiply_adds(timm.create_model(TEACHER, device='meta'), (3, SIZE, SIZE))
+    return own + 2 * count_multiply_adds(timm.create_model(TEACHER, device='meta'))
 
 
 def _kept_bytes(net: torch.nn.Module, batch: int) -> int:
@@ -113,13 +115,12 @@ def time_step(model: str, recipe: str, batch: int, device: torch.device) -> Step
     return Step(model, recipe, batch, statistics.median(seconds[2:]), flops_of_an_image(model, recipe))
 
 
-def report(steps: List[Step], device: torch.device, command: str) -> str:
+def report(steps: List[Step], device: torch.device) -> str:
     """The result as Markdown."""
     where = torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
     lines = [
         '# What training costs', '',
-        f'Command: `{command}`. {platform.machine()}, {where}, Python {platform.python_version()}, torch '
-        f'{torch.__version__}, timm {timm.__version__}, vt_zoo {vt_zoo.__version__}.', '',
+        f'Command: `python benchmarks/training_cost.py`. {platform.machine()}, {where}, {versions()}.', '',
         '## Operations', '',
         f'Of all epochs over {IMAGES:,} images at {SIZE}x{SIZE}, two operations a multiply-add: forward, twice that '
         f'backward, and for the advanced recipe the forward pass of the teacher ({TEACHER}). Hours are those of one '
@@ -162,7 +163,7 @@ def main() -> None:
     device = torch.device(args.device)
     jobs = [(model, recipe) for model in MEASURED for recipe in EPOCHS]
     steps = [time_step(*job, args.batch, device) for job in tqdm(jobs, desc='steps')]
-    text = report(steps, device, 'python benchmarks/training_cost.py')
+    text = report(steps, device)
     with whole(RESULTS / 'training_cost.md') as new:
         new.write_text(text)
     print(text)

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import vt_zoo.checkpoint
-from vt_zoo.checkpoint import check_name, load_model, read_tensors, whole, write_model, write_tensors
+from vt_zoo.checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
 from vt_zoo.errors import InputError
 
 CLASSES = ['cat', 'dog', 'Zebra']
@@ -376,3 +376,12 @@ def test_names():
     check_name('resnet18')
     with pytest.raises(InputError, match='no_such_model'):
         check_name('no_such_model')
+
+
+def test_size_that_a_model_refuses_without_a_word(input_error):
+    class Silent(torch.nn.Linear):
+        def forward(self, x):
+            raise AssertionError
+
+    with input_error('model mine does not take images of 3x8x8: AssertionError$'):
+        check_input_size(Silent(1, 1), (3, 8, 8), 'mine')

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models import create_model, is_model, save_for_hf
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 __all__ = ['check_input_size', 'check_name', 'load_model', 'read_tensors', 'whole', 'write_model', 'write_tensors']
 
@@ -117,7 +117,7 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
     try:
         return create_model(source, pretrained=True, **kwargs).eval()
     except Exception as e:  # a damaged config.json makes timm raise nearly anything
-        reason = next(iter(str(e).splitlines()), '').rstrip('.:')[:200] or type(e).__name__
+        reason = first_line(e).rstrip('.:')[:200]
         if 'loading state_dict' in reason:
             reason = 'its weights are those of another model'
         raise InputError(f'model {name_or_dir} cannot be loaded: {reason}') from e
@@ -131,7 +131,7 @@ def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> 
             model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     except (RuntimeError, ValueError, AssertionError) as e:
         size = 'x'.join(str(n) for n in input_size)
-        raise InputError(f'model {name} does not take images of {size}: {str(e).splitlines()[0]}') from e
+        raise InputError(f'model {name} does not take images of {size}: {first_line(e)}') from e
 
 
 def check_name(name: str) -> None:

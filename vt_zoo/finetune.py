@@ -20,7 +20,7 @@ from timm.utils import random_seed
 from tqdm import tqdm
 
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
-from .errors import InputError
+from .errors import InputError, first_line
 from .images import ImageFolder, Split, find_split
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
@@ -94,7 +94,7 @@ def _create_model(settings: FinetuneSettings, num_classes: int) -> nn.Module:
     try:
         return create_model(settings.model, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise InputError(f'model {settings.model!r} cannot be trained here: {str(e).splitlines()[0]}') from e
+        raise InputError(f'model {settings.model!r} cannot be trained here: {first_line(e)}') from e
 
 
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):

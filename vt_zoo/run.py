@@ -5,7 +5,7 @@
 
 timm's train.py needs no help, it imports what `--device-modules vt_zoo` names. Its other scripts have no such flag.
 bulk_runner.py starts a process a model, which need it too: `python -m vt_zoo.run bulk_runner.py --model-list 'vt_*'
---module vt_zoo.run validate.py ...`.
+--module yes vt_zoo.run validate.py ...`.
 """
 import os
 import runpy

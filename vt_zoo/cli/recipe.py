@@ -6,11 +6,15 @@ from vt_zoo.recipes import list_recipes, recipe_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument('name', choices=list_recipes(), metavar='NAME', help=f'one of: {", ".join(list_recipes())}')
+    names = list_recipes()
+    parser.add_argument('name', choices=names, metavar='NAME', help=f'one of: {", ".join(names)}')
     parser.add_argument('--show', action='store_true', help="print the recipe's text instead")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the recipe's path or text."""
     path = recipe_path(args.name)
-    print(path.read_text() if args.show else path, end='' if args.show else '\n')
+    if args.show:
+        print(path.read_text(), end='')
+    else:
+        print(path)

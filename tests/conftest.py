@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: processes of the command line, folders of digits, trained models."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from vt_zoo.digits import write_digits
 from vt_zoo.errors import InputError
 from vt_zoo.finetune import FinetuneSettings, finetune
 
+ROOT = Path(__file__).parents[1]
 TIMEOUT = 600
 MAX_SENTENCE = 400  # characters, paths among them
 
@@ -156,6 +158,24 @@ def input_error():
 def script():
     """Path of the console script."""
     return Path(sys.executable).with_name('vt-zoo')
+
+
+@pytest.fixture(scope='session')
+def checkout(tmp_path_factory):
+    """hubconf.py and vt_zoo/ alone, in a folder named as torch.hub names what it downloads. Not to be changed."""
+    path = tmp_path_factory.mktemp('hub') / 'owner_vt_zoo_main'
+    shutil.copytree(ROOT / 'vt_zoo', path / 'vt_zoo', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT / 'hubconf.py', path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def timm_clone():
+    """Folder with timm's scripts; what needs it is skipped where there is none."""
+    folder = os.environ.get('VT_ZOO_TIMM_SCRIPTS')
+    if not folder:
+        pytest.skip("VT_ZOO_TIMM_SCRIPTS does not name a folder with timm's scripts")
+    return Path(folder)
 
 
 @pytest.fixture(scope='session')

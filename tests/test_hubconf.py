@@ -1,6 +1,5 @@
 """torch.hub finds and builds every model from a checkout alone."""
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,6 @@ import pytest
 from timm_plugin import registered_models
 
 import vt_zoo
-
-ROOT = Path(__file__).parents[1]
 
 # torch.hub.list and help take no local folder: they find it in the cache, where an earlier download would be
 SCRIPT = '''
@@ -38,15 +35,6 @@ print(json.dumps({
     'same_outputs': torch.equal(outputs, twin_outputs),
 }))
 '''
-
-
-@pytest.fixture(scope='module')
-def checkout(tmp_path_factory):
-    """hubconf.py and vt_zoo/ alone, named as torch.hub names what it downloads."""
-    path = tmp_path_factory.mktemp('hub') / 'owner_vt_zoo_main'
-    shutil.copytree(ROOT / 'vt_zoo', path / 'vt_zoo', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT / 'hubconf.py', path)
-    return path
 
 
 @pytest.fixture(scope='module')

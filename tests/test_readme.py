@@ -21,15 +21,6 @@ def blocks(language):
 COMMANDS = [line for block in blocks('sh') for line in block.splitlines() if line.startswith('vt-zoo ')]
 
 
-@pytest.fixture(scope='module')
-def checkout(tmp_path_factory):
-    """A copy of what a clone holds of code."""
-    path = tmp_path_factory.mktemp('checkout') / 'vt_zoo'
-    shutil.copytree(ROOT / 'vt_zoo', path / 'vt_zoo', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copy(ROOT / 'hubconf.py', path)
-    return path
-
-
 @pytest.mark.parametrize('block', blocks('python'), ids=lambda block: block.splitlines()[-1][:30])
 def test_python_block(checkout, block):
     process = subprocess.run([sys.executable, '-c', block], cwd=checkout, capture_output=True, text=True)

@@ -1,6 +1,5 @@
 """The recipes for timm's train.py: the paper's values, through timm's own scheduler, optimizer, model and loss."""
 import importlib.util
-import os
 import re
 import shlex
 import sys
@@ -19,7 +18,7 @@ from timm.task import LogitDistillationTask
 
 from vt_zoo.recipes import list_recipes, recipe_path
 
-IMAGENET, GPUS = 1281167, 8
+GPUS = 8
 # what train.py has where a recipe is silent, for the functions of timm that read its arguments
 TRAIN_PY = {
     'opt_eps': None, 'opt_betas': None, 'layer_decay': None, 'layer_decay_min_scale': 0,
@@ -157,12 +156,9 @@ def test_loss_of_advanced(tmp_path):
 
 
 @pytest.fixture
-def train_py():
+def train_py(timm_clone):
     """timm's train.py as a module."""
-    folder = os.environ.get('VT_ZOO_TIMM_SCRIPTS')
-    if not folder:
-        pytest.skip("VT_ZOO_TIMM_SCRIPTS does not name a folder with timm's scripts")
-    spec = importlib.util.spec_from_file_location('timm_train_script', Path(folder) / 'train.py')
+    spec = importlib.util.spec_from_file_location('timm_train_script', timm_clone / 'train.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,5 +1,4 @@
 """timm's own scripts on our models, where VT_ZOO_TIMM_SCRIPTS names a clone of timm: several minutes of real runs."""
-import os
 import sys
 from pathlib import Path
 
@@ -13,11 +12,8 @@ IMAGES = 450  # held-out digits
 
 
 @pytest.fixture(scope='module')
-def scripts(tmp_path_factory):
-    folder = os.environ.get('VT_ZOO_TIMM_SCRIPTS')
-    if not folder:
-        pytest.skip("VT_ZOO_TIMM_SCRIPTS does not name a folder with timm's scripts")
-    return TimmScripts(Path(folder), tmp_path_factory.mktemp('timm_scripts'))
+def scripts(timm_clone, tmp_path_factory):
+    return TimmScripts(timm_clone, tmp_path_factory.mktemp('timm_scripts'))
 
 
 def arguments(training):

@@ -4,17 +4,22 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import create_model, is_model, save_for_hf
 
 from .errors import InputError, first_line
+from .hub import download_weights, find_hub_id, hub_reason
 
 __all__ = ['check_input_size', 'check_name', 'load_model', 'read_tensors', 'whole', 'write_model', 'write_tensors']
+
+WEIGHTS = 'model.safetensors'
+SHARD_INDEX = 'model.safetensors.index.json'
 
 
 @contextmanager
@@ -76,48 +81,106 @@ def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[
         raise InputError(f'checkpoint {path} cannot be read: {e}') from e
 
 
-def write_model(path: Union[str, Path], model: nn.Module, classes: List[str], data_config: Dict[str, Any]) -> None:
+def write_model(
+        path: Union[str, Path],
+        model: nn.Module,
+        classes: Optional[List[str]],
+        data_config: Dict[str, Any],
+        training: Optional[Dict[str, Any]] = None,
+        max_shard_size: Optional[str] = None,
+) -> None:
     """Write a model in timm's hub layout: `timm.create_model('local-dir:PATH', pretrained=True)` loads it.
 
     Args:
         path: Folder to write, with `model.safetensors` and `config.json`; one that stands there is replaced.
         model: Model that was made by `timm.create_model`.
-        classes: Names of the classes, in the order of the logits.
+        classes: Names of the classes, in the order of the logits; None where they are not known.
         data_config: Input size, mean, std, interpolation and crop that go with the weights.
+        training: How the weights came about, JSON-able, for `config.json` (see `vt_zoo.publish`).
+        max_shard_size: Largest file of weights, as '500MB', where they are to be split. timm does not read shards;
+            `load_model`, `huggingface_hub.load_torch_model` and transformers do.
     """
     with whole(path) as new:
-        save_for_hf(
-            model, str(new), model_config={'label_names': classes}, safe_serialization=True, data_config=data_config)
+        model_config = {'label_names': classes, **({'training': training} if training else {})}
+        save_for_hf(model, str(new), model_config=model_config, safe_serialization=True, data_config=data_config)
+        if max_shard_size is not None:
+            save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size)
         config = json.loads((new / 'config.json').read_text())
         # timm passes the top-level num_classes already; transformers' timm wrapper fails where it comes twice
         config.get('model_args', {}).pop('num_classes', None)
         (new / 'config.json').write_text(json.dumps(config, indent=2))
 
 
+def _read_shard_index(folder: Path) -> Dict[str, str]:
+    shards = json.loads((folder / SHARD_INDEX).read_text())['weight_map']
+    if not all(Path(shard).name == shard for shard in shards.values()):
+        raise InputError(f'{SHARD_INDEX} names files outside of the folder')
+    return shards
+
+
+def _read_shards(files: List[Path]) -> Dict[str, torch.Tensor]:
+    tensors: Dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors.update(load_file(file))
+    if tensors.keys() != _read_shard_index(files[0].parent).keys():
+        raise InputError(f'its shards do not hold the tensors that {SHARD_INDEX} names')
+    return tensors
+
+
+def _check_dtypes(files: List[Path], model: nn.Module) -> None:
+    """Raise InputError where a file has another kind of number than the model: torch would convert without a word."""
+    own = model.state_dict()
+    for file in files:
+        with safe_open(file, framework='pt') as f:
+            for name in f.keys():  # noqa: SIM118
+                dtype = f.get_slice(name).get_dtype()
+                if name in own and own[name].is_floating_point() and not dtype.startswith(('F', 'BF')):
+                    raise InputError(f'its weights {name} are of type {dtype}, which is not floating point')
+
+
+def _folder_weights(folder: Path) -> List[Path]:
+    """Files of a folder's weights: one, or its shards."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / SHARD_INDEX).is_file():
+        return [folder / shard for shard in sorted(set(_read_shard_index(folder).values()))]
+    raise InputError(f'it holds no {WEIGHTS}')
+
+
 def load_model(name_or_dir: str, **kwargs) -> nn.Module:
     """Create a timm model with its weights.
 
     Args:
-        name_or_dir: Folder in timm's hub layout, `hf-hub:org/name`, or a registered name that has weights.
+        name_or_dir: Folder in timm's hub layout, whose weights may be in shards; `hf-hub:org/name`, whose weights are
+            checked against the SHA-256 that the hub gives for them; or a registered name that has weights.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        InputError: No such model or folder, no weights, or weights that do not fit the model.
+        InputError: No such model or folder, no weights, damaged ones, or weights that do not fit the model.
     """
-    source = name_or_dir
-    if Path(name_or_dir).is_dir():
-        source = f'local-dir:{name_or_dir}'
-        if not (Path(name_or_dir) / 'model.safetensors').is_file():
-            raise InputError(f'model folder {name_or_dir} holds no model.safetensors')
-    elif ':' not in name_or_dir:
-        check_name(name_or_dir)
+    folder = Path(name_or_dir.removeprefix('local-dir:'))
+    source = f'local-dir:{folder}' if folder.is_dir() else name_or_dir
+    if ':' not in source:
+        check_name(source)
     try:
-        return create_model(source, pretrained=True, **kwargs).eval()
+        if folder.is_dir():
+            files = _folder_weights(folder)
+        else:
+            hub_id = find_hub_id(source)
+            files = [download_weights(hub_id, kwargs.get('cache_dir'))] if hub_id else []
+        if files and files[0].name != WEIGHTS:
+            kwargs['pretrained_cfg_overlay'] = {'source': '', 'state_dict': _read_shards(files)}
+        model = create_model(source, pretrained=True, **kwargs).eval()
+        model.pretrained_cfg.pop('state_dict', None)
+        _check_dtypes(files, model)
+        return model
+    except InputError as e:
+        raise InputError(f'model {name_or_dir} cannot be loaded: {e}') from e
     except Exception as e:  # a damaged config.json makes timm raise nearly anything
-        reason = first_line(e).rstrip('.:')[:200]
+        reason = hub_reason(e)
         if 'loading state_dict' in reason:
             reason = 'its weights are those of another model'
         raise InputError(f'model {name_or_dir} cannot be loaded: {reason}') from e

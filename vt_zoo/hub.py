@@ -1,0 +1,57 @@
+"""Models of the Hugging Face Hub: where a name leads, the downloaded file, and what an error of its client means."""
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Optional
+
+from huggingface_hub import hf_hub_download
+from timm.models import get_pretrained_cfg, parse_model_name
+
+from .errors import InputError, first_line
+
+__all__ = ['download_weights', 'find_hub_id', 'hub_reason']
+
+_REASONS = {
+    401: 'the repository does not exist, or it is private and the token does not open it',
+    403: 'the token does not allow it',
+    404: 'the hub has no such repository, revision or file',
+}
+
+
+def find_hub_id(name: str) -> Optional[str]:
+    """Repository on the hub, `org/name` or `org/name@revision`, that a model's weights come from; None for others.
+
+    Args:
+        name: `hf-hub:org/name` or a name that timm knows, with its tag.
+    """
+    kind, model_id = parse_model_name(name)
+    if kind is not None:
+        return model_id if kind == 'hf-hub' else None
+    cfg = get_pretrained_cfg(model_id)
+    return None if cfg is None or cfg.file or cfg.hf_hub_filename else cfg.hf_hub_id
+
+
+def download_weights(hub_id: str, cache_dir: Optional[str] = None) -> Path:
+    """Path of a repository's `model.safetensors` in the client's cache, downloaded where it is not there.
+
+    Over HTTP the client checks the size of what it downloads, not the content. In the cache, large files are named
+    after the SHA-256 that the hub gives for them, so that the content can be checked here. Where the file system has no
+    symbolic links there is no such name, and no check.
+
+    Raises:
+        InputError: The file is not the one that the hub announced.
+        Exception: Those of the client.
+    """
+    repo_id, _, revision = hub_id.partition('@')
+    path = Path(hf_hub_download(repo_id, 'model.safetensors', revision=revision or None, cache_dir=cache_dir))
+    name = Path(os.readlink(path)).name if path.is_symlink() else ''
+    if re.fullmatch('[0-9a-f]{64}', name) and hashlib.sha256(path.read_bytes()).hexdigest() != name:
+        raise InputError(f'its file in the cache is not what the hub announced, delete {path.resolve()}')
+    return path
+
+
+def hub_reason(error: Exception) -> str:
+    """What an error of the hub's client means, in a few words without a full stop."""
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    return _REASONS.get(status) or first_line(error).rstrip('.:')[:200]

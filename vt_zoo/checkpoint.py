@@ -16,7 +16,9 @@ from timm.models import create_model, is_model, save_for_hf
 from .errors import InputError, first_line
 from .hub import download_weights, find_hub_id, hub_reason
 
-__all__ = ['check_input_size', 'check_name', 'load_model', 'read_tensors', 'whole', 'write_model', 'write_tensors']
+__all__ = [
+    'check_input_size', 'check_name', 'drop_second_num_classes', 'load_model', 'read_tensors', 'whole', 'write_model',
+    'write_tensors']
 
 WEIGHTS = 'model.safetensors'
 SHARD_INDEX = 'model.safetensors.index.json'
@@ -81,6 +83,14 @@ def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[
         raise InputError(f'checkpoint {path} cannot be read: {e}') from e
 
 
+def drop_second_num_classes(config: Dict[str, Any]) -> None:
+    """Take `num_classes` out of the `model_args` of a `config.json`, where timm may write it a second time.
+
+    timm passes the one at the top. transformers' timm wrapper passes both, and fails.
+    """
+    (config.get('model_args') or {}).pop('num_classes', None)
+
+
 def write_model(
         path: Union[str, Path],
         model: nn.Module,
@@ -106,8 +116,8 @@ def write_model(
         if max_shard_size is not None:
             save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size)
         config = json.loads((new / 'config.json').read_text())
-        # timm passes the top-level num_classes already; transformers' timm wrapper fails where it comes twice
-        config.get('model_args', {}).pop('num_classes', None)
+        drop_second_num_classes(config)
+        config['pretrained_cfg'].pop('tag', None)  # of the weights that the model began with
         (new / 'config.json').write_text(json.dumps(config, indent=2))
 
 

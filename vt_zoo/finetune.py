@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
+import timm
 import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_data_config
@@ -19,8 +20,10 @@ from timm.task import ClassificationTask
 from timm.utils import random_seed
 from tqdm import tqdm
 
+from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
 from .errors import InputError, first_line
+from .hub import find_hub_id
 from .images import ImageFolder, Split, find_split
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
@@ -86,9 +89,13 @@ def evaluate(model: nn.Module, loader: Any, device: torch.device) -> Tuple[Dict[
     return evaluator.compute(), torch.cat(predictions)
 
 
+def _has_weights(name_or_dir: str) -> bool:
+    return Path(name_or_dir).is_dir() or ':' in name_or_dir or name_or_dir in list_pretrained()
+
+
 def _create_model(settings: FinetuneSettings, num_classes: int) -> nn.Module:
     kwargs = {'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
-    if Path(settings.model).is_dir() or ':' in settings.model or settings.model in list_pretrained():
+    if _has_weights(settings.model):
         return load_model(settings.model, **kwargs)
     check_name(settings.model)
     try:
@@ -235,6 +242,19 @@ def _write_history(path: Path, history: List[Dict[str, float]]) -> None:
         writer.writerows(history)
 
 
+def _describe_training(settings: FinetuneSettings, split: Split, correct: int) -> Dict[str, Any]:
+    """What `config.json` says of the run."""
+    is_folder = Path(settings.model.removeprefix('local-dir:')).is_dir()
+    return {
+        'program': 'vt-zoo finetune',
+        'versions': {'vt_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+        'arguments': {**asdict(settings), **({'model': 'a local folder'} if is_folder else {})},
+        'epochs': settings.epochs, 'weights': 'moving average', 'pretrained': _has_weights(settings.model),
+        'base_model': None if is_folder or not _has_weights(settings.model) else find_hub_id(settings.model),
+        'train_images': len(split.train), 'val_images': len(split.val), 'val_correct': correct,
+    }
+
+
 def finetune(
         data_dir: Union[str, Path],
         out: Union[str, Path],
@@ -254,8 +274,8 @@ def finetune(
 
     Args:
         data_dir: Folder of images (see `vt_zoo.images.find_split`).
-        out: Folder to write: `model/` (timm's hub layout) and `history.csv`; `checkpoint.safetensors` while training
-            goes on.
+        out: Folder to write: `model/` (timm's hub layout; its `config.json` tells settings and result) and
+            `history.csv`; `checkpoint.safetensors` while training goes on.
         settings: What decides the outcome.
         resume: Go on with the run that `out` holds, if it holds one.
         overwrite: Begin anew where `out` holds a run.
@@ -301,16 +321,18 @@ def finetune(
             tqdm.write(f'epoch {epoch + 1:3d}: training loss {loss:.3f}, held-out accuracy {metrics["top1"]:.2f} %')
 
     _, predictions = evaluate(run.ema_model, run.val_loader, device)
-    write_model(model_dir, run.ema_model, split.classes, run.data_config)
+    targets = torch.tensor([t for _, t in split.val])
+    correct = int((predictions == targets).sum())
+    training = _describe_training(settings, split, correct)
+    write_model(model_dir, run.ema_model, split.classes, run.data_config, training)
     reloaded = load_model(str(model_dir)).to(device)
     _, reloaded_predictions = evaluate(reloaded, run.val_loader, device)
     _write_history(out / 'history.csv', run.history)
     checkpoint.unlink()
 
-    targets = torch.tensor([t for _, t in split.val])
     return FinetuneResult(
         model_dir=model_dir,
-        correct=int((predictions == targets).sum()),
+        correct=correct,
         total=len(targets),
         reloaded_correct=int((reloaded_predictions == targets).sum()),
         same_predictions=bool(torch.equal(predictions, reloaded_predictions)),

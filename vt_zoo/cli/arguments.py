@@ -1,7 +1,8 @@
 """Types of command-line arguments."""
 import argparse
+import re
 
-__all__ = ['fraction', 'positive_float', 'positive_int', 'whole_number']
+__all__ = ['file_size', 'fraction', 'positive_float', 'positive_int', 'whole_number']
 
 
 def _number(text: str, kind: type, allowed: str, accept) -> float:
@@ -32,3 +33,10 @@ def positive_float(text: str) -> float:
 def fraction(text: str) -> float:
     """A number from 0 to under 1."""
     return _number(text, float, 'a number from 0 to under 1', lambda v: 0 <= v < 1)
+
+
+def file_size(text: str) -> str:
+    """A size as huggingface_hub writes it: a whole number and KB, MB or GB."""
+    if not re.fullmatch('[1-9][0-9]*[KMG]B', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a size such as 500MB')
+    return text

@@ -1,0 +1,36 @@
+"""Convert a checkpoint of timm's train.py to safetensors in timm's hub layout.
+
+CHECKPOINT is what train.py saves (last.pth.tar, model_best.pth.tar, ...), or a file with a state dict alone. It is read
+without running anything in it; a file that needs more is refused. DIR then loads with
+timm.create_model('local-dir:DIR', pretrained=True), in `vt-zoo predict` and in `vt-zoo publish`.
+"""
+import argparse
+
+import torch
+
+from vt_zoo.convert import convert
+
+from .arguments import file_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add = parser.add_argument
+    add('checkpoint', metavar='CHECKPOINT', help='file to read')
+    add('--out', required=True, metavar='DIR', help='folder to write, which must not be there')
+    add('--model', default=None, metavar='NAME', help="name of the model; the checkpoint's own if not given")
+    add('--ema', action=argparse.BooleanOptionalAction, default=None,
+        help='take the moving average; done if there is one, if neither is given')
+    add('--dtype', choices=['float16', 'bfloat16'], default=None, help='half the size; as it is if not given')
+    add('--max-shard-size', type=file_size, default=None, metavar='SIZE',
+        help='split files above it, as 500MB; timm does not read shards, but `vt-zoo predict`, transformers and '
+             'huggingface_hub.load_torch_model do')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, and print what was written."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    converted = convert(args.checkpoint, args.out, args.model, args.ema, dtype, args.max_shard_size)
+    epoch = f' of epoch {converted.epoch}' if converted.epoch else ''
+    print(f'weights    {converted.name}, {converted.weights}{epoch}')
+    print(f'model      {args.out}')

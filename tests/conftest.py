@@ -136,6 +136,13 @@ def signal_at():
 
 
 @pytest.fixture(scope='session')
+def limit_file_size():
+    """Gives code for `before` of a command: a write beyond so many bytes of a file fails, as on a full disk."""
+    return lambda size: (
+        f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))')
+
+
+@pytest.fixture(scope='session')
 def models(command):
     """What `vt-zoo models --json` lists, by name."""
     return {entry['name']: entry for entry in json.loads(command('models', '--json').stdout)}
@@ -152,6 +159,18 @@ def input_error():
         assert '\n' not in message
         assert len(message) <= MAX_SENTENCE, f'a sentence of {len(message)} characters'
     return check
+
+
+@pytest.fixture
+def hub_client(tmp_path, monkeypatch):
+    """Makes this process's client of the hub ask another address; gives the folder of its cache."""
+    def use(url):
+        for name, value in (
+                ('ENDPOINT', url), ('HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}'),
+                ('HF_HUB_CACHE', str(tmp_path / 'cache')), ('HF_HUB_DISABLE_XET', True)):
+            monkeypatch.setattr(f'huggingface_hub.constants.{name}', value)
+        return tmp_path / 'cache'
+    return use
 
 
 @pytest.fixture(scope='session')

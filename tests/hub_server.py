@@ -120,11 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == 'HEAD':
             return self._send(200, Content_Length=str(path.stat().st_size), **headers)
         content = path.read_bytes()
-        fault, self.server.fault = self.server.fault, None
+        fault = None
+        if _is_large(path):
+            fault, self.server.fault = self.server.fault, None
         if callable(fault):
             content = fault(content)
         start = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        self.server.starts.append(int(start[1]) if start else 0)
+        if _is_large(path):
+            self.server.starts.append(int(start[1]) if start else 0)
         if start:
             headers['Content_Range'] = f'bytes {start[1]}-{len(content) - 1}/{len(content)}'
             content = content[int(start[1]):]
@@ -160,7 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate_card(self):
         errors = _card_errors(json.loads(self.body)['content'])
-        self._json({'errors': [{'message': e} for e in errors], 'warnings': []}, 400 if errors else 200)
+        if self.headers.get('Accept') == 'text/plain':
+            return self._send(400 if errors else 200, '; '.join(errors).encode())
+        return self._json({'errors': [{'message': e} for e in errors], 'warnings': []}, 400 if errors else 200)
 
     def _preupload(self, repo):
         if self._may_write():
@@ -212,9 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
 def hub_server(folder):
     """Serve the files folder/ORG/NAME/FILE, and take uploads with the token WRITER.
 
-    Gives the server, with its address `url`, its `requests` as (method, path), the `starts` of the downloads in bytes
-    and the `visibility` that was asked for each new repository. `fault` befalls the next download: a number of bytes
-    after which the connection breaks, or a function that changes the content.
+    Gives the server, with its address `url`, its `requests` as (method, path), the byte at which each download of
+    weights `starts` and the `visibility` that was asked for each new repository. `fault` befalls the next download of
+    weights: a number of bytes after which the connection breaks, or a function that changes the content.
     """
     server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
     server.folder, server.requests, server.starts = Path(folder), [], []

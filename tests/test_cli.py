@@ -41,11 +41,6 @@ CASES = {  # words after `finetune DATA_DIR`
 }
 
 
-def limit_file_size(size):
-    """For `before` of a command: a write beyond so many bytes of a file fails, as it does on a full disk."""
-    return f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))'
-
-
 def tree(folder):
     """Everything below a folder: bytes of the files, None for folders."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
@@ -428,14 +423,16 @@ def test_finetune_into_a_finished_run(command, few_digits, tiny_arguments, tiny_
 
 
 @pytest.mark.parametrize('size', [1_000, 1_000_000, 3_000_000])
-def test_finetune_on_a_full_disk(command, refuse_finetune, few_digits, tiny_arguments, tiny_run, tmp_path, size):
+def test_finetune_on_a_full_disk(
+        command, refuse_finetune, limit_file_size, few_digits, tiny_arguments, tiny_run, tmp_path, size):
     refuse_finetune(tmp_path, before=limit_file_size(size))
     result = command('finetune', few_digits, *tiny_arguments, '--out', tmp_path / 'run')
     assert result.code == 0
     assert weights(tmp_path / 'run') == weights(tiny_run.out)
 
 
-def test_disk_that_is_full_at_the_end(command, signal_at, few_digits, tiny_arguments, tiny_run, tmp_path):
+def test_disk_that_is_full_at_the_end(
+        command, signal_at, limit_file_size, few_digits, tiny_arguments, tiny_run, tmp_path):
     out = tmp_path / 'run'
     words = ['finetune', few_digits, *tiny_arguments, '--out', out]
     check_interrupted(command(*words, before=signal_at('os.replace', 3, signal.SIGINT)))

@@ -13,7 +13,7 @@ from .errors import InputError, first_line
 __all__ = ['download_weights', 'find_hub_id', 'hub_reason']
 
 _REASONS = {
-    401: 'the repository does not exist, or it is private and the token does not open it',
+    401: 'the hub does not know the token, or has no such repository that it opens',
     403: 'the token does not allow it',
     404: 'the hub has no such repository, revision or file',
 }

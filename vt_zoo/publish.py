@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
@@ -92,20 +92,24 @@ def write_release(
 def upload(folder: Union[str, Path], repo_id: str, private: bool = False) -> str:
     """Create the repository where it is not there, and upload a folder of `write_release` as one commit.
 
-    The token is that of `hf auth login` or the environment's HF_TOKEN. The hub's own validator reads the card first.
+    The token is that of `hf auth login` or the environment's HF_TOKEN. The hub's own validator reads the card before
+    anything is created.
 
     Returns:
         Address of the commit.
 
     Raises:
-        InputError: There is no token, the hub refuses, or it cannot be reached.
+        InputError: There is no token, the hub refuses the card or the token, or it cannot be reached.
     """
     if get_token() is None:
         raise InputError('there is no token of the hub: run `hf auth login` or set HF_TOKEN')
     api = HfApi(library_name='vt_zoo', library_version=__version__)
     try:
+        ModelCard.load(Path(folder) / 'README.md').validate()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload model with vt_zoo')
+    except ValueError as e:
+        raise InputError(f'the hub refuses {repo_id}: {" ".join(str(e).split())[:200]}') from e
     except Exception as e:  # of the client, of the library that it sends with, of the system
         raise InputError(f'{repo_id} cannot be published at {api.endpoint}: {hub_reason(e)}') from e
     return commit.commit_url

@@ -1,0 +1,168 @@
+"""Models from a hub on the loopback, by the hub's real client: downloads, cache, resumption, damage."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from hub_server import environment, hub_server
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors.torch import save_file
+
+from vt_zoo.checkpoint import load_model, write_model
+
+NAME = 'hf-hub:someone/digits'
+MB = 1_000_000
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('test_vt_resnet', num_classes=3).eval()
+
+
+@pytest.fixture
+def hub(model, tmp_path):
+    """A hub with a model that we wrote."""
+    write_model(tmp_path / 'hub' / 'someone' / 'digits', model, ['a', 'b', 'c'], {'input_size': (3, 32, 32)})
+    with hub_server(tmp_path / 'hub') as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, hub_client):
+    """This process's client asks our hub; gives the folder of its cache."""
+    return hub_client(hub.url)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def downloads(hub):
+    return [path.rsplit('/', 1)[1] for method, path in hub.requests if method == 'GET' and '/resolve/' in path]
+
+
+def files(folder, pattern='*'):
+    return [p for p in folder.rglob(pattern) if p.is_file() and not p.is_symlink()]
+
+
+def altered(content):
+    """The last weight is another."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize('load', [load_model, lambda name: timm.create_model(name, pretrained=True)])
+def test_download(hub, client, model, load):
+    assert same(load(NAME), model)
+    assert sorted(downloads(hub)) == ['config.json', 'model.safetensors']
+
+
+def test_second_time_from_the_cache(hub, client, model):
+    load_model(NAME)
+    del hub.requests[:]
+    assert same(load_model(NAME), model)
+    assert downloads(hub) == []
+    assert ('HEAD', '/someone/digits/resolve/main/model.safetensors') in hub.requests
+
+
+def test_offline_from_the_cache(hub, client, model, monkeypatch):
+    load_model(NAME)
+    del hub.requests[:]
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert same(load_model(NAME), model)
+    assert hub.requests == []
+
+
+def test_hub_that_went_away(hub, hub_client, model):
+    hub_client(hub.url)
+    load_model(NAME)
+    hub_client('http://127.0.0.1:9')
+    assert same(load_model(NAME), model)
+
+
+def test_command_offline(hub, few_digits, tmp_path):
+    """Real processes with the client's own environment variables."""
+    picture = sorted((few_digits / 'val' / '1').iterdir())[0]
+    command = [sys.executable, '-m', 'vt_zoo', 'predict', str(picture), '--model', NAME, '--json']
+    online, offline = (
+        subprocess.run(command, capture_output=True, text=True, env=environment(hub, tmp_path / 'home', **variables))
+        for variables in ({}, {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': 'http://127.0.0.1:9'}))
+    assert online.returncode == offline.returncode == 0, online.stderr + offline.stderr
+    assert json.loads(online.stdout) == json.loads(offline.stdout)
+    assert len(downloads(hub)) == 2
+
+
+def test_revision(hub, client, model):
+    assert same(load_model(f'{NAME}@v1.0'), model)
+    assert {path for _, path in hub.requests if path.endswith('.safetensors')} == {
+        '/someone/digits/resolve/v1.0/model.safetensors'}
+
+
+def test_broken_download_is_resumed(hub, client, tmp_path):
+    """The client keeps what it got in whole chunks of 10 MiB, and asks for the rest."""
+    content = torch.randn(6 * MB)
+    save_file({'x': content}, tmp_path / 'hub' / 'someone' / 'digits' / 'model.safetensors')
+    hub.fault = 15 * MB
+    path = hf_hub_download('someone/digits', 'model.safetensors')
+    assert hub.starts == [0, 10 * 2 ** 20]
+    with open(path, 'rb') as f:
+        assert hashlib.sha256(f.read()).hexdigest() == os.path.basename(os.readlink(path))
+
+
+def test_broken_download_of_less_than_a_chunk(hub, client, model):
+    """It begins anew."""
+    hub.fault = MB
+    assert same(load_model(NAME), model)
+    assert hub.starts == [0, 0]
+
+
+def test_truncated_file(hub, client, model, input_error):
+    hub.fault = lambda content: content[:-100]
+    with input_error(f'{NAME} cannot be loaded: .*size'):
+        load_model(NAME)
+    assert files(client, '*incomplete*') == []
+    assert same(load_model(NAME), model)
+    assert len(hub.starts) == 2
+
+
+def test_altered_file(hub, client, model, input_error):
+    """Over HTTP the client does not look at the content, so that timm takes it; load_model refuses."""
+    hub.fault = altered
+    assert not same(timm.create_model(NAME, pretrained=True), model)
+    with input_error(f'{NAME} cannot be loaded: .* not what the hub announced, delete /'):
+        load_model(NAME)
+    file, = (p for p in files(client) if p.stat().st_size > MB)
+    file.unlink()
+    assert same(load_model(NAME), model)
+
+
+def test_altered_file_is_found_by_the_client(hub, client):
+    """`hf cache verify`."""
+    hub.fault = altered
+    hf_hub_download('someone/digits', 'model.safetensors')
+    result = HfApi(endpoint=hub.url).verify_repo_checksums('someone/digits')
+    assert [mismatch['path'] for mismatch in result.mismatches] == ['model.safetensors']
+
+
+def test_altered_header(hub, client, input_error):
+    hub.fault = lambda content: content[:8] + b'?' + content[9:]
+    with input_error(NAME):
+        load_model(NAME)
+
+
+def test_no_such_repository(client, input_error):
+    with input_error('hf-hub:someone/else cannot be loaded: the hub has no such repository'):
+        load_model('hf-hub:someone/else')
+
+
+def test_pickle_on_the_hub(hub, client, tmp_path, input_error):
+    folder = tmp_path / 'hub' / 'someone' / 'digits'
+    (folder / 'model.safetensors').unlink()
+    torch.save({}, folder / 'pytorch_model.bin')
+    with input_error(f'{NAME} cannot be loaded: the hub has no such repository, revision or file'):
+        load_model(NAME)
+    assert downloads(hub) == []

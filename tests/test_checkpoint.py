@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import stat
+import struct
 
 import pytest
 import safetensors.torch
@@ -287,6 +288,30 @@ def of_other_classes(folder):
     safetensors.torch.save_file(create(num_classes=7).state_dict(), folder / 'model.safetensors')
 
 
+def altered_in_the_header(folder):
+    data = bytearray((folder / 'model.safetensors').read_bytes())
+    data[8] ^= 1
+    (folder / 'model.safetensors').write_bytes(data)
+
+
+def header_of_an_exabyte(folder):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(struct.pack('<Q', 10 ** 18) + data[8:])
+
+
+def header_above_the_limit(folder):
+    """A whole one of more than the 100 MB that safetensors takes."""
+    with (folder / 'model.safetensors').open('wb') as f:
+        f.write(struct.pack('<Q', 101_000_000))
+        f.write(b'{}' + b' ' * 101_000_000)
+
+
+def of_whole_numbers(folder):
+    tensors = create().state_dict()
+    tensors['conv1.weight'] = tensors['conv1.weight'].to(torch.int8)
+    safetensors.torch.save_file(tensors, folder / 'model.safetensors')
+
+
 def without_classifier(folder):
     tensors = {k: v for k, v in create().state_dict().items() if not k.startswith('fc.')}
     safetensors.torch.save_file(tensors, folder / 'model.safetensors')
@@ -294,11 +319,82 @@ def without_classifier(folder):
 
 @pytest.mark.parametrize('damage', [
     truncated, cut_in_the_header, no_bytes, text, pickled, of_another_architecture, of_a_larger_model, of_other_classes,
-    without_classifier])
+    without_classifier, altered_in_the_header, header_of_an_exabyte, header_above_the_limit, of_whole_numbers])
 def test_weights_that_do_not_fit(model_dir, damage, input_error):
+    """The model that was loaded before stays as it is, although its file changes."""
+    model = load_model(str(model_dir))
     damage(model_dir)
+    before = {p.name: p.read_bytes() for p in model_dir.iterdir()}
     with input_error(str(model_dir)):
         load_model(str(model_dir))
+    assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == before
+    assert torch.equal(outputs(model), outputs(create()))
+
+
+@pytest.mark.parametrize('name', ['', 'local-dir:'])
+def test_type_of_the_weights_is_named(model_dir, name, input_error):
+    of_whole_numbers(model_dir)
+    with input_error(r'its weights conv1\.weight are of type I8, which is not floating point'):
+        load_model(f'{name}{model_dir}')
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_other_floating_point_types_fit(model_dir, dtype):
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in create().state_dict().items()}
+    safetensors.torch.save_file(tensors, model_dir / 'model.safetensors')
+    assert torch.equal(load_model(str(model_dir)).fc.weight, tensors['fc.weight'].float())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A model in shards."""
+    write_model(tmp_path / 'shards', create(), CLASSES, {'input_size': (3, 32, 32)}, max_shard_size='500KB')
+    return tmp_path / 'shards'
+
+
+def test_shards_come_back(shards):
+    assert torch.equal(outputs(load_model(str(shards))), outputs(create()))
+
+
+def first_shard_is_missing(folder):
+    (folder / 'model-00001-of-00004.safetensors').unlink()
+
+
+def first_shard_is_truncated(folder):
+    path = folder / 'model-00001-of-00004.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index_leads_elsewhere(folder):
+    safetensors.torch.save_file({'fc.bias': torch.zeros(3)}, folder.parent / 'x.safetensors')
+    change_index(folder, '../x.safetensors')
+
+
+def index_leaves_a_shard_out(folder):
+    change_index(folder, None)
+
+
+def index_is_no_json(folder):
+    (folder / 'model.safetensors.index.json').write_text('{')
+
+
+def change_index(folder, shard_of_bias):
+    path = folder / 'model.safetensors.index.json'
+    index = json.loads(path.read_text())
+    first = 'model-00001-of-00004.safetensors'
+    index['weight_map'] = {
+        k: shard_of_bias if k == 'fc.bias' and shard_of_bias else v for k, v in index['weight_map'].items()
+        if shard_of_bias or v != first}
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize('damage', [
+    first_shard_is_missing, first_shard_is_truncated, index_leads_elsewhere, index_leaves_a_shard_out,
+    index_is_no_json])
+def test_shards_that_do_not_fit(shards, damage, input_error):
+    damage(shards)
+    with input_error(str(shards)):
+        load_model(str(shards))
 
 
 def test_pickle_is_not_run(model_dir, tmp_path):

@@ -141,7 +141,7 @@ def test_version(command):
 
 def test_help(command):
     text = command('--help').stdout
-    for name in ('quickstart', 'finetune', 'predict', 'models'):
+    for name in ('quickstart', 'finetune', 'predict', 'models', 'recipe', 'convert', 'publish'):
         assert name in text
         result = command(name, '--help')
         assert result.code == 0

@@ -58,12 +58,14 @@ def test_command(outputs, quickstart, line):
     elif command == 'predict':
         assert set(sevens) <= set(process.stdout.splitlines())
         assert len(process.stdout.splitlines()) == (1 + int(words[words.index('--top') + 1])) * len(sevens)
+    elif command == 'publish':
+        assert all(name in process.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
     else:
         assert 'vt_resnet50' in process.stdout
 
 
 def test_each_command_is_shown():
-    assert {line.split()[1] for line in COMMANDS} == {'finetune', 'predict', 'models'}
+    assert {line.split()[1] for line in COMMANDS} == {'finetune', 'predict', 'publish', 'models'}
     assert 'vt-zoo quickstart' in README
 
 

@@ -1,12 +1,15 @@
 """timm's own scripts on our models, where VT_ZOO_TIMM_SCRIPTS names a clone of timm: several minutes of real runs."""
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from vt_zoo.convert import convert
+
 sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
-from timm_scripts import TimmScripts, resumed_difference, right
+from timm_scripts import LOADER, TimmScripts, resumed_difference, right
 
 IMAGES = 450  # held-out digits
 
@@ -58,6 +61,19 @@ def test_resume_after_a_kill(scripts):
 def test_validate(scripts, name):
     training = scripts.advanced if name == 'advanced' else scripts.plain
     assert scripts.validated[name]['top1'] == pytest.approx(training.top1, abs=1e-3)
+
+
+@pytest.mark.parametrize('name', ['last', 'model_best'])
+def test_convert(scripts, name):
+    """validate.py gives the converted moving average the accuracy that train.py wrote down for it."""
+    folder = scripts.folder / f'converted_{name}'
+    convert(scripts.uninterrupted.folder / f'{name}.pth.tar', folder)
+    training = json.loads((folder / 'config.json').read_text())['training']
+    assert training['top1'] == pytest.approx(
+        scripts.uninterrupted.epochs[training['epochs'] - 1]['eval_top1'], abs=1e-6)
+    words = ('--data-dir', 'few', '--split', 'val', *LOADER, '--model', f'local-dir:{folder.name}', '--pretrained')
+    assert scripts.result('validate.py', *words)['top1'] == pytest.approx(training['top1'], abs=1e-3)
+    assert (training['weights'], training['arguments']['opt']) == ('moving average', 'momentum')
 
 
 def test_inference(scripts):

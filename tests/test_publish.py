@@ -1,0 +1,339 @@
+"""Publishing: the folder, its model card, the upload by the hub's real client to a hub on the loopback."""
+import argparse
+import csv
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+import yaml
+from hub_server import READER, WRITER, hub_server
+from huggingface_hub import ModelCard
+
+import vt_zoo
+from vt_zoo.checkpoint import load_model, write_model
+from vt_zoo.convert import convert
+from vt_zoo.finetune import finetune
+from vt_zoo.publish import upload, write_release
+
+REPO = 'someone/my-digits'
+
+
+def create(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('test_vt_resnet', **{'num_classes': 3, **kwargs}).eval()
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, **changes}))
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def card_of(folder):
+    return ModelCard.load(folder / 'README.md')
+
+
+@pytest.fixture
+def release(tiny_model, tmp_path):
+    """Folder for the hub, of the model of tiny_run."""
+    write_release(tiny_model, tmp_path / 'release', REPO, 'cc-by-4.0', 'Handwritten digits')
+    return tmp_path / 'release'
+
+
+@pytest.fixture
+def hub(hub_client, tmp_path, monkeypatch):
+    """An empty hub that this process's client asks, with a token that may write."""
+    monkeypatch.setenv('HF_TOKEN', WRITER)
+    (tmp_path / 'hub').mkdir()
+    with hub_server(tmp_path / 'hub') as server:
+        hub_client(server.url)
+        yield server
+
+
+def test_folder(release, tiny_model):
+    assert sorted(os.listdir(release)) == ['README.md', 'config.json', 'model.safetensors']
+    for name in ('config.json', 'model.safetensors'):
+        assert (release / name).read_bytes() == (tiny_model / name).read_bytes()
+
+
+@pytest.mark.parametrize('inner', ['', 'model'])
+def test_folder_of_a_run_or_of_its_model(tiny_run, tmp_path, inner):
+    write_release(tiny_run.out / inner, tmp_path / 'release', REPO)
+    assert torch.equal(logits(load_model(str(tmp_path / 'release'))), logits(load_model(str(tiny_run.out / 'model'))))
+
+
+def test_metadata(release, tiny_run):
+    data = card_of(release).data
+    result, = data.eval_results
+    assert result.metric_value == pytest.approx(tiny_run.result.correct / tiny_run.result.total, abs=1e-6)
+    assert (result.metric_type, result.dataset_name, result.task_type) == (
+        'accuracy', 'Handwritten digits', 'image-classification')
+    assert (data.license, data.library_name, data.pipeline_tag, data.model_name) == (
+        'cc-by-4.0', 'timm', 'image-classification', 'my-digits')
+    assert data.get('base_model') is None
+
+
+def test_accuracy_is_that_of_the_history(release, tiny_run):
+    """The last line that `finetune` wrote while it trained."""
+    with (tiny_run.out / 'history.csv').open(newline='') as f:
+        *_, last = csv.DictReader(f)
+    assert card_of(release).data.eval_results[0].metric_value == pytest.approx(float(last['val_top1']) / 100, abs=1e-6)
+
+
+def test_text(release, tiny_run, tiny_settings):
+    text = card_of(release).text
+    rows = dict(line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| `'))
+    for name in ('lr', 'epochs', 'batch_size', 'seed', 'scale', 'model'):
+        value = getattr(tiny_settings, name)
+        assert rows[f'`{name}`'] == (value if isinstance(value, str) else json.dumps(value))
+    assert rows['`vt_zoo`'] == vt_zoo.__version__
+    for words in (
+            'Data: Handwritten digits. Training images: 36; held-out images: 18. Classes: 0, 1, 2.',
+            f'({tiny_run.result.correct} of 18)', 'Started from: new weights', 'cc-by-4.0',
+            f'{sum(p.numel() for p in create().parameters()):,} parameters, stored as float32; 3 classes',
+            f'hf-hub:{REPO}', 'import vt_zoo'):
+        assert words in text
+
+
+def test_what_nobody_wrote_down_is_unknown(tmp_path):
+    """A folder of timm's own, pickle beside it."""
+    timm.models.save_for_hf(create(), str(tmp_path / 'model'), safe_serialization='both')
+    write_release(tmp_path / 'model', tmp_path / 'release', REPO)
+    assert sorted(os.listdir(tmp_path / 'release')) == ['README.md', 'config.json', 'model.safetensors']
+    card = card_of(tmp_path / 'release')
+    assert card.data.license == 'unknown'
+    assert card.data.eval_results is None and card.data.get('model-index') is None
+    for words in ('Data: unknown. Training images: unknown; held-out images: unknown. Classes: unknown.',
+                  'Program: unknown. Epochs: unknown. Weights: unknown. Started from: unknown.', 'Accuracy: unknown.',
+                  'Arguments: unknown.'):
+        assert words in card.text
+
+
+def test_card_of_a_converted_checkpoint(tmp_path):
+    args = argparse.Namespace(
+        model='test_vt_resnet', num_classes=3, eval_metric='top1', lr=0.5, pretrained=False)
+    content = {'arch': args.model, 'args': args, 'state_dict': create().state_dict(), 'epoch': 6, 'metric': 62.5}
+    torch.save(content, tmp_path / 'last.pth.tar')
+    convert(tmp_path / 'last.pth.tar', tmp_path / 'model', dtype=torch.float16)
+    write_release(tmp_path / 'model', tmp_path / 'release', REPO)
+    card = card_of(tmp_path / 'release')
+    assert card.data.eval_results[0].metric_value == 0.625
+    for words in (
+            "Program: timm's train.py. Epochs: 7.", 'stored as float16', '| `lr` | 0.5 |', 'picked by these images'):
+        assert words in card.text
+
+
+def test_base_model(hub, few_digits, tiny_settings, tmp_path):
+    folder = tmp_path / 'hub' / 'timm' / 'resnet18.a1_in1k'
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(timm.create_model('resnet18').state_dict(), folder / 'model.safetensors')
+    settings = replace(tiny_settings, model='vt_resnet18.trunk_a1_in1k', epochs=1)
+    finetune(few_digits, tmp_path / 'run', settings, device='cpu', progress=False)
+    write_release(tmp_path / 'run', tmp_path / 'release', REPO)
+    card = card_of(tmp_path / 'release')
+    assert card.data.base_model == 'timm/resnet18.a1_in1k'
+    assert 'weights of [timm/resnet18.a1_in1k](https://huggingface.co/timm/resnet18.a1_in1k)' in card.text
+
+    finetune(few_digits, tmp_path / 'again', replace(settings, model=str(tmp_path / 'run' / 'model')), device='cpu',
+             progress=False)
+    write_release(tmp_path / 'again', tmp_path / 'second', REPO)
+    assert card_of(tmp_path / 'second').data.get('base_model') is None
+    assert 'Started from: weights that are not on the hub' in card_of(tmp_path / 'second').text
+    assert not any(str(tmp_path).encode() in content for content in tree(tmp_path / 'second').values())
+
+
+def test_upload(hub, release, tmp_path):
+    assert upload(release, REPO) == f'{hub.url}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567'
+    assert tree(tmp_path / 'hub' / REPO) == tree(release)
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
+    assert torch.equal(logits(model), logits(load_model(str(release))))
+    assert model.pretrained_cfg['label_names'] == ['0', '1', '2']
+
+
+@pytest.mark.parametrize('private, visibility', [(True, 'private'), (False, None)])
+def test_visibility_of_a_new_repository(hub, release, private, visibility):
+    upload(release, REPO, private)
+    assert hub.visibility == {REPO: visibility}
+
+
+def test_upload_to_a_repository_that_is_there(hub, release, tiny_model, tmp_path):
+    upload(release, REPO)
+    write_release(tiny_model, tmp_path / 'second', REPO, 'mit')
+    upload(tmp_path / 'second', REPO)
+    assert ModelCard.load(REPO).data.license == 'mit'
+
+
+def test_hub_refuses_the_card_before_anything_is_created(hub, tiny_model, tmp_path, input_error):
+    write_release(tiny_model, tmp_path / 'release', REPO, 'my own licence')
+    with input_error(f'the hub refuses {REPO}: "license" must be one of'):
+        upload(tmp_path / 'release', REPO)
+    assert not (tmp_path / 'hub' / REPO).exists()
+
+
+@pytest.mark.parametrize('token, match', [
+    (READER, 'the token does not allow it'), ('hf_none', 'the hub does not know the token')])
+def test_token_that_may_not(hub, release, monkeypatch, token, match, input_error):
+    monkeypatch.setenv('HF_TOKEN', token)
+    with input_error(f'{REPO} cannot be published at {hub.url}: {match}'):
+        upload(release, REPO)
+
+
+def test_no_token(hub, release, monkeypatch, tmp_path, input_error):
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr('huggingface_hub.constants.HF_TOKEN_PATH', str(tmp_path / 'none'))
+    with input_error('no token of the hub: run `hf auth login` or set HF_TOKEN'):
+        upload(release, REPO)
+    assert hub.requests == []
+
+
+def test_hub_that_cannot_be_reached(hub, hub_client, release, input_error):
+    hub_client('http://127.0.0.1:9')
+    with input_error(f'{REPO} cannot be published at http://127.0.0.1:9: .*refused'):
+        upload(release, REPO)
+
+
+@pytest.mark.parametrize('source', ['ours', 'shards', "timm's"])
+def test_transformers(tmp_path, source):
+    folder = tmp_path / 'release'
+    if source == 'shards':
+        write_model(folder, create(), ['a', 'b', 'c'], {'input_size': (3, 32, 32)}, max_shard_size='300KB')
+    else:
+        if source == 'ours':
+            write_model(tmp_path / 'model', create(), ['a', 'b', 'c'], {'input_size': (3, 32, 32)})
+        else:
+            timm.models.save_for_hf(
+                create(), str(tmp_path / 'model'), {'label_names': ['a', 'b', 'c']}, {'num_classes': 3}, True)
+        write_release(tmp_path / 'model', folder, REPO)
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert isinstance(model, transformers.TimmWrapperForImageClassification)
+    assert model.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
+    assert torch.equal(logits(lambda x: model(pixel_values=x).logits), logits(create()))
+
+
+def test_clash_of_num_classes(tmp_path):
+    """What write_release takes out of timm's config, where timm wrote it."""
+    timm.models.save_for_hf(create(), str(tmp_path / 'model'), model_args={'num_classes': 3}, safe_serialization=True)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_classes'"):
+        transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'model')
+
+
+def test_transformers_from_the_hub(hub, release):
+    upload(release, REPO)
+    model = transformers.AutoModelForImageClassification.from_pretrained(REPO).eval()
+    assert torch.equal(logits(lambda x: model(pixel_values=x).logits), logits(load_model(str(release))))
+
+
+def of_other_classes(folder):
+    safetensors.torch.save_file(create(num_classes=7).state_dict(), folder / 'model.safetensors')
+
+
+def truncated(folder):
+    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-100])
+
+
+def pickled(folder):
+    torch.save(create().state_dict(), folder / 'model.safetensors')
+
+
+def of_a_model_that_is_not_there(folder):
+    change_config(folder, architecture='no_such_model')
+
+
+def too_few_names(folder):
+    change_config(folder, label_names=['a'])
+
+
+def odd_training(folder):
+    change_config(folder, training={'val_correct': 'many', 'val_images': []})
+
+
+def text_for_training(folder):
+    change_config(folder, training='a long one')
+
+
+@pytest.mark.parametrize('damage', [
+    of_other_classes, truncated, pickled, of_a_model_that_is_not_there, too_few_names, odd_training, text_for_training])
+def test_folder_that_cannot_be_published(my_model, tmp_path, damage, input_error):
+    damage(my_model)
+    before = tree(tmp_path)
+    with input_error(str(my_model)):
+        write_release(my_model, tmp_path / 'release', REPO)
+    assert tree(tmp_path) == before
+
+
+def test_folder_without_the_file_that_timm_reads(tmp_path, input_error):
+    with input_error('holds no model: neither'):
+        write_release(tmp_path, tmp_path / 'release', REPO)
+    write_model(tmp_path / 'model', create(), None, {}, max_shard_size='300KB')
+    with input_error(r'holds no model\.safetensors, the one file of weights that timm reads'):
+        write_release(tmp_path, tmp_path / 'release', REPO)
+
+
+@pytest.mark.parametrize(
+    'name', ['digits', 'a/b/c', 'some one/digits', '../digits', 'a/', '', 'someone/x--y', 'a/b.git'])
+def test_repository_that_cannot_be(tiny_model, tmp_path, name, input_error):
+    with input_error('repo-id must be org/name'):
+        write_release(tiny_model, tmp_path / 'release', name)
+    assert not (tmp_path / 'release').exists()
+
+
+@pytest.fixture
+def offline():
+    """For `before` of a command: its client asks nobody."""
+    return 'import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True'
+
+
+def test_dry_run(command, offline, tiny_run, tmp_path):
+    words = ['publish', tiny_run.out, '--repo-id', REPO, '--license', 'mit', '--dry-run']
+    result = command(*words, '--out', tmp_path / 'release', before=offline)
+    assert (result.code, result.stderr) == (0, '')
+    listed, card = result.stdout.split('\n\n', 1)
+    assert card == (tmp_path / 'release' / 'README.md').read_text()
+    assert [line.split()[::2] for line in listed.splitlines()] == [
+        [f'{(tmp_path / "release" / name).stat().st_size:,}', name]
+        for name in ('README.md', 'config.json', 'model.safetensors')]
+    assert yaml.safe_load(card.split('---')[1])['license'] == 'mit'
+
+
+def test_command(command, release, tiny_model, tmp_path):
+    (tmp_path / 'hub').mkdir()
+    with hub_server(tmp_path / 'hub') as server:
+        before = (
+            f'import os; os.environ["HF_TOKEN"] = "{WRITER}"; import huggingface_hub.constants as c; '
+            f'c.ENDPOINT = {server.url!r}; c.HF_HUB_DISABLE_XET = True')
+        words = ['--repo-id', REPO, '--license', 'cc-by-4.0', '--dataset', 'Handwritten digits', '--private']
+        result = command('publish', tiny_model, *words, before=before)
+    assert result.code == 0, result.stderr
+    assert f'{server.url}/{REPO}/commit/' in result.stdout
+    assert tree(tmp_path / 'hub' / REPO) == tree(release)
+    assert server.visibility == {REPO: 'private'}
+
+
+@pytest.mark.parametrize('words, holds', [
+    (['--repo-id', 'digits'], "repo-id must be org/name of letters, digits, \"-\", \"_\" and \".\", got 'digits'"),
+    ([], '--repo-id'), (['--repo-id', REPO, '--out', '.'], '. is there already')])
+def test_command_refuses(command, offline, tiny_model, words, holds):
+    result = command('publish', tiny_model, *words, before=offline)
+    assert (result.code, result.stdout, len(result.lines)) == (2, '', 1), result.stderr
+    assert holds in result.lines[0]
+
+
+def test_command_on_a_full_disk(command, offline, limit_file_size, tiny_model, tmp_path):
+    words = ['--repo-id', REPO, '--dry-run', '--out', tmp_path / 'release']
+    result = command('publish', tiny_model, *words, before=f'{offline}; {limit_file_size(500_000)}')
+    assert (result.code, result.stdout, len(result.lines)) == (2, '', 1), result.stderr
+    assert 'cannot read or write' in result.lines[0]
+    assert os.listdir(tmp_path) == []

@@ -38,6 +38,7 @@ def save(folder, ema=True, trained=None, **arguments):
         model, torch.optim.SGD(model.parameters(), 0.1), args=argparse.Namespace(**{**ARGUMENTS, **arguments}),
         model_ema=average, checkpoint_dir=str(folder), recovery_dir=str(folder))
     saver.save_checkpoint(3, metric=62.5)
+    saver.save_recovery(3, 7)
     return folder / 'last.pth.tar'
 
 
@@ -76,6 +77,12 @@ def test_checkpoint_without_moving_average(tmp_path, input_error):
     assert same(load_model(str(tmp_path / 'out')), create(num_tokens=8).state_dict())
     with input_error('holds no moving average: leave --ema out'):
         convert(path, tmp_path / 'ema', ema=True)
+
+
+def test_recovery_checkpoint(checkpoints, tmp_path):
+    """Amid an epoch, which then counts for nothing."""
+    assert convert(checkpoints / 'recovery-3-7.pth.tar', tmp_path / 'out').epoch is None
+    assert not {'epochs', 'top1'} & set(config(tmp_path / 'out')['training'])
 
 
 def test_preprocessing_is_that_of_the_training(last, tmp_path):

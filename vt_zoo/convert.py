@@ -55,11 +55,14 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     if not path.is_file():
         raise InputError(
             f'checkpoint {path} {"is a folder, name a file in it" if path.exists() else "does not exist"}')
-    if not hasattr(torch.serialization, 'safe_globals'):
-        raise InputError(f'reading checkpoints needs torch 2.5 or newer, this is {torch.__version__}')
-    try:
-        if path.suffix == '.safetensors':
+    if path.suffix == '.safetensors':
+        try:
             return load_file(path)
+        except SafetensorError as e:
+            raise InputError(f'checkpoint {path} cannot be read: {first_line(e)}') from e
+    if not hasattr(torch.serialization, 'safe_globals'):
+        raise InputError(f'reading pickles safely needs torch 2.5 or newer, this is {torch.__version__}')
+    try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch does not look at the checksums
@@ -74,8 +77,6 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         found = re.search(r'GLOBAL ([\w.]+)', str(e))
         what = f'it holds {found[1]}' if found else 'it is not a file of torch.save'
         raise InputError(f'checkpoint {path} is not read: {what}, only tensors and plain values are read') from e
-    except SafetensorError as e:
-        raise InputError(f'checkpoint {path} cannot be read: {first_line(e)}') from e
     except Exception as e:  # a damaged pickle makes torch raise nearly anything
         raise InputError(f'checkpoint {path} is damaged or no checkpoint: {first_line(e)[:150]}') from e
 
@@ -134,7 +135,7 @@ def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, An
     }
     if args.get('pretrained') and not args.get('pretrained_path') and not args.get('initial_checkpoint'):
         training['base_model'] = find_hub_id(name)
-    if isinstance(checkpoint.get('epoch'), int):
+    if isinstance(checkpoint.get('epoch'), int) and 'metric' in checkpoint:  # a recovery-*.pth.tar is amid an epoch
         training['epochs'] = checkpoint['epoch'] + 1
     # train.py measures the moving average where it has one
     measured_ema = 'state_dict_ema' in checkpoint and not args.get('model_ema_force_cpu')

@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from timm.models import create_model, is_model, save_for_hf
 
 from .errors import InputError, first_line
-from .hub import download_weights, find_hub_id, hub_reason
+from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
 
 __all__ = [
     'check_input_size', 'check_name', 'drop_second_num_classes', 'load_model', 'read_tensors', 'whole', 'write_model',
     'write_tensors']
 
-WEIGHTS = 'model.safetensors'
-SHARD_INDEX = 'model.safetensors.index.json'
+SHARD_INDEX = f'{WEIGHTS}.index.json'
 
 
 @contextmanager

@@ -242,16 +242,15 @@ def _write_history(path: Path, history: List[Dict[str, float]]) -> None:
         writer.writerows(history)
 
 
-def _describe_training(settings: FinetuneSettings, split: Split, correct: int) -> Dict[str, Any]:
-    """What `config.json` says of the run."""
-    is_folder = Path(settings.model.removeprefix('local-dir:')).is_dir()
+def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
+    """What `config.json` says of the settings and of what training starts from, without paths of this machine."""
+    is_folder = Path(name.removeprefix('local-dir:')).is_dir()
+    pretrained = _has_weights(name)
     return {
         'program': 'vt-zoo finetune',
         'versions': {'vt_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
-        'arguments': {**asdict(settings), **({'model': 'a local folder'} if is_folder else {})},
-        'epochs': settings.epochs, 'weights': 'moving average', 'pretrained': _has_weights(settings.model),
-        'base_model': None if is_folder or not _has_weights(settings.model) else find_hub_id(settings.model),
-        'train_images': len(split.train), 'val_images': len(split.val), 'val_correct': correct,
+        'arguments': {**asdict(settings), 'model': 'a local folder' if is_folder else name},
+        'pretrained': pretrained, 'base_model': find_hub_id(name) if pretrained and not is_folder else None,
     }
 
 
@@ -304,6 +303,7 @@ def finetune(
 
     split = find_split(data_dir, settings.val_fraction, settings.seed, progress)
     run = _Run(settings, split, workers, device)
+    training = _describe_start(settings, settings.model)
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         checkpoint.unlink(missing_ok=True)
@@ -323,7 +323,9 @@ def finetune(
     _, predictions = evaluate(run.ema_model, run.val_loader, device)
     targets = torch.tensor([t for _, t in split.val])
     correct = int((predictions == targets).sum())
-    training = _describe_training(settings, split, correct)
+    training.update(
+        epochs=settings.epochs, weights='moving average', train_images=len(split.train), val_images=len(targets),
+        val_correct=correct)
     write_model(model_dir, run.ema_model, split.classes, run.data_config, training)
     reloaded = load_model(str(model_dir)).to(device)
     _, reloaded_predictions = evaluate(reloaded, run.val_loader, device)

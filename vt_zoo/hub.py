@@ -10,7 +10,9 @@ from timm.models import get_pretrained_cfg, parse_model_name
 
 from .errors import InputError, first_line
 
-__all__ = ['download_weights', 'find_hub_id', 'hub_reason']
+__all__ = ['WEIGHTS', 'download_weights', 'find_hub_id', 'hub_reason']
+
+WEIGHTS = 'model.safetensors'
 
 _REASONS = {
     401: 'the hub does not know the token, or has no such repository that it opens',
@@ -29,7 +31,7 @@ def find_hub_id(name: str) -> Optional[str]:
     if kind is not None:
         return model_id if kind == 'hf-hub' else None
     cfg = get_pretrained_cfg(model_id)
-    return None if cfg is None or cfg.file or cfg.hf_hub_filename else cfg.hf_hub_id
+    return None if cfg is None or cfg.file or cfg.hf_hub_filename not in (None, WEIGHTS) else cfg.hf_hub_id
 
 
 def download_weights(hub_id: str, cache_dir: Optional[str] = None) -> Path:
@@ -44,7 +46,7 @@ def download_weights(hub_id: str, cache_dir: Optional[str] = None) -> Path:
         Exception: Those of the client.
     """
     repo_id, _, revision = hub_id.partition('@')
-    path = Path(hf_hub_download(repo_id, 'model.safetensors', revision=revision or None, cache_dir=cache_dir))
+    path = Path(hf_hub_download(repo_id, WEIGHTS, revision=revision or None, cache_dir=cache_dir))
     name = Path(os.readlink(path)).name if path.is_symlink() else ''
     if re.fullmatch('[0-9a-f]{64}', name) and hashlib.sha256(path.read_bytes()).hexdigest() != name:
         raise InputError(f'its file in the cache is not what the hub announced, delete {path.resolve()}')

@@ -9,9 +9,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from ._version import __version__
-from .checkpoint import WEIGHTS, check_input_size, drop_second_num_classes, load_model, whole
+from .checkpoint import check_input_size, drop_second_num_classes, load_model, whole
 from .errors import InputError
-from .hub import hub_reason
+from .hub import WEIGHTS, hub_reason
 from .model_card import create_card
 
 __all__ = ['check_repo_id', 'upload', 'write_release']

@@ -8,6 +8,7 @@ No code was published with it. This is an independent implementation on timm's R
 own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
 """
 import logging
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -424,11 +425,13 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 def _trunk_cfg(resnet: str, **kwargs) -> Dict[str, Any]:
     """Weights of a timm ResNet, whose trunk is taken. Not a classifier before it has been trained further."""
-    return _cfg(hf_hub_id=f'timm/{resnet}', interpolation='bicubic', crop_pct=0.95, **kwargs)
+    return _cfg(
+        hf_hub_id=f'timm/{resnet}', hf_hub_filename='model.safetensors', interpolation='bicubic', crop_pct=0.95,
+        **kwargs)
 
 
-# The bare names have no weights: an `untrained*` after the others keeps timm from taking the trunks for them. A trunk
-# is named after its ResNet, among the best of its depth in timm's results of August 2026 under a licence like ours.
+# Bare names take no trunk for their weights: the `untrained*` after the others keeps timm from it. A trunk is named
+# after its ResNet, among the best of its depth in timm's results of August 2026 under a licence like ours.
 default_cfgs = generate_default_cfgs({
     'vt_resnet18.trunk_a1_in1k': _trunk_cfg('resnet18.a1_in1k'),
     'vt_resnet18.untrained*': _cfg(),
@@ -439,6 +442,11 @@ default_cfgs = generate_default_cfgs({
     'vt_resnet50.untrained*': _cfg(),
     'vt_resnet101.trunk_a1h_in1k': _trunk_cfg('resnet101.a1h_in1k'),
     'vt_resnet101.untrained*': _cfg(),
+    'test_vt_resnet.digits': _cfg(
+        file=str(Path(__file__).parents[1] / 'weights' / 'test_vt_resnet.digits.safetensors'),
+        input_size=(3, 64, 64), crop_pct=1.0, num_classes=10, label_names=tuple('0123456789'), license='cc-by-4.0',
+        description="scikit-learn's digits: the test part of the UCI set Optical Recognition of Handwritten Digits, "
+        'E. Alpaydin and C. Kaynak, 1998, CC BY 4.0'),
     'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
 })
 

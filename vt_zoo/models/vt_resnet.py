@@ -468,35 +468,50 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
 
 @register_model
 def vt_resnet18(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-18: 2 VT modules after the trunk of ResNet-18."""
+    """VT-ResNet-18: 2 VT modules after the trunk of ResNet-18.
+
+    `vt_resnet18.trunk_a1_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), feature_dim=512)
     return _create_vt_resnet('vt_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vt_resnet34(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-34: 3 VT modules after the trunk of ResNet-34."""
+    """VT-ResNet-34: 3 VT modules after the trunk of ResNet-34.
+
+    `vt_resnet34.trunk_ra4_e3600_r224_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), feature_dim=512)
     return _create_vt_resnet('vt_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vt_resnet50(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-50: 3 VT modules after the trunk of ResNet-50."""
+    """VT-ResNet-50: 3 VT modules after the trunk of ResNet-50.
+
+    `vt_resnet50.trunk_a1_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), feature_dim=1024)
     return _create_vt_resnet('vt_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vt_resnet101(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-101: 3 VT modules after the trunk of ResNet-101."""
+    """VT-ResNet-101: 3 VT modules after the trunk of ResNet-101.
+
+    `vt_resnet101.trunk_a1h_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), feature_dim=1024)
     return _create_vt_resnet('vt_resnet101', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_vt_resnet(pretrained: bool = False, **kwargs) -> VTResNet:
-    """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations."""
+    """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations.
+
+    Its weights read handwritten digits and are in the package.
+    """
     model_args = dict(
         block=BasicBlock, layers=(1, 1, 1, 2), channels=(32, 48, 96), feature_dim=128, token_dim=128)
     return _create_vt_resnet('test_vt_resnet', pretrained, **dict(model_args, **kwargs))

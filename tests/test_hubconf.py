@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from timm_plugin import registered_models
 
 import vt_zoo
@@ -17,6 +18,7 @@ torch.hub.set_dir(hub_dir)
 names = torch.hub.list('owner/vt_zoo:main', trust_repo=True, verbose=False)
 docs = {name: torch.hub.help('owner/vt_zoo:main', name, trust_repo=True) for name in names}
 model = torch.hub.load(checkout, 'vt_resnet50', source='local', num_classes=10, pretrained=False).eval()
+digits = torch.hub.load(checkout, 'test_vt_resnet', source='local', pretrained=True)
 assert checkout not in sys.path
 
 import timm
@@ -33,6 +35,8 @@ print(json.dumps({
     'same_type': type(model) is type(twin),
     'shape': list(outputs.shape),
     'same_outputs': torch.equal(outputs, twin_outputs),
+    'weights': digits.pretrained_cfg['file'],
+    'digits': {name: tensor.tolist() for name, tensor in digits.state_dict().items() if name.startswith('fc.')},
 }))
 '''
 
@@ -59,6 +63,12 @@ def test_load_imports_the_checkout(hub, checkout):
     assert len(hub['files']) > 1
     assert all(Path(file).is_relative_to(checkout) for file in hub['files'])
     assert not Path(vt_zoo.__file__).is_relative_to(checkout)
+
+
+def test_load_finds_the_weights_in_the_checkout(hub, checkout):
+    assert Path(hub['weights']).is_relative_to(checkout)
+    shipped = timm.create_model('test_vt_resnet', pretrained=True)
+    assert hub['digits'] == {'fc.weight': shipped.fc.weight.tolist(), 'fc.bias': shipped.fc.bias.tolist()}
 
 
 def test_load_gives_the_model_of_timm(hub):

@@ -1,6 +1,8 @@
 """Weights of timm's ResNets as trunks: what is taken, what stays new, and what is refused."""
+import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 
@@ -124,34 +126,91 @@ def test_a_key_that_differs(resnet18, change):
         load('vt_resnet18.trunk_a1_in1k', state_dict)
 
 
-def run_finetune(data, out, arguments, **environment):
-    """`vt-zoo finetune` with other settings of the hub's client than this process has."""
-    words = ['finetune', data, *arguments, '--epochs', '1', '--model', 'vt_resnet18.trunk_a1_in1k', '--out', out]
-    return subprocess.run(
-        [sys.executable, '-m', 'vt_zoo', *map(str, words)], capture_output=True, text=True,
-        env={**os.environ, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', **environment})
-
-
-def test_finetune_takes_the_trunk_from_the_hub(resnet18, few_digits, tiny_arguments, tmp_path):
+@pytest.fixture
+def hub(resnet18, tmp_path):
+    """A hub that holds a ResNet-18."""
     folder = tmp_path / 'hub' / 'timm' / 'resnet18.a1_in1k'
     folder.mkdir(parents=True)
     save_file(resnet18.state_dict(), folder / 'model.safetensors')
     with hub_server(tmp_path / 'hub') as server:
-        process = run_finetune(
-            few_digits, tmp_path / 'run', tiny_arguments, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'home'))
+        yield server
+
+
+@pytest.fixture
+def run_finetune(few_digits, tiny_arguments, tmp_path):
+    """`vt-zoo finetune` into tmp_path/run, with other settings of the hub's client than this process has."""
+    def run(*words, out='run', before='', **environment):
+        words = ['finetune', few_digits, *tiny_arguments[2:], '--out', tmp_path / out, *words]
+        code = f'{before}\nimport sys, vt_zoo.cli; sys.exit(vt_zoo.cli.main())'
+        return subprocess.run(
+            [sys.executable, '-c', code, *map(str, words)], capture_output=True, text=True,
+            env={**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
+                 'HF_HUB_DISABLE_TELEMETRY': '1', **environment})
+    return run
+
+
+def tag_of(out):
+    return json.loads((out / 'model' / 'config.json').read_text())['pretrained_cfg']['tag']
+
+
+def test_finetune_takes_the_trunk_from_the_hub(run_finetune, hub, tmp_path):
+    process = run_finetune('--epochs', 1, '--model', 'vt_resnet18.trunk_a1_in1k', HF_ENDPOINT=hub.url)
     assert process.returncode == 0, process.stderr
-    assert ('GET', '/timm/resnet18.a1_in1k/resolve/main/model.safetensors') in server.requests
+    assert ('GET', '/timm/resnet18.a1_in1k/resolve/main/model.safetensors') in hub.requests
     assert 'Only the trunk is pretrained' in process.stderr
 
 
-def test_finetune_without_the_hub(few_digits, tiny_arguments, tmp_path):
-    process = run_finetune(
-        few_digits, tmp_path / 'run', tiny_arguments, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'home'))
+def test_finetune_takes_the_trunk_by_default(run_finetune, hub, tmp_path):
+    for environment in ({'HF_ENDPOINT': hub.url}, {'HF_HUB_OFFLINE': '1'}):  # then from the client's cache
+        process = run_finetune('--epochs', 1, '--overwrite', **environment)
+        assert process.returncode == 0, process.stderr
+        assert 'starting from vt_resnet18.trunk_a1_in1k' in process.stderr
+        assert 'Only the trunk is pretrained' in process.stderr
+        assert tag_of(tmp_path / 'run') == 'trunk_a1_in1k'
+
+
+def test_finetune_that_is_to_begin_new(run_finetune, hub, tmp_path):
+    process = run_finetune('--epochs', 1, '--model', 'vt_resnet18.untrained', HF_ENDPOINT=hub.url)
+    assert process.returncode == 0, process.stderr
+    assert hub.requests == []
+    assert tag_of(tmp_path / 'run') == 'untrained'
+
+
+@pytest.mark.parametrize(
+    'environment', [{'HF_HUB_OFFLINE': '1'}, {'HF_ENDPOINT': 'http://127.0.0.1:9'}], ids=['offline', 'refused'])
+def test_finetune_begins_new_without_the_hub(run_finetune, tmp_path, environment):
+    process = run_finetune('--epochs', 1, **environment)
+    assert process.returncode == 0, process.stderr
+    sentence, = (line for line in process.stderr.splitlines() if line.startswith('vt-zoo: WARNING'))
+    assert 'vt_resnet18 begins new, the hub does not give the trunk timm/resnet18.a1_in1k: ' in sentence
+    assert 'Retrying' not in process.stderr  # the client's waits would be 23 seconds
+    assert tag_of(tmp_path / 'run') == 'untrained'
+
+
+def test_finetune_without_the_hub_that_is_named(run_finetune, tmp_path):
+    process = run_finetune('--model', 'vt_resnet18.trunk_a1_in1k', HF_HUB_OFFLINE='1')
     assert process.returncode == 2
     sentence = process.stderr.splitlines()[-1]
     assert sentence.startswith('vt-zoo: error: model vt_resnet18.trunk_a1_in1k cannot be loaded: ')
     assert 'Traceback' not in process.stderr
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('begun_with_hub', [True, False], ids=['hub is gone', 'hub is back'])
+def test_resuming_needs_no_hub(run_finetune, signal_at, hub, tmp_path, begun_with_hub):
+    there, gone = {'HF_ENDPOINT': hub.url}, {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'empty')}
+    first, then = (there, gone) if begun_with_hub else (gone, there)
+    in_second_epoch = signal_at('timm.task.ClassificationTask.update_ema', 6, signal.SIGKILL)
+    assert run_finetune(out='whole', **first).returncode == 0
+    assert run_finetune(before=in_second_epoch, **first).returncode == -signal.SIGKILL
+    hub.requests.clear()
+    process = run_finetune('--resume', **then)
+    assert process.returncode == 0, process.stderr
+    assert 'resuming after epoch 1 of 2' in process.stderr
+    assert hub.requests == []
+    assert tag_of(tmp_path / 'run') == ('trunk_a1_in1k' if begun_with_hub else 'untrained')
+    for file in ('model.safetensors', 'config.json'):
+        assert (tmp_path / 'run' / 'model' / file).read_bytes() == (tmp_path / 'whole' / 'model' / file).read_bytes()
 
 
 def test_own_weights_are_not_taken_for_a_trunk(caplog):

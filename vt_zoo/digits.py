@@ -1,6 +1,6 @@
 """The handwritten digits that scikit-learn carries, as a folder of images.
 
-1,797 scans of 43 people's handwriting, 8x8 pixels of 17 grey levels: the test part of the UCI set "Optical Recognition
+1,797 scans of 13 people's handwriting, 8x8 pixels of 17 grey levels: the test part of the UCI set "Optical Recognition
 of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). Nothing is downloaded.
 """
 from pathlib import Path

@@ -12,8 +12,9 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.data import create_loader, resolve_data_config
-from timm.models import create_model, list_pretrained
+from timm.models import create_model, get_arch_pretrained_cfgs, list_pretrained
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
@@ -93,15 +94,34 @@ def _has_weights(name_or_dir: str) -> bool:
     return Path(name_or_dir).is_dir() or ':' in name_or_dir or name_or_dir in list_pretrained()
 
 
-def _create_model(settings: FinetuneSettings, num_classes: int) -> nn.Module:
+def _starting_point(name: str) -> str:
+    """What to start from: a bare name gets its trunk's tag if the hub can be reached, else its `untrained` tag."""
+    tagged = {} if '.' in name or Path(name).is_dir() else get_arch_pretrained_cfgs(name)
+    untrained = f'{name}.untrained'
+    for trunk, config in tagged.items():
+        if not trunk.startswith(f'{name}.trunk_'):
+            continue
+        file = config.hf_hub_id, config.hf_hub_filename
+        try:
+            if not isinstance(try_to_load_from_cache(*file), str):
+                get_hf_file_metadata(hf_hub_url(*file))  # one request, a download would be tried again and again
+        except Exception as e:  # the hub's client raises its own errors, the system's and those of its HTTP library
+            _logger.warning(f'{name} begins new, the hub does not give the trunk {config.hf_hub_id}: {first_line(e)}')
+        else:
+            _logger.info(f'starting from {trunk}; --model {untrained} begins new')
+            return trunk
+    return untrained if untrained in tagged else name
+
+
+def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretrained: bool) -> nn.Module:
     kwargs = {'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
-    if _has_weights(settings.model):
-        return load_model(settings.model, **kwargs)
-    check_name(settings.model)
+    if _has_weights(name) and (pretrained or name not in list_pretrained()):
+        return load_model(name, **kwargs)
+    check_name(name)
     try:
-        return create_model(settings.model, **kwargs)
+        return create_model(name, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise InputError(f'model {settings.model!r} cannot be trained here: {first_line(e)}') from e
+        raise InputError(f'model {name!r} cannot be trained here: {first_line(e)}') from e
 
 
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
@@ -133,10 +153,18 @@ def _amp_dtype(precision: str, device: torch.device) -> Optional[torch.dtype]:
 class _Run:
     """The state of a run: what a checkpoint holds."""
 
-    def __init__(self, settings: FinetuneSettings, split: Split, workers: int, device: torch.device) -> None:
+    def __init__(
+            self,
+            settings: FinetuneSettings,
+            start: str,
+            pretrained: bool,
+            split: Split,
+            workers: int,
+            device: torch.device,
+    ) -> None:
         random_seed(settings.seed)
-        self.settings, self.device = settings, device
-        model = _create_model(settings, len(split.classes)).to(device)
+        self.settings, self.start, self.device = settings, start, device
+        model = _create_model(start, settings, len(split.classes), pretrained).to(device)
         size = {'img_size': settings.img_size} if settings.img_size else {}
         self.data_config = resolve_data_config(size, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
@@ -201,22 +229,19 @@ class _Run:
                 else:
                     scalars.append([index, name, value])
         write_tensors(path, tensors, {
-            'fingerprint': self.fingerprint, 'history': self.history, 'optimizer': scalars,
+            'fingerprint': self.fingerprint, 'start': self.start, 'history': self.history, 'optimizer': scalars,
             'scaler': self.scaler.state_dict()})
 
-    def load(self, path: Path) -> None:
-        """Read a state that `save` wrote.
+    def load(self, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any], out: Path) -> None:
+        """Take over a state that `save` wrote in the folder `out`.
 
         Raises:
             InputError: It belongs to a run with other settings or data.
         """
-        tensors, metadata = read_tensors(path)
-        if 'fingerprint' not in metadata:
-            raise InputError(f'checkpoint {path} is not one of `vt-zoo finetune`')
         for name, value in metadata['fingerprint'].items():
             if self.fingerprint.get(name) != value:
                 raise InputError(
-                    f'{path.parent} holds a run with {name} = {value!r}, which cannot go on with '
+                    f'{out} holds a run with {name} = {value!r}, which cannot go on with '
                     f'{self.fingerprint.get(name)!r}')
         parts: Dict[str, Dict[str, torch.Tensor]] = {'model': {}, 'ema': {}, 'optimizer': {}}
         for key, value in tensors.items():
@@ -271,6 +296,9 @@ def finetune(
     that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
     machine.
 
+    A bare name of a model that has a trunk (`vt_resnet18`) starts from it if the hub can be reached, else new, which a
+    warning says; a name with a tag (`vt_resnet18.untrained`) is what it says. A run that goes on needs no hub.
+
     Args:
         data_dir: Folder of images (see `vt_zoo.images.find_split`).
         out: Folder to write: `model/` (timm's hub layout; its `config.json` tells settings and result) and
@@ -302,14 +330,19 @@ def finetune(
     start = time.monotonic()
 
     split = find_split(data_dir, settings.val_fraction, settings.seed, progress)
-    run = _Run(settings, split, workers, device)
-    training = _describe_start(settings, settings.model)
+    if resume and not overwrite and checkpoint.exists():
+        tensors, metadata = read_tensors(checkpoint)
+        if 'start' not in metadata:
+            raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
+        run = _Run(settings, metadata['start'], False, split, workers, device)
+        run.load(tensors, metadata, out)
+        _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')
+    else:
+        run = _Run(settings, _starting_point(settings.model), True, split, workers, device)
+    training = _describe_start(settings, run.start)
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         checkpoint.unlink(missing_ok=True)
-    if resume and checkpoint.exists():
-        run.load(checkpoint)
-        _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')
 
     for epoch in range(len(run.history), settings.epochs):
         loss = run.train_epoch(epoch, progress)

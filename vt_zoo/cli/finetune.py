@@ -2,6 +2,7 @@
 
 DATA_DIR holds train/ and val/ with a subfolder a class, or the class folders themselves, which are then split. A file
 that cannot be read as an image is named in a warning and left out. A run that was interrupted goes on with --resume.
+vt_resnet18, 34, 50 and 101 start from the trunk of a pretrained ResNet if the Hugging Face Hub can be reached.
 """
 import argparse
 import os
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
     add('data_dir', metavar='DATA_DIR', help='folder of images')
-    add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR', help='name, or name.tag or folder with weights')
+    add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR',
+        help='name, or name.tag or folder with weights; name.untrained begins new')
     add('--out', default='vt_zoo_finetune', metavar='DIR', help='folder to write')
     add('--resume', action='store_true', help='go on with the run that DIR holds')
     add('--overwrite', action='store_true', help='begin anew where DIR holds a run')

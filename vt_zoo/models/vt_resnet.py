@@ -8,6 +8,7 @@ No code was published with it. This is an independent implementation on timm's R
 own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
 """
 import logging
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
@@ -424,11 +425,13 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 def _trunk_cfg(resnet: str, **kwargs) -> Dict[str, Any]:
     """Weights of a timm ResNet, whose trunk is taken. Not a classifier before it has been trained further."""
-    return _cfg(hf_hub_id=f'timm/{resnet}', interpolation='bicubic', crop_pct=0.95, **kwargs)
+    return _cfg(
+        hf_hub_id=f'timm/{resnet}', hf_hub_filename='model.safetensors', interpolation='bicubic', crop_pct=0.95,
+        **kwargs)
 
 
-# The bare names have no weights: an `untrained*` after the others keeps timm from taking the trunks for them. A trunk
-# is named after its ResNet, among the best of its depth in timm's results of August 2026 under a licence like ours.
+# Bare names take no trunk for their weights: the `untrained*` after the others keeps timm from it. A trunk is named
+# after its ResNet, among the best of its depth in timm's results of August 2026 under a licence like ours.
 default_cfgs = generate_default_cfgs({
     'vt_resnet18.trunk_a1_in1k': _trunk_cfg('resnet18.a1_in1k'),
     'vt_resnet18.untrained*': _cfg(),
@@ -439,6 +442,11 @@ default_cfgs = generate_default_cfgs({
     'vt_resnet50.untrained*': _cfg(),
     'vt_resnet101.trunk_a1h_in1k': _trunk_cfg('resnet101.a1h_in1k'),
     'vt_resnet101.untrained*': _cfg(),
+    'test_vt_resnet.digits': _cfg(
+        file=str(Path(__file__).parents[1] / 'weights' / 'test_vt_resnet.digits.safetensors'),
+        input_size=(3, 64, 64), crop_pct=1.0, num_classes=10, label_names=tuple('0123456789'), license='cc-by-4.0',
+        description="scikit-learn's digits: the test part of the UCI set Optical Recognition of Handwritten Digits, "
+        'E. Alpaydin and C. Kaynak, 1998, CC BY 4.0'),
     'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
 })
 
@@ -460,35 +468,50 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
 
 @register_model
 def vt_resnet18(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-18: 2 VT modules after the trunk of ResNet-18."""
+    """VT-ResNet-18: 2 VT modules after the trunk of ResNet-18.
+
+    `vt_resnet18.trunk_a1_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), feature_dim=512)
     return _create_vt_resnet('vt_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vt_resnet34(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-34: 3 VT modules after the trunk of ResNet-34."""
+    """VT-ResNet-34: 3 VT modules after the trunk of ResNet-34.
+
+    `vt_resnet34.trunk_ra4_e3600_r224_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), feature_dim=512)
     return _create_vt_resnet('vt_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vt_resnet50(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-50: 3 VT modules after the trunk of ResNet-50."""
+    """VT-ResNet-50: 3 VT modules after the trunk of ResNet-50.
+
+    `vt_resnet50.trunk_a1_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), feature_dim=1024)
     return _create_vt_resnet('vt_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vt_resnet101(pretrained: bool = False, **kwargs) -> VTResNet:
-    """VT-ResNet-101: 3 VT modules after the trunk of ResNet-101."""
+    """VT-ResNet-101: 3 VT modules after the trunk of ResNet-101.
+
+    `vt_resnet101.trunk_a1h_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    """
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), feature_dim=1024)
     return _create_vt_resnet('vt_resnet101', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_vt_resnet(pretrained: bool = False, **kwargs) -> VTResNet:
-    """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations."""
+    """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations.
+
+    Its weights read handwritten digits and are in the package.
+    """
     model_args = dict(
         block=BasicBlock, layers=(1, 1, 1, 2), channels=(32, 48, 96), feature_dim=128, token_dim=128)
     return _create_vt_resnet('test_vt_resnet', pretrained, **dict(model_args, **kwargs))

@@ -96,9 +96,10 @@ def test_accuracy_is_that_of_the_history(release, tiny_run):
 def test_text(release, tiny_run, tiny_settings):
     text = card_of(release).text
     rows = dict(line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| `'))
-    for name in ('lr', 'epochs', 'batch_size', 'seed', 'scale', 'model'):
+    for name in ('lr', 'epochs', 'batch_size', 'seed', 'scale', 'opt'):
         value = getattr(tiny_settings, name)
         assert rows[f'`{name}`'] == (value if isinstance(value, str) else json.dumps(value))
+    assert rows['`model`'].split('.')[0] == tiny_settings.model
     assert rows['`vt_zoo`'] == vt_zoo.__version__
     for words in (
             'Data: Handwritten digits. Training images: 36; held-out images: 18. Classes: 0, 1, 2.',

@@ -150,7 +150,8 @@ def run_finetune(few_digits, tiny_arguments, tmp_path):
 
 
 def tag_of(out):
-    return json.loads((out / 'model' / 'config.json').read_text())['pretrained_cfg']['tag']
+    training = json.loads((out / 'model' / 'config.json').read_text())['training']
+    return training['arguments']['model'].partition('.')[2]
 
 
 def test_finetune_takes_the_trunk_from_the_hub(run_finetune, hub, tmp_path):

@@ -127,15 +127,6 @@ def _read_shard_index(folder: Path) -> Dict[str, str]:
     return shards
 
 
-def _read_shards(files: List[Path]) -> Dict[str, torch.Tensor]:
-    tensors: Dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors.update(load_file(file))
-    if tensors.keys() != _read_shard_index(files[0].parent).keys():
-        raise InputError(f'its shards do not hold the tensors that {SHARD_INDEX} names')
-    return tensors
-
-
 def _check_dtypes(files: List[Path], model: nn.Module) -> None:
     """Raise InputError where a file has another kind of number than the model: torch would convert without a word."""
     own = model.state_dict()
@@ -181,7 +172,8 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
             hub_id = find_hub_id(source)
             files = [download_weights(hub_id, kwargs.get('cache_dir'))] if hub_id else []
         if files and files[0].name != WEIGHTS:
-            kwargs['pretrained_cfg_overlay'] = {'source': '', 'state_dict': _read_shards(files)}
+            tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            kwargs['pretrained_cfg_overlay'] = {'source': '', 'state_dict': tensors}
         model = create_model(source, pretrained=True, **kwargs).eval()
         model.pretrained_cfg.pop('state_dict', None)
         _check_dtypes(files, model)

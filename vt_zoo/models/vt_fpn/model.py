@@ -20,7 +20,7 @@ from timm.layers import LayerType
 
 from .decoder import FPNNeck, PanopticDecoder, VTNeck
 
-__all__ = ['PanopticFPN', 'VTFPN']
+__all__ = ['VTFPN', 'PanopticFPN']
 
 
 def _check_positive(name: str, value: Any, multiple_of: int = 1) -> None:

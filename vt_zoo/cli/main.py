@@ -8,12 +8,13 @@ from typing import List, Optional
 from vt_zoo import __version__
 from vt_zoo.errors import InputError
 
-from . import finetune, models, predict, quickstart, recipe
+from . import finetune, models, predict, quickstart, recipe, segment
 
 __all__ = ['main']
 
 COMMANDS = {
-    'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe}
+    'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe,
+    'segment': segment}
 
 
 class _Parser(argparse.ArgumentParser):

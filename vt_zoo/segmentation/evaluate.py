@@ -1,16 +1,18 @@
 """Mean IoU, IoU a class and pixel accuracy over a data set."""
 from dataclasses import dataclass
-from typing import Any, Iterable, List, Optional, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from ..errors import InputError
 from .datasets import SegmentationDataset
 
-__all__ = ['SegmentMetrics', 'evaluate', 'segment']
+__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment']
 
 
 @dataclass
@@ -51,6 +53,14 @@ def segment(
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
     return logits
+
+
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; of an error in another process the sentence alone, without its traceback."""
+    try:
+        yield from loader
+    except InputError as e:
+        raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None
 
 
 @torch.inference_mode()

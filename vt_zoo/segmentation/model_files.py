@@ -65,18 +65,25 @@ def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[floa
     return tuple(cfg.mean), tuple(cfg.std)
 
 
-def save_segmentation_model(path: Union[str, Path], loaded: LoadedModel) -> None:
+def save_segmentation_model(
+        path: Union[str, Path],
+        loaded: LoadedModel,
+        dataset: Optional[str] = None,
+        metrics: Optional[Dict[str, Any]] = None,
+) -> None:
     """Write a model: `save_pretrained`'s files, whole or not at all, with class names and preprocessing in config.json.
 
     Args:
         path: Folder to write; one that stands there is replaced.
         loaded: Model and what goes with it.
+        dataset: For the model card: what it was trained on.
+        metrics: For the model card: names and values of measures.
     """
     config = {
         **loaded.model.config, '_model_class': type(loaded.model).__name__, 'encoder_weights': None,
         '_classes': loaded.classes, '_mean': loaded.mean, '_std': loaded.std, '_eval_size': loaded.eval_size}
     with whole(path) as new:
-        loaded.model.save_pretrained(new, config=config)
+        loaded.model.save_pretrained(new, config=config, dataset=dataset, metrics=metrics)
 
 
 def load_segmentation_model(path: Union[str, Path]) -> LoadedModel:

@@ -3,7 +3,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoint import load_optimizer, optimizer_tensors, read_tensors, write_history, write_tensors
 from ..errors import InputError
 from .datasets import SegmentationDataset, load_dataset
-from .evaluate import SegmentMetrics, evaluate
+from .evaluate import SegmentMetrics, evaluate, read_batches
 from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
 from .sampling import IterationBatches, SeededDataset
 from .schedule import learning_rate
@@ -57,14 +57,6 @@ def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
     ignored = SegmentationDataset.ignore_index
     total = F.cross_entropy(logits.float(), masks, ignore_index=ignored, reduction='sum')
     return total / (masks != ignored).sum().clamp(min=1)
-
-
-def _read_batches(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; of an error in another process the sentence alone, without its traceback."""
-    try:
-        yield from loader
-    except InputError as e:
-        raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None
 
 
 class _Run:
@@ -121,7 +113,7 @@ class _Run:
         sampler = IterationBatches(
             len(self.train_data), self.settings.batch_size, self.iteration, self.settings.iterations,
             self.settings.seed, self.accelerator.process_index, self.accelerator.num_processes)
-        return _read_batches(DataLoader(
+        return read_batches(DataLoader(
             SeededDataset(self.train_data), batch_sampler=sampler, num_workers=self.workers,
             pin_memory=self.accelerator.device.type == 'cuda'))
 
@@ -150,7 +142,7 @@ class _Run:
         """Measure the kept model on the validation images, each process on its share."""
         indices = range(self.accelerator.process_index, len(self.val_data), self.accelerator.num_processes)
         loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
-        bar = tqdm(_read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False)
+        bar = tqdm(read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False)
         return evaluate(self.kept_model, bar, len(self.classes), self.settings.eval_size)
 
     def record(self, metrics: SegmentMetrics) -> Dict[str, float]:
@@ -161,9 +153,14 @@ class _Run:
         self.losses = []
         return self.history[-1]
 
-    def loaded_model(self) -> LoadedModel:
-        """The kept model with what goes with it."""
-        return LoadedModel(self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size)
+    def write_model(self, path: Path, metrics: SegmentMetrics) -> None:
+        """Write the kept model."""
+        loaded = LoadedModel(self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size)
+        data = f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes'
+        save_segmentation_model(path, loaded, data, {
+            f'mIoU on {len(self.val_data)} validation images': f'{100 * metrics.miou:.2f} %',
+            'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %',
+            'iterations': self.iteration})
 
     def save(self, path: Path) -> None:
         """Write the state after an iteration."""
@@ -276,7 +273,7 @@ def train(
                 before = max((line['miou'] for line in run.history), default=-1.)
                 line = run.record(metrics)
                 if main and metrics.miou > before:
-                    save_segmentation_model(best_dir, run.loaded_model())
+                    run.write_model(best_dir, metrics)
                 if progress:
                     tqdm.write(
                         f'iteration {run.iteration}: training loss {line["train_loss"]:.3f}, '
@@ -289,7 +286,7 @@ def train(
     if metrics is None:  # resumed after the last iteration
         metrics = run.evaluate(progress)
     if main:
-        save_segmentation_model(last_dir, run.loaded_model())
+        run.write_model(last_dir, metrics)
         write_history(out / 'history.csv', run.history)
         checkpoint.unlink()
     accelerator.end_training()

@@ -5,12 +5,14 @@ Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446
 
 Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
 """
+import json
 from pathlib import Path
 from typing import Any, Optional, Type, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData
 from segmentation_models_pytorch.base import SegmentationHead, SegmentationModel
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.base.initialization import initialize_head
@@ -100,6 +102,27 @@ class PyramidModel(SegmentationModel):
         """
         kwargs.setdefault('encoder_weights', None)
         return super().from_pretrained(pretrained_model_name_or_path, strict=strict, **kwargs)
+
+    def generate_model_card(self, dataset: Optional[str] = None, metrics: Optional[dict] = None, **kwargs) -> ModelCard:
+        """The README.md that `save_pretrained` writes where there is none.
+
+        Args:
+            dataset: What it was trained on.
+            metrics: Names and values of measures on it.
+        """
+        data = ModelCardData(
+            library_name='vt_zoo', license='apache-2.0', pipeline_tag='image-segmentation',
+            tags=['semantic-segmentation', 'segmentation-models-pytorch', 'vt_zoo'])
+        name = type(self).__name__
+        arguments = {k: v for k, v in self.config.items() if not k.startswith('_')}
+        measures = '\n'.join(f'- {k}: {v}' for k, v in (metrics or {}).items())
+        return ModelCard(
+            f'---\n{data.to_yaml()}\n---\n\n# {self.name}\n\n'
+            f'{name} of [arXiv 2006.03677](https://arxiv.org/abs/2006.03677), made with vt_zoo.\n\n'
+            f'```python\nfrom vt_zoo.models.vt_fpn import {name}\n\n'
+            f"model = {name}.from_pretrained('<this repository or folder>')\n```\n\n"
+            f'Data: {dataset or "not stated"}. Measures:\n\n{measures or "not stated"}\n\n'
+            f'Arguments:\n\n```json\n{json.dumps(arguments, indent=2)}\n```\n')
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):

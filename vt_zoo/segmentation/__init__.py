@@ -1,1 +1,1 @@
-"""Semantic segmentation: data sets, augmentation of image and mask together, and a set composed of real digits."""
+"""Semantic segmentation: data sets, training, evaluation and prediction with VT-FPN and the panoptic FPN."""

@@ -4,23 +4,22 @@
 of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). Nothing is downloaded.
 """
 from pathlib import Path
-from typing import Union
+from typing import Dict, Sequence, Tuple, Union
 
+import numpy as np
 from PIL import Image
 
 from .errors import InputError
 
-__all__ = ['write_digits']
+__all__ = ['read_digits', 'write_digits']
 
 
-def write_digits(root: Union[str, Path]) -> None:
-    """Write the digits as an ImageFolder: `train/0` to `train/9` (1,347 images), `val/0` to `val/9` (450 images).
+def read_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, Sequence[int]]]:
+    """The scans, their digits and their split, which is fixed and stratified: figures of different runs compare.
 
-    The split is fixed and stratified, so that figures of different runs can be compared. The pixels are the scans'
-    own; grey levels 0 to 16 become 0 to 255.
-
-    Args:
-        root: Folder to write into.
+    Returns:
+        Grey levels 0 to 16, (1797, 8, 8); the digits 0 to 9, (1797,); and the numbers of the scans of 'train' (1,347)
+        and 'val' (450).
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -33,8 +32,23 @@ def write_digits(root: Union[str, Path]) -> None:
 
     digits = load_digits()
     train, val = train_test_split(range(len(digits.target)), test_size=0.25, random_state=0, stratify=digits.target)
-    for split, indices in (('train', train), ('val', val)):
+    return digits.images, digits.target, {'train': train, 'val': val}
+
+
+def write_digits(root: Union[str, Path]) -> None:
+    """Write the digits as an ImageFolder: `train/0` to `train/9` (1,347 images), `val/0` to `val/9` (450 images).
+
+    The pixels are the scans' own; grey levels 0 to 16 become 0 to 255.
+
+    Args:
+        root: Folder to write into.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    scans, digits, parts = read_digits()
+    for split, indices in parts.items():
         for i in indices:
-            folder = Path(root) / split / str(digits.target[i])
+            folder = Path(root) / split / str(digits[i])
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((digits.images[i] * (255 / 16)).round().astype('uint8')).save(folder / f'{i:04d}.png')
+            Image.fromarray((scans[i] * (255 / 16)).round().astype('uint8')).save(folder / f'{i:04d}.png')

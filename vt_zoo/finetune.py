@@ -2,7 +2,6 @@
 
 For ImageNet, several GPUs and all of timm's options there is timm's train.py.
 """
-import csv
 import logging
 import time
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,17 @@ from timm.utils import random_seed
 from tqdm import tqdm
 
 from ._version import __version__
-from .checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
+from .checkpoint import (
+    check_input_size,
+    check_name,
+    load_model,
+    load_optimizer,
+    optimizer_tensors,
+    read_tensors,
+    write_history,
+    write_model,
+    write_tensors,
+)
 from .errors import InputError, first_line
 from .hub import find_hub_id
 from .images import ImageFolder, Split, find_split
@@ -218,16 +227,10 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the state after an epoch."""
-        state = self.optimizer.state_dict()['state']
+        optimizer, scalars = optimizer_tensors(self.optimizer)
         tensors = {f'model.{k}': v for k, v in self.model.state_dict().items()}
         tensors.update({f'ema.{k}': v for k, v in self.ema_model.state_dict().items()})
-        scalars = []
-        for index, entries in state.items():
-            for name, value in entries.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f'optimizer.{index}.{name}'] = value
-                else:
-                    scalars.append([index, name, value])
+        tensors.update({f'optimizer.{k}': v for k, v in optimizer.items()})
         write_tensors(path, tensors, {
             'fingerprint': self.fingerprint, 'start': self.start, 'history': self.history, 'optimizer': scalars,
             'scaler': self.scaler.state_dict()})
@@ -249,22 +252,9 @@ class _Run:
             parts[part][name] = value
         self.model.load_state_dict(parts['model'])
         self.ema_model.load_state_dict(parts['ema'])
-        state: Dict[int, Dict[str, Any]] = {}
-        for key, value in parts['optimizer'].items():
-            index, _, name = key.partition('.')
-            state.setdefault(int(index), {})[name] = value
-        for index, name, value in metadata['optimizer']:
-            state.setdefault(index, {})[name] = value
-        self.optimizer.load_state_dict({'state': state, 'param_groups': self.optimizer.state_dict()['param_groups']})
+        load_optimizer(self.optimizer, parts['optimizer'], metadata['optimizer'])
         self.scaler.load_state_dict(metadata['scaler'])
         self.history = metadata['history']
-
-
-def _write_history(path: Path, history: List[Dict[str, float]]) -> None:
-    with whole(path) as new, new.open('w', newline='') as f:
-        writer = csv.DictWriter(f, list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
@@ -362,7 +352,7 @@ def finetune(
     write_model(model_dir, run.ema_model, split.classes, run.data_config, training)
     reloaded = load_model(str(model_dir)).to(device)
     _, reloaded_predictions = evaluate(reloaded, run.val_loader, device)
-    _write_history(out / 'history.csv', run.history)
+    write_history(out / 'history.csv', run.history)
     checkpoint.unlink()
 
     return FinetuneResult(

@@ -65,7 +65,7 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
         records.append(VTRecord(
             attention=None if attention is None else attention.unflatten(-1, size),
             relation=None if relation is None else relation.mean(1),
-            projection=None if projection is None else projection.mean(1).transpose(1, 2).unflatten(-1, size),
+            projection=None if projection is None else projection.mean(1).unflatten(-1, size),
             tokens=output[1],
         ))
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = [
     'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads', 'pixel_groups', 'split_heads']
@@ -76,12 +77,34 @@ class PixelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x))
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold a batch norm into the map, exact in eval mode; timm's `reparameterize_model` calls it.
+
+        Returns:
+            The map alone, or this module where its norm has no fixed statistics to fold.
+        """
+        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm) or self.norm.running_mean is None:
+            return self
+        return fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
+
 
 class TokenLinear(PixelLinear):
     """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold a batch norm into the map as `PixelLinear` does, to an nn.Linear; groups stay as they are."""
+        fused = super().fuse()
+        if fused is self or self.conv.groups > 1:
+            return self
+        linear = nn.Linear(
+            fused.in_channels, fused.out_channels, device=fused.weight.device, dtype=fused.weight.dtype)
+        linear.weight, linear.bias = nn.Parameter(fused.weight.flatten(1)), fused.bias
+        return linear
 
 
 class TokenNorm(nn.Module):

@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .linear import PixelLinear, TokenLinear, TokenNorm, merge_heads, pixel_groups, split_heads
+from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups, split_heads
 
 __all__ = ['Projector']
 
@@ -24,6 +24,7 @@ class Projector(nn.Module):
             drop_path: float = 0.,
             num_heads: int = 1,
             attention_values: bool = False,
+            query_group_width: int = 64,
             device=None,
             dtype=None,
     ) -> None:
@@ -36,6 +37,8 @@ class Projector(nn.Module):
             drop_path: Stochastic depth rate of the projection.
             num_heads: Heads of the attention, each on its share of the channels (first version of the paper).
             attention_values: Put a value map on T also where the channels are equal (first version of the paper).
+            query_group_width: Output channels of a group of the query map. 64 reproduces Tables 2 to 7, 16 Tables 9
+                and 10.
 
         Raises:
             ValueError: The output channels cannot be divided into so many heads.
@@ -46,9 +49,9 @@ class Projector(nn.Module):
             raise ValueError(f'num_heads must divide feature_dim = {out_chs}, got {num_heads}')
         self.num_heads = num_heads
         self.scale = (out_chs // num_heads) ** -0.5
-        self.query = PixelLinear(in_chs, out_chs, pixel_groups(in_chs, out_chs), norm_layer, **dd)
+        self.query = PixelLinear(in_chs, out_chs, pixel_groups(in_chs, out_chs, query_group_width), norm_layer, **dd)
         self.key = TokenLinear(token_dim, out_chs, 1, norm_layer, **dd)
-        self.softmax = nn.Softmax(dim=-1)
+        self.softmax = nn.Softmax(dim=-2)
         if token_dim != out_chs or attention_values:
             self.value = TokenLinear(token_dim, out_chs, 1, norm_layer, **dd)
         else:
@@ -71,8 +74,53 @@ class Projector(nn.Module):
         Returns:
             Feature map X_out (B, C_out, H, W).
         """
-        query = split_heads(self.query(x).flatten(2).transpose(1, 2), self.num_heads)
-        key = split_heads(self.key(tokens) * self.scale, self.num_heads)
-        attn = self.softmax(query @ key.transpose(-2, -1))  # softmax_L((X W_Q)(T W_K)^T): (B, heads, H*W, L)
-        projection = merge_heads(attn @ split_heads(self.value(tokens), self.num_heads))
-        return self.skip(x) + self.drop_path(projection.unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2))
+        attn = self.softmax(self._logits(x, tokens))  # softmax_L((X W_Q)(T W_K)^T): (B, heads, L, H*W)
+        value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
+        return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads))
+
+    def _logits(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (B, heads, L, H*W) of the pixels, for each token."""
+        key = self.key(tokens)
+        if self.query is None:
+            return (key[..., :-1] @ x.flatten(2) + key[..., -1:]).unsqueeze(1)
+        query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, C / heads, H*W)
+        return split_heads(key * self.scale, self.num_heads) @ query
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Merge the query map into the key map, which then makes a filter of C_in channels and a bias from each token.
+
+        Exact in eval mode: (X W_Q + b)(T W_K)^T = X (T W_K W_Q^T)^T + b (T W_K)^T. With several heads, or norms that
+        cannot be folded into their maps, it stays as it is. timm's `reparameterize_model` calls it.
+        """
+        if self.query is None:
+            return
+        query, key = self.query.fuse(), self.key.fuse()
+        if self.num_heads > 1 or query is self.query or key is self.key:
+            return
+        groups = query.weight.flatten(1).double().chunk(query.groups)
+        back = torch.cat([torch.block_diag(*groups).T, query.bias.double()[None]])  # C_out -> C_in and a bias
+        merged = nn.Linear(key.in_features, len(back), device=key.weight.device, dtype=key.weight.dtype)
+        with torch.no_grad():
+            merged.weight.copy_(self.scale * back @ key.weight.double())
+            merged.bias.copy_(self.scale * back @ key.bias.double())
+        self.query, self.key = None, merged
+
+
+def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Add values (B, heads, L, C / heads), mixed by attn (B, heads, L, H*W), to a map x (B, C, H, W).
+
+    One product that writes the sum, in the memory format of x: a map of its own for the mixture costs more time than
+    the arithmetic.
+    """
+    batch, heads = attn.shape[:2]
+    if heads == 1 and not x.is_contiguous():
+        mixed = torch.baddbmm(x.flatten(2).transpose(1, 2), attn[:, 0].transpose(1, 2), value[:, 0]).transpose(1, 2)
+    else:
+        parts = x.flatten(2).unflatten(1, (heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
+        mixed = torch.baddbmm(parts, value.flatten(0, 1).transpose(1, 2), attn.flatten(0, 1))
+        mixed = mixed.unflatten(0, (batch, heads)).flatten(1, 2)
+    return mixed.unflatten(2, (x.shape[2], x.shape[3]))
+
+
+torch.fx.wrap('_add_mixed')

@@ -33,6 +33,7 @@ class AttentionTokenizer(nn.Module):
             token_dim: int,
             num_tokens: int = 16,
             position_code: bool = False,
+            value_map: bool = True,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
@@ -43,11 +44,14 @@ class AttentionTokenizer(nn.Module):
             token_dim: Channels CT of the tokens of the module before.
             num_tokens: Tokens L that it makes. 16 is the paper's base model; more did not help (Table 6).
             position_code: Append a code of where the token comes from, as in the first version of the paper.
+            value_map: Map the pixels before they are gathered, as the counts of Tables 2 to 7 show; False for
+                equation (1) as it is written, as the counts of Tables 9 and 10 show.
             norm_layer: Norm after each linear map.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.value = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
+        groups = pixel_groups(in_chs, in_chs)
+        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd) if value_map else nn.Identity()
         self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
         self.position_code = PositionCode(norm_layer=norm_layer, **dd) if position_code else None
@@ -57,11 +61,30 @@ class AttentionTokenizer(nn.Module):
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H, W)."""
         # products of two activations can leave the range of float16, and softmax makes NaN of an infinity
         logits = torch.nan_to_num(self.logit_norm(logits))
-        attn = self.softmax(logits.flatten(2))  # A^T: (B, L, H*W)
-        tokens = attn @ self.value(x).flatten(2).transpose(1, 2)
+        attn = self.softmax(_at_least_float32(logits.flatten(2)))  # A^T: (B, L, H*W)
+        tokens = _weighted_sum(attn, self.value(x).flatten(2).transpose(1, 2))
         if self.position_code is not None:
-            tokens = torch.cat([tokens, self.position_code(attn.view(logits.shape))], dim=-1)
+            tokens = torch.cat([tokens, self.position_code(attn.view(logits.shape).to(tokens.dtype))], dim=-1)
         return tokens
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x, in float32 where it has half precision: shares of tens of thousands of pixels are below its normal numbers."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+def _weighted_sum(attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Shares (B, L, H*W) times values (B, H*W, C), in the precision of the values.
+
+    For values of half precision the shares are scaled by a power of two, so that they are normal numbers of float16.
+    """
+    if attn.dtype == value.dtype:
+        return attn @ value
+    return (attn * 16).to(value.dtype) @ value / 16
+
+
+torch.fx.wrap('_at_least_float32')
+torch.fx.wrap('_weighted_sum')
 
 
 class FilterTokenizer(AttentionTokenizer):
@@ -76,11 +99,13 @@ class FilterTokenizer(AttentionTokenizer):
             token_dim: int,
             num_tokens: int = 16,
             position_code: bool = False,
+            value_map: bool = True,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ) -> None:
-        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, device=device, dtype=dtype)
+        super().__init__(
+            in_chs, token_dim, num_tokens, position_code, value_map, norm_layer, device=device, dtype=dtype)
         self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.filters.weight, std=in_chs ** -0.5)
 
@@ -115,7 +140,7 @@ class RecurrentTokenizer(AttentionTokenizer):
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, **dd)
+        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer=norm_layer, **dd)
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, 1, norm_layer, **dd)
         self.key = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
@@ -156,7 +181,8 @@ class ClusteringTokenizer(AttentionTokenizer):
             device=None,
             dtype=None,
     ) -> None:
-        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, device=device, dtype=dtype)
+        super().__init__(
+            in_chs, token_dim, num_tokens, position_code, norm_layer=norm_layer, device=device, dtype=dtype)
         self.kmeans = KMeans(num_tokens)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:

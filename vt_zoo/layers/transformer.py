@@ -15,7 +15,7 @@ class TokenTransformer(nn.Module):
     """Token transformer, equations (3) and (4).
 
     T' = T + softmax_L((T K)(T Q)^T) T, then T_out = T' + relu(T' F_1) F_2. There is no value map in (3). Keys and
-    queries have half of the token's channels, in two groups, as the paper's counts show; the logits are divided by the
+    queries have half of the token's channels, in groups, as the paper's counts show; the logits are divided by the
     square root of that width. Heads and a value map are the first version's of the paper.
     """
 
@@ -28,6 +28,7 @@ class TokenTransformer(nn.Module):
             drop_path: float = 0.,
             num_heads: int = 1,
             attention_values: bool = False,
+            key_groups: int = 2,
             device=None,
             dtype=None,
     ) -> None:
@@ -40,6 +41,7 @@ class TokenTransformer(nn.Module):
             drop_path: Stochastic depth rate of both residual branches.
             num_heads: Heads of the attention, each on its share of the channels.
             attention_values: Put a value map W_V on the tokens that are added.
+            key_groups: Groups of channels in the key and query maps. 2 reproduces Tables 2 to 7, 1 Tables 9 and 10.
 
         Raises:
             ValueError: Keys or tokens cannot be divided into so many heads.
@@ -47,7 +49,7 @@ class TokenTransformer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         key_dim = max(dim // 2, 1)
-        groups = math.gcd(dim, key_dim, 2)
+        groups = math.gcd(dim, key_dim, key_groups)
         if dim % num_heads or key_dim % num_heads:
             raise ValueError(f'num_heads must divide token_dim / 2 = {key_dim}, got {num_heads}')
         self.num_heads = num_heads

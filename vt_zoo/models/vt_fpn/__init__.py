@@ -1,0 +1,6 @@
+"""VT-FPN and the panoptic FPN for semantic segmentation, in segmentation_models_pytorch's manner.
+
+Needs the extra `segmentation`: it is not imported by `import vt_zoo`.
+"""
+from .decoder import FPNNeck, PanopticDecoder, VTNeck
+from .model import VTFPN, PanopticFPN

@@ -1,0 +1,194 @@
+"""VT-FPN and its baseline, the panoptic FPN
+
+Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Models?` - https://arxiv.org/abs/2006.03677
+Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446, as Detectron2's semantic FPN
+
+Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
+"""
+import json
+from pathlib import Path
+from typing import Any, Optional, Type, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData
+from segmentation_models_pytorch.base import SegmentationHead, SegmentationModel
+from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
+from segmentation_models_pytorch.base.initialization import initialize_head
+from segmentation_models_pytorch.base.modules import Activation
+from segmentation_models_pytorch.encoders import get_encoder
+from timm.layers import LayerType
+
+from .decoder import FPNNeck, PanopticDecoder, VTNeck
+
+__all__ = ['VTFPN', 'PanopticFPN']
+
+
+def _check_positive(name: str, value: Any, multiple_of: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple_of:
+        allowed = 'a whole number of at least 1' if multiple_of == 1 else f'a multiple of {multiple_of}'
+        raise ValueError(f'{name} must be {allowed}, got {value!r}')
+
+
+class PyramidModel(SegmentationModel):
+    """An encoder, a neck over its maps of stride 4, 8, 16 and 32, the head of the panoptic FPN.
+
+    Images (B, in_channels, H, W) of any size become logits (B, classes, H, W). `from_pretrained` reads safetensors only
+    and never fetches the encoder's own weights, which the model's replace.
+    """
+
+    requires_divisible_input_shape = False
+    num_levels = 4
+
+    def __init__(
+            self,
+            encoder_name: str,
+            encoder_weights: Optional[Union[str, bool]],
+            in_channels: int,
+            classes: int,
+            activation: Optional[Union[str, Type[nn.Module]]],
+            pyramid_channels: int,
+            head_channels: int,
+            neck: Type[nn.Module],
+            neck_args: dict,
+            encoder_args: dict,
+    ) -> None:
+        """
+        Args:
+            neck: Class of the neck.
+            neck_args: Its arguments beside the encoder's channels and `pyramid_channels`.
+            encoder_args: Arguments of the encoder.
+            Others are those of `VTFPN`.
+        """
+        super().__init__()
+        _check_positive('in_channels', in_channels)
+        _check_positive('classes', classes)
+        _check_positive('pyramid_channels', pyramid_channels)
+        _check_positive('head_channels', head_channels, multiple_of=32)  # groups of the group norm
+        self.encoder = get_encoder(encoder_name, in_channels=in_channels, weights=encoder_weights, **encoder_args)
+        in_chs = self.encoder.out_channels[-self.num_levels:]
+        self.decoder = PanopticDecoder(
+            neck(in_chs, pyramid_channels, **neck_args), self.num_levels, pyramid_channels, head_channels)
+        self.segmentation_head = SegmentationHead(head_channels, classes, kernel_size=1)
+        self.activation = Activation(activation)
+        self.classification_head = None
+        self.name = f'{type(self).__name__.lower()}-{encoder_name}'
+        initialize_head(self.segmentation_head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Segment images.
+
+        Args:
+            x: Images (B, in_channels, H, W), normalised as the encoder asks.
+
+        Returns:
+            Logits, or what `activation` makes of them, (B, classes, H, W).
+        """
+        logits = self.segmentation_head(self.decoder(self.encoder(x)))
+        return self.activation(F.interpolate(logits, size=x.shape[-2:], mode='bilinear', align_corners=False))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], *, strict: bool = True, **kwargs: Any):
+        """Load a model that `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository on the hub.
+            strict: Raise where the weights are not exactly the model's.
+            **kwargs: Arguments of huggingface_hub's `from_pretrained`, and of the model in place of its saved ones.
+
+        Returns:
+            The model in eval mode.
+        """
+        kwargs.setdefault('encoder_weights', None)
+        return super().from_pretrained(pretrained_model_name_or_path, strict=strict, **kwargs)
+
+    def generate_model_card(self, dataset: Optional[str] = None, metrics: Optional[dict] = None, **kwargs) -> ModelCard:
+        """The README.md that `save_pretrained` writes where there is none.
+
+        Args:
+            dataset: What it was trained on.
+            metrics: Names and values of measures on it.
+        """
+        data = ModelCardData(
+            library_name='vt_zoo', license='apache-2.0', pipeline_tag='image-segmentation',
+            tags=['semantic-segmentation', 'segmentation-models-pytorch', 'vt_zoo'])
+        name = type(self).__name__
+        arguments = {k: v for k, v in self.config.items() if not k.startswith('_')}
+        measures = '\n'.join(f'- {k}: {v}' for k, v in (metrics or {}).items())
+        return ModelCard(
+            f'---\n{data.to_yaml()}\n---\n\n# {self.name}\n\n'
+            f'{name} of [arXiv 2006.03677](https://arxiv.org/abs/2006.03677), made with vt_zoo.\n\n'
+            f'```python\nfrom vt_zoo.models.vt_fpn import {name}\n\n'
+            f"model = {name}.from_pretrained('<this repository or folder>')\n```\n\n"
+            f'Data: {dataset or "not stated"}. Measures:\n\n{measures or "not stated"}\n\n'
+            f'Arguments:\n\n```json\n{json.dumps(arguments, indent=2)}\n```\n')
+
+    @classmethod
+    def _load_as_pickle(cls, model, model_file, map_location, strict):
+        raise ValueError(f'weights must be safetensors, the repository holds {Path(model_file).name}')
+
+
+class VTFPN(PyramidModel):
+    """VT-FPN (section 4 of the paper, Figure 4): tokens of every level, related by one transformer, written back."""
+
+    @supports_config_loading
+    def __init__(
+            self,
+            encoder_name: str = 'tu-resnet50',
+            encoder_weights: Optional[Union[str, bool]] = None,
+            in_channels: int = 3,
+            classes: int = 1,
+            activation: Optional[Union[str, Type[nn.Module]]] = None,
+            num_tokens: int = 8,
+            token_dim: int = 1024,
+            pyramid_channels: int = 256,
+            head_channels: int = 128,
+            norm_layer: LayerType = 'batchnorm2d',
+            **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            encoder_name: An encoder of segmentation_models_pytorch, 'tu-NAME' for one of timm. The paper's are
+                ResNet-50 and ResNet-101.
+            encoder_weights: None for random weights. As in segmentation_models_pytorch, True (or any string) fetches
+                the pretrained weights of a 'tu-' encoder; unlike there none are fetched unless asked for.
+            in_channels: Channels of the image.
+            classes: Channels of the output. 54 for COCO-stuff and 20 for LIP in the paper's counts.
+            activation: Of the output, by segmentation_models_pytorch's names; None for logits.
+            num_tokens: Tokens of each level. 8 is the paper's.
+            token_dim: Channels of a token. 1024 is the paper's.
+            pyramid_channels: Channels of each level. 256 meets the paper's costs.
+            head_channels: Channels of the head, a multiple of 32. 128 meets the paper's costs.
+            norm_layer: timm's name of the norm in the neck. (The head has group norm, as Detectron2's.)
+            **kwargs: Arguments of the encoder.
+
+        Raises:
+            ValueError: An argument is outside what is allowed.
+        """
+        _check_positive('num_tokens', num_tokens)
+        _check_positive('token_dim', token_dim)
+        super().__init__(
+            encoder_name, encoder_weights, in_channels, classes, activation, pyramid_channels, head_channels, VTNeck,
+            {'num_tokens': num_tokens, 'token_dim': token_dim, 'norm_layer': norm_layer}, kwargs)
+
+
+class PanopticFPN(PyramidModel):
+    """The paper's baseline: the panoptic FPN for semantic segmentation, with Detectron2's 3x3 output convolutions."""
+
+    @supports_config_loading
+    def __init__(
+            self,
+            encoder_name: str = 'tu-resnet50',
+            encoder_weights: Optional[Union[str, bool]] = None,
+            in_channels: int = 3,
+            classes: int = 1,
+            activation: Optional[Union[str, Type[nn.Module]]] = None,
+            pyramid_channels: int = 256,
+            head_channels: int = 128,
+            **kwargs: Any,
+    ) -> None:
+        """Arguments are those of `VTFPN`; there are no tokens, and no norm in the neck."""
+        super().__init__(
+            encoder_name, encoder_weights, in_channels, classes, activation, pyramid_channels, head_channels, FPNNeck,
+            {}, kwargs)

@@ -1,0 +1,1 @@
+"""Semantic segmentation: data sets, training, evaluation and prediction with VT-FPN and the panoptic FPN."""

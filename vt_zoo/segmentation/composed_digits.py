@@ -1,0 +1,134 @@
+"""A segmentation set of real handwriting: scikit-learn's digits on textured backgrounds, with exact masks.
+
+Each image holds two to five digits, of 1/4 to 1/2 of its height, that do not overlap; a digit that finds no room in 50
+trials is left out. Images of train/ show scans of the train part of `vt_zoo.digits`, those of val/ scans of its val
+part. Colours say nothing about classes: a digit's colour is random but for its brightness, which differs from that of
+the background around it.
+"""
+from pathlib import Path
+from typing import List, Optional, Tuple, Union
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoint import whole
+from ..digits import read_digits
+from ..errors import InputError
+
+__all__ = ['CLASSES', 'write_composed_digits']
+
+CLASSES = ['background', *'0123456789']
+MIN_SIZE = 32  # digits of 8 pixels, the size of the scans
+
+NUM_DIGITS = (2, 5)
+HEIGHT = (1 / 4, 1 / 2)  # of a digit, as a share of the image's
+TRIALS = 50  # to find a place for a digit
+INK = 0.45  # share of the darkest grey level from which a pixel of the enlarged scan belongs to the stroke
+EDGE = 0.2  # width of the soft edge of a stroke, in the same measure
+CONTRAST = 0.35  # least difference of brightness between a digit and the background around it, of 1
+CELLS = (2, 4, 8, 16, 32)  # of the grids of noise that make up a background, along each side
+BRIGHTNESS = np.array([0.299, 0.587, 0.114])  # of red, green and blue
+
+
+def write_composed_digits(
+        root: Union[str, Path],
+        num_train: int,
+        num_val: int,
+        size: int = 96,
+        seed: int = 0,
+) -> None:
+    """Write the set in the layout of `vt_zoo.segmentation.datasets.FolderDataset`.
+
+    Classes are background and the digits 0 to 9. A scan is enlarged by bicubic interpolation, and a pixel is of the
+    stroke where its grey level is at least 0.45 of the darkest: there the mask has the digit, and there its colour
+    covers at least half. The same arguments write the same files, whatever the number of images after them.
+
+    Args:
+        root: Folder to write, new or empty.
+        num_train: Number of images of `train`.
+        num_val: Number of images of `val`.
+        size: Height and width in pixels.
+        seed: Of what is drawn at random.
+
+    Raises:
+        InputError: scikit-learn is not installed, the folder is not empty, a number of images is below 1 or the size
+            below 32.
+    """
+    root = Path(root)
+    for name, value, least in ('num_train', num_train, 1), ('num_val', num_val, 1), ('size', size, MIN_SIZE):
+        if value < least:
+            raise InputError(f'{name} {value} must be at least {least}')
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise InputError(f'{root} exists, a new or empty folder is needed')
+    scans, digits, parts = read_digits()
+    numbers = [('train', i) for i in range(num_train)] + [('val', i) for i in range(num_val)]
+    with whole(root) as new:
+        for kind in 'images', 'masks':
+            for split in parts:
+                (new / kind / split).mkdir(parents=True)
+        (new / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
+        for split, i in tqdm(numbers, desc='composing digits', leave=False, delay=1):
+            rng = np.random.default_rng([seed, list(parts).index(split), i])
+            chosen = rng.choice(parts[split], rng.integers(*NUM_DIGITS, endpoint=True), replace=False)
+            image, mask = _compose([scans[j] / 16 for j in chosen], [1 + digits[j] for j in chosen], size, rng)
+            image.save(new / 'images' / split / f'{i:05d}.png')
+            mask.save(new / 'masks' / split / f'{i:05d}.png')
+
+
+def _compose(
+        scans: List[np.ndarray],
+        labels: List[int],
+        size: int,
+        rng: np.random.Generator,
+) -> Tuple[Image.Image, Image.Image]:
+    """Image and mask of scans, (8, 8) of ink 0 to 1, each in a place of its own; one without room is left out."""
+    image = _background(size, rng)
+    mask = np.zeros((size, size), dtype=np.uint8)
+    taken = np.zeros((size, size), dtype=bool)
+    for scan, label in zip(scans, labels):
+        place = _free_place(taken, rng)
+        if place is None:
+            continue
+        taken[place] = True
+        ink = _enlarge(scan, place[0].stop - place[0].start)
+        colour = _contrasting_colour(image[place].mean((0, 1)), rng)
+        cover = ((ink - INK) / EDGE + 0.5).clip(0, 1)[..., None]
+        image[place] = cover * colour + (1 - cover) * image[place]
+        mask[place][ink >= INK] = label
+    return Image.fromarray((image * 255).round().astype(np.uint8)), Image.fromarray(mask)
+
+
+def _background(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Smooth coloured noise of several scales, (size, size, 3), 0 to 1: coarse looks like light, fine like grain."""
+    image = np.empty((size, size, 3))
+    image[:] = rng.uniform(0.2, 0.8, 3)
+    for cells in CELLS:
+        strength = rng.uniform(0, 0.25)
+        grey, colours = rng.uniform(-1, 1, (cells, cells, 1)), rng.uniform(-1, 1, (cells, cells, 3))
+        grid = strength * (0.6 * grey + 0.4 * colours)
+        image += np.stack([_enlarge(grid[..., c], size) for c in range(3)], axis=-1)
+    return image.clip(0, 1)
+
+
+def _free_place(taken: np.ndarray, rng: np.random.Generator) -> Optional[Tuple[slice, slice]]:
+    """Rows and columns of a random square of which nothing is taken, or None where none was found."""
+    for _ in range(TRIALS):
+        height = round(len(taken) * rng.uniform(*HEIGHT))
+        top, left = rng.integers(0, len(taken) - height, 2, endpoint=True)
+        place = np.s_[top:top + height, left:left + height]
+        if not taken[place].any():
+            return place
+    return None
+
+
+def _contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    while True:
+        colour = rng.uniform(0, 1, 3)
+        if abs((colour - background) @ BRIGHTNESS) >= CONTRAST:
+            return colour
+
+
+def _enlarge(array: np.ndarray, size: int) -> np.ndarray:
+    image = Image.fromarray(array.astype(np.float32))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)

@@ -1,0 +1,320 @@
+"""Data sets of images and masks in the layouts in which they are published.
+
+A mask holds a class index a pixel; 255 is ignored by losses and metrics. It is made for the pixels as the image file
+stores them, as COCO's are: where EXIF orientation turns an image upright (`load_image`), its mask is turned with it.
+"""
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+
+import numpy as np
+import torch.utils.data
+from PIL import ExifTags, Image, ImageOps
+from timm.data.readers.img_extensions import get_img_extensions
+
+from ..errors import InputError, first_line
+from ..images import load_image
+
+__all__ = [
+    'FORMATS', 'CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset',
+    'load_dataset']
+
+Sample = Tuple[Path, Path]
+
+SPLITS = ('train', 'val')
+IGNORED = 255
+
+# labels.txt of https://github.com/nightrome/cocostuff, ids 92 to 182
+COCO_STUFF = (
+    'banner', 'blanket', 'branch', 'bridge', 'building-other', 'bush', 'cabinet', 'cage', 'cardboard', 'carpet',
+    'ceiling-other', 'ceiling-tile', 'cloth', 'clothes', 'clouds', 'counter', 'cupboard', 'curtain', 'desk-stuff',
+    'dirt', 'door-stuff', 'fence', 'floor-marble', 'floor-other', 'floor-stone', 'floor-tile', 'floor-wood', 'flower',
+    'fog', 'food-other', 'fruit', 'furniture-other', 'grass', 'gravel', 'ground-other', 'hill', 'house', 'leaves',
+    'light', 'mat', 'metal', 'mirror-stuff', 'moss', 'mountain', 'mud', 'napkin', 'net', 'paper', 'pavement', 'pillow',
+    'plant-other', 'plastic', 'platform', 'playingfield', 'railing', 'railroad', 'river', 'road', 'rock', 'roof', 'rug',
+    'salad', 'sand', 'sea', 'shelf', 'sky-other', 'skyscraper', 'snow', 'solid-other', 'stairs', 'stone', 'straw',
+    'structural-other', 'table', 'tent', 'textile-other', 'towel', 'tree', 'vegetable', 'wall-brick', 'wall-concrete',
+    'wall-other', 'wall-panel', 'wall-stone', 'wall-tile', 'wall-wood', 'water-other', 'waterdrops', 'window-blind',
+    'window-other', 'wood')
+COCO_THINGS = 91
+
+LIP = (
+    'Background', 'Hat', 'Hair', 'Glove', 'Sunglasses', 'UpperClothes', 'Dress', 'Coat', 'Socks', 'Pants', 'Jumpsuits',
+    'Scarf', 'Skirt', 'Face', 'Left-arm', 'Right-arm', 'Left-leg', 'Right-leg', 'Left-shoe', 'Right-shoe')
+
+
+class SegmentationDataset(torch.utils.data.Dataset):
+    """(image, mask) pairs whose masks hold class indices.
+
+    An item is the image, PIL RGB, and the mask, int64 (H, W) of values 0 to len(classes) - 1 or `ignore_index`; or what
+    the transform makes of the two.
+
+    Args:
+        samples: The files (image, mask). That they exist is not checked here.
+        classes: Names of the classes, at most 255.
+        transform: Called with (image, mask). May be set later.
+
+    Attributes:
+        flip_pairs: Classes that change places in a mirror image, as a left and a right arm.
+
+    Raises:
+        InputError: In `__getitem__`, a file cannot be read, the mask is of another size than the image's stored
+            pixels, or it holds a value that is not a class.
+    """
+    ignore_index = IGNORED
+    flip_pairs: Sequence[Tuple[int, int]] = ()
+
+    def __init__(self, samples: List[Sample], classes: Sequence[str], transform: Optional[Callable] = None) -> None:
+        if len(classes) > IGNORED:
+            raise InputError(f'{len(classes)} classes do not fit into a mask, at most {IGNORED} do')
+        self.samples = samples
+        self.classes = list(classes)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        image_path, mask_path = self.samples[index]
+        image = load_image(image_path)
+        mask = _turned_with(image_path, mask_path, self._labels(index)).astype(np.int64)
+        return (image, mask) if self.transform is None else self.transform(image, mask)
+
+    def _labels(self, index: int) -> np.ndarray:
+        """The mask as its file stores it: (H, W), values 0 to len(classes) - 1 or 255."""
+        return _read_indices(self.samples[index][1], len(self.classes))
+
+
+class FolderDataset(SegmentationDataset):
+    """`images/{train,val}/NAME.jpg` (or .png), `masks/{train,val}/NAME.png`, and `classes.txt` with a name a line.
+
+    Masks are grey or palette images (of 8 or 16 bits) whose values are class indices, or 255 where a pixel is ignored.
+    """
+
+    def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
+        root = Path(root)
+        images = _images(_folder(root / 'images' / split))
+        super().__init__(
+            _with_masks(images, _folder(root / 'masks' / split)), _read_names(root / 'classes.txt'), transform)
+
+
+class CocoStuff(SegmentationDataset):
+    """COCO-stuff's 91 stuff classes, from its stuffthingmaps. Things and unlabelled pixels are ignored.
+
+    The layout of https://github.com/nightrome/cocostuff: `images/{train,val}2017/*.jpg` and, unpacked from
+    stuffthingmaps_trainval2017.zip, `annotations/{train,val}2017/*.png`. A map's value is the class's id - 1: 0 to 90
+    are things, 91 to 181 stuff, 255 is unlabelled.
+    """
+
+    def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
+        root, name = Path(root), f'{split}2017'
+        images = _images(_folder(root / 'images' / name))
+        super().__init__(_with_masks(images, _folder(root / 'annotations' / name)), COCO_STUFF, transform)
+
+    def _labels(self, index: int) -> np.ndarray:
+        labels = _read_indices(self.samples[index][1], COCO_THINGS + len(self.classes))
+        return np.where((labels < COCO_THINGS) | (labels == IGNORED), IGNORED, labels - COCO_THINGS)
+
+
+class CocoPanopticStuff(SegmentationDataset):
+    """COCO's panoptic annotations as Detectron2's semantic FPN takes them: class 0 all things, 1 to 53 stuff.
+
+    The layout of COCO: `{train,val}2017/*.jpg` (also below `images/`), `annotations/panoptic_{train,val}2017.json`, and
+    `panoptic_{train,val}2017/*.png` below `annotations/` or, as Detectron2 has them, beside it. A pixel's segment is
+    R + 256 G + 256^2 B; 0 is void and ignored. The classes are the json's `categories`, in the order of their ids.
+    """
+
+    def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
+        root, name = Path(root), f'{split}2017'
+        images = _images(_folder(root / name, root / 'images' / name))
+        masks = _folder(root / 'annotations' / f'panoptic_{name}', root / f'panoptic_{name}')
+        self._json = root / 'annotations' / f'panoptic_{name}.json'
+        segments, categories = _read_panoptic(self._json)
+        stuff = sorted(i for i, (_, is_thing) in categories.items() if not is_thing)
+        super().__init__(_with_masks(images, masks), ['things', *(categories[i][0] for i in stuff)], transform)
+        for image, mask in self.samples:
+            if mask.name not in segments:
+                raise InputError(f'{self._json} has no segments for {mask.name}, the mask of image {image}')
+        self._segments = [segments[mask.name] for _, mask in self.samples]
+        self._label_of = {i: 0 for i in categories} | {i: 1 + label for label, i in enumerate(stuff)}
+
+    def _labels(self, index: int) -> np.ndarray:
+        path = self.samples[index][1]
+        red, green, blue = np.moveaxis(_read_mask(path, ('RGB',), 'RGB of segment numbers').astype(np.int32), 2, 0)
+        numbers = red + 256 * green + 256 ** 2 * blue
+        labels = np.full(numbers.shape, IGNORED, dtype=np.uint8)
+        unknown = numbers != 0
+        for number, category in self._segments[index].tolist():
+            of_segment = numbers == number
+            labels[of_segment] = self._label_of[category]
+            unknown &= ~of_segment
+        if unknown.any():
+            raise InputError(
+                f'mask {path} has the segment {numbers[unknown][0]}, allowed are 0 (void) and the '
+                f'{len(self._segments[index])} segments that {self._json} lists for it')
+        return labels
+
+
+class LookIntoPerson(SegmentationDataset):
+    """LIP, people in 20 classes: background, clothes and parts of the body, left ones apart from right ones.
+
+    `TrainVal_images/{train,val}_images/*.jpg`, `TrainVal_parsing_annotations/{train,val}_segmentations/*.png`, each
+    also below a second folder of the same name, as some archives unpack. Where `{train,val}_id.txt` lies beside the
+    folder of images, its names are the split; else all images are.
+    """
+    flip_pairs = ((14, 15), (16, 17), (18, 19))
+
+    def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
+        folder = _lip_folder(Path(root), 'TrainVal_images', f'{split}_images')
+        images = _images(folder)
+        ids = folder.parent / f'{split}_id.txt'
+        if ids.exists():
+            by_name = {path.stem: path for path in images}
+            names = _read_names(ids)
+            for name in names:
+                if name not in by_name:
+                    raise InputError(f'{ids} lists {name}, but {folder / name}.jpg does not exist')
+            images = [by_name[name] for name in names]
+        masks = _lip_folder(Path(root), 'TrainVal_parsing_annotations', f'{split}_segmentations')
+        super().__init__(_with_masks(images, masks), LIP, transform)
+
+
+FORMATS: Dict[str, Type[SegmentationDataset]] = {
+    'folder': FolderDataset,
+    'coco_stuff': CocoStuff,
+    'coco_panoptic_stuff': CocoPanopticStuff,
+    'lip': LookIntoPerson,
+}
+
+
+def load_dataset(
+        format: str,
+        root: Union[str, Path],
+        split: str,
+        transform: Optional[Callable] = None,
+) -> SegmentationDataset:
+    """Find the images and masks of a split. Names are read, and of COCO's panoptic annotations the json; no pixels.
+
+    Args:
+        format: A key of `FORMATS`; the classes there describe their layouts.
+        root: Folder of the data set.
+        split: 'train' or 'val'.
+        transform: Called with (image, mask).
+
+    Raises:
+        InputError: The format or the split is unknown, a folder or file is missing, a folder holds no images, or an
+            image has no mask.
+    """
+    if format not in FORMATS:
+        raise InputError(f'format {format!r} is unknown, allowed are {", ".join(FORMATS)}')
+    if split not in SPLITS:
+        raise InputError(f'split {split!r} is unknown, allowed are {", ".join(SPLITS)}')
+    return FORMATS[format](_folder(Path(root)), split, transform)
+
+
+def _folder(*candidates: Path) -> Path:
+    """The first candidate that is a folder."""
+    for path in candidates:
+        if path.is_dir():
+            return path
+    path = candidates[0]
+    raise InputError(f'data folder {path} {"is not a folder" if path.exists() else "does not exist"}')
+
+
+def _lip_folder(root: Path, archive: str, name: str) -> Path:
+    return _folder(root / archive / name, root / archive / archive / name)
+
+
+def _images(folder: Path) -> List[Path]:
+    names = sorted(name for name in os.listdir(folder) if Path(name).suffix.lower() in get_img_extensions())
+    if not names:
+        raise InputError(f'data folder {folder} holds no images')
+    return [folder / name for name in names]
+
+
+def _with_masks(images: List[Path], folder: Path) -> List[Sample]:
+    names = set(os.listdir(folder))  # one look for all: a data set has 10^5 files, perhaps on a network drive
+    samples = [(image, folder / f'{image.stem}.png') for image in images]
+    for image, mask in samples:
+        if mask.name not in names:
+            raise InputError(f'image {image} has no mask, {mask} does not exist')
+    return samples
+
+
+def _read_names(path: Path) -> List[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding='utf-8-sig').rstrip().splitlines()]
+    except FileNotFoundError:
+        raise InputError(f'{path} does not exist') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f'{path} cannot be read: {e}') from e
+    if not names or '' in names:
+        raise InputError(f'{path} {"has an empty line" if names else "is empty"}, a name a line is needed')
+    return names
+
+
+def _read_panoptic(path: Path) -> Tuple[Dict[str, np.ndarray], Dict[int, Tuple[str, bool]]]:
+    """Segment and category ids, int32 (segments, 2), by name of mask; (name, is it a thing) by category id.
+
+    COCO's file for training has 1.3 million segments. Each is cut down as soon as it is parsed, and arrays stay shared
+    with the processes that load data, where lists and dicts would be copied.
+    """
+    def shrink(entry: Dict[str, Any]) -> Any:
+        if 'segments_info' in entry:
+            return entry['file_name'], np.array(entry['segments_info'], dtype=np.int32).reshape(-1, 2)
+        if 'category_id' in entry:
+            return entry['id'], entry['category_id']
+        return entry if 'isthing' in entry or 'annotations' in entry else None
+
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f, object_hook=shrink)
+        segments = dict(content['annotations'])
+        categories = {c['id']: (str(c['name']), bool(c['isthing'])) for c in content['categories']}
+        used = set().union(*(of_mask[:, 1].tolist() for of_mask in segments.values()))
+    except FileNotFoundError:
+        raise InputError(f'{path} does not exist') from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f'{path} cannot be read as panoptic annotations: {type(e).__name__} {first_line(e)}') from e
+    unknown = used - set(categories)
+    if unknown:
+        raise InputError(f'{path} has a segment of category {min(unknown)}, which is not among its categories')
+    return segments, categories
+
+
+def _read_mask(path: Path, modes: Sequence[str], needed: str) -> np.ndarray:
+    try:
+        with Image.open(path) as mask:
+            mode, pixels = mask.mode, np.asarray(mask)
+    except Exception as e:  # as in load_image
+        reason = 'it is not an image' if isinstance(e, Image.UnidentifiedImageError) else str(e).rstrip('.')
+        raise InputError(f'mask {path} cannot be read: {reason}') from e
+    if mode not in modes:
+        raise InputError(f'mask {path} is an image of mode {mode!r}, needed is {needed}')
+    return pixels
+
+
+def _read_indices(path: Path, count: int) -> np.ndarray:
+    """Mask (H, W) of indices below `count`, or 255. One bit a pixel is refused: it may mean 0, 1 or 0, 255."""
+    indices = _read_mask(path, ('L', 'P', 'I', 'I;16', 'I;16B'), 'grey or palette of class indices')
+    wrong = indices[(indices < 0) | ((indices >= count) & (indices != IGNORED))]
+    if wrong.size:
+        raise InputError(f'mask {path} has the label {wrong[0]}, allowed are 0 to {count - 1} and {IGNORED} (ignored)')
+    return indices
+
+
+def _turned_with(image_path: Path, mask_path: Path, labels: np.ndarray) -> np.ndarray:
+    """Turn a mask of the stored pixels as `load_image` turns the image."""
+    with Image.open(image_path) as image:
+        size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+    if labels.shape[::-1] != size:
+        width, height = labels.shape[::-1]
+        turned = f' before its EXIF orientation {orientation} turns it' if orientation != 1 else ''
+        raise InputError(
+            f'mask {mask_path} is {width}x{height} pixels, but image {image_path} is {size[0]}x{size[1]}{turned}')
+    if orientation == 1:
+        return labels
+    mask = Image.fromarray(labels.astype(np.uint8))
+    mask.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(mask))

@@ -1,0 +1,98 @@
+"""Mean IoU, IoU a class and pixel accuracy over a data set."""
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from ..errors import InputError
+from .datasets import SegmentationDataset
+
+__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment']
+
+
+@dataclass
+class SegmentMetrics:
+    """Measures over all pixels of a set together, as shares of 1; ignored pixels do not count.
+
+    Attributes:
+        miou: Mean of the IoU over the classes that are in a mask or in a prediction.
+        iou: Of each class; None for a class that is in neither.
+        pixel_accuracy: Share of right pixels.
+    """
+    miou: float
+    iou: List[Optional[float]]
+    pixel_accuracy: float
+
+
+def segment(
+        model: nn.Module,
+        images: torch.Tensor,
+        size: Tuple[int, int],
+        eval_size: Optional[Union[int, Tuple[int, int]]] = None,
+) -> torch.Tensor:
+    """Logits (B, classes, *size) of images (B, C, H, W).
+
+    Args:
+        model: Segmentation model.
+        images: Normalised images.
+        size: (height, width) of the logits that come back.
+        eval_size: (height, width) to which images are resized before the model, or their short side; None for as they
+            are.
+    """
+    if eval_size is not None:
+        if isinstance(eval_size, int):
+            factor = eval_size / min(images.shape[-2:])
+            eval_size = (round(images.shape[-2] * factor), round(images.shape[-1] * factor))
+        images = F.interpolate(images, size=eval_size, mode='bilinear', align_corners=False, antialias=True)
+    logits = model(images)
+    if logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
+    return logits
+
+
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; of an error in another process the sentence alone, without its traceback."""
+    try:
+        yield from loader
+    except InputError as e:
+        raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        batches: Iterable[Any],
+        num_classes: int,
+        eval_size: Optional[Union[int, Tuple[int, int]]] = None,
+) -> SegmentMetrics:
+    """Measure a model, at the resolution of the masks.
+
+    Where torch.distributed runs, each process gives its own batches and all get the measures over all of them.
+
+    Args:
+        model: Model; it is put into eval mode.
+        batches: Pairs of images (B, C, H, W), normalised, and masks (B, H, W) of classes, or 255.
+        num_classes: Number of classes.
+        eval_size: As in `segment`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    common = {'num_classes': num_classes, 'ignore_index': SegmentationDataset.ignore_index}
+    metrics = MetricCollection({
+        'iou': MulticlassJaccardIndex(average='none', zero_division=float('nan'), **common),
+        'pixel_accuracy': MulticlassAccuracy(average='micro', **common),
+    }).to(device)
+    for images, masks in batches:
+        logits = segment(model, images.to(device), tuple(masks.shape[-2:]), eval_size)
+        metrics.update(logits.argmax(1), masks.to(device))
+    values = metrics.compute()
+    return SegmentMetrics(
+        miou=values['iou'].nanmean().item(),
+        iou=[None if v != v else v for v in values['iou'].tolist()],
+        pixel_accuracy=values['pixel_accuracy'].item(),
+    )

@@ -1,0 +1,135 @@
+"""Settings of a training run, and their YAML files (recipes)."""
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..errors import InputError, first_line
+
+__all__ = ['ARCHITECTURES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings']
+
+ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
+SCHEDULES = ('multistep', 'poly', 'cosine')
+RECIPES = Path(__file__).parents[1] / 'recipes' / 'segmentation'
+
+
+@dataclass
+class SegmentSettings:
+    """What decides the outcome of a run.
+
+    The optimizer is the paper's (section 5.3: SGD; its momentum 0.9 is Detectron2's); the defaults of rate, batch and
+    length are for small sets. Counts are iterations, not epochs, as in Detectron2.
+    """
+    format: str = 'folder'
+    arch: str = 'vt_fpn'
+    encoder_name: str = 'tu-resnet50'
+    encoder_weights: bool = False  # fetch the encoder's pretrained weights
+    num_tokens: int = 8
+    token_dim: int = 1024
+    pyramid_channels: int = 256
+    head_channels: int = 128
+    iterations: int = 2000
+    batch_size: int = 16  # of all processes together
+    opt: str = 'momentum'
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = 'poly'
+    steps: List[int] = field(default_factory=list)  # of 'multistep': iterations at which the rate falls to a tenth
+    power: float = 0.9  # of 'poly'
+    warmup: int = 0  # iterations of rising rate
+    crop_size: Tuple[int, int] = (512, 512)  # height, width
+    scale: Tuple[float, float] = (0.5, 2.0)
+    hflip: float = 0.5
+    mean: Optional[Tuple[float, float, float]] = None  # the encoder's own
+    std: Optional[Tuple[float, float, float]] = None
+    eval_size: Optional[Union[int, Tuple[int, int]]] = None  # short side, or height and width; images as they are
+    eval_every: int = 1000
+    checkpoint_every: int = 500
+    ema_decay: float = 0.  # 0 for no moving average
+    precision: str = 'no'
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice('arch', self.arch, ARCHITECTURES)
+        _check_choice('schedule', self.schedule, SCHEDULES)
+        _check_choice('precision', self.precision, ('no', 'bf16', 'fp16'))
+        for name in ('iterations', 'batch_size', 'eval_every', 'checkpoint_every', 'num_tokens', 'token_dim'):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
+        for name in ('warmup', 'seed'):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, 'at least 0')
+        _check('lr', self.lr, 0 < self.lr < float('inf'), 'above 0')
+        for name in ('momentum', 'weight_decay', 'ema_decay'):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, 'from 0 to under 1')
+        _check('hflip', self.hflip, 0 <= self.hflip <= 1, 'from 0 to 1')
+        _check('scale', self.scale, 0 < self.scale[0] <= self.scale[1], 'two factors, 0 < smallest <= largest')
+        _check('crop_size', self.crop_size, min(self.crop_size) >= 1, 'a height and a width of at least 1')
+
+
+def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
+    _check(name, value, value in choices, f'one of {", ".join(choices)}')
+
+
+def _check(name: str, value: Any, good: bool, allowed: str) -> None:
+    if not good:
+        raise InputError(f'{name} must be {allowed}, got {value!r}')
+
+
+def list_segmentation_recipes() -> List[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob('*.yaml'))
+
+
+def read_settings(config: Optional[str], overrides: Optional[Dict[str, Any]] = None) -> SegmentSettings:
+    """Read a recipe.
+
+    Args:
+        config: A YAML file with fields of `SegmentSettings`, the name of a recipe that comes with the package, or None.
+        overrides: Fields that replace the recipe's.
+
+    Raises:
+        InputError: There is no such recipe, it is not YAML, or it has an unknown field or a value that is not allowed.
+    """
+    values = {}
+    if config is not None:
+        path = RECIPES / f'{config}.yaml' if config in list_segmentation_recipes() else Path(config)
+        try:
+            values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+        except FileNotFoundError:
+            names = ', '.join(list_segmentation_recipes())
+            raise InputError(f'config {config} is neither a file nor one of {names}') from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise InputError(f'config {path} cannot be read: {first_line(e)}') from e
+        if not isinstance(values, dict):
+            raise InputError(f'config {path} must hold fields and values, as `lr: 0.01`')
+    values.update(overrides or {})
+    types = get_type_hints(SegmentSettings)
+    for name, value in values.items():
+        if name not in types:
+            known = ', '.join(f.name for f in fields(SegmentSettings))
+            raise InputError(f'config {config} has the field {name!r}, allowed are {known}')
+        values[name] = _convert(name, value, types[name])
+    return SegmentSettings(**values)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A value of YAML as the type of its field: whole numbers may stand for floats, lists for tuples."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Union:
+        if value is None and type(None) in arguments:
+            return None
+        kinds = [a for a in arguments if a is not type(None)]
+        kind = next((k for k in kinds if (get_origin(k) is tuple) == isinstance(value, (list, tuple))), kinds[0])
+        return _convert(name, value, kind)
+    if get_origin(kind) in (tuple, list) and isinstance(value, (list, tuple)):
+        length = len(arguments) if get_origin(kind) is tuple else len(value)
+        if len(value) == length:
+            return get_origin(kind)(_convert(name, v, arguments[i % len(arguments)]) for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(kind) is None and type(value) is kind:
+        return value
+    allowed = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}.get(
+        kind, f'a list of {len(arguments)} numbers' if get_origin(kind) is tuple else 'a list of whole numbers')
+    raise InputError(f'{name} must be {allowed}, got {value!r}')

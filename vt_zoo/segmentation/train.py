@@ -1,0 +1,294 @@
+"""Training a segmentation model: plain torch, with accelerate for devices, mixed precision and several processes."""
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ..checkpoint import load_optimizer, optimizer_tensors, read_tensors, write_history, write_tensors
+from ..errors import InputError
+from .datasets import SegmentationDataset, load_dataset
+from .evaluate import SegmentMetrics, evaluate, read_batches
+from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
+from .sampling import IterationBatches, SeededDataset
+from .schedule import learning_rate
+from .settings import SegmentSettings
+from .transforms import eval_transform, train_transform
+
+__all__ = ['SegmentResult', 'train']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SegmentResult:
+    """Outcome of a run.
+
+    Attributes:
+        best_dir: Folder of the model with the highest mean IoU on the validation images.
+        last_dir: Folder of the model after the last iteration.
+        best_miou: Mean IoU of the first, 0 to 1.
+        last: Measures of the second.
+        seconds: Time of this call.
+    """
+    best_dir: Path
+    last_dir: Path
+    best_miou: float
+    last: SegmentMetrics
+    seconds: float
+
+
+def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy over the pixels that are not ignored; 0 where all are.
+
+    Args:
+        logits: (B, classes, H, W).
+        masks: Classes (B, H, W), 255 where a pixel is ignored.
+    """
+    ignored = SegmentationDataset.ignore_index
+    total = F.cross_entropy(logits.float(), masks, ignore_index=ignored, reduction='sum')
+    return total / (masks != ignored).sum().clamp(min=1)
+
+
+class _Run:
+    """The state of a run: what a checkpoint holds."""
+
+    def __init__(
+            self,
+            data_dir: Union[str, Path],
+            settings: SegmentSettings,
+            workers: int,
+            accelerator: Accelerator,
+    ) -> None:
+        self.settings, self.workers, self.accelerator = settings, workers, accelerator
+        mean, std = encoder_statistics(settings.encoder_name)
+        self.mean, self.std = settings.mean or mean, settings.std or std
+        self.train_data = load_dataset(settings.format, data_dir, 'train')
+        self.train_data.transform = train_transform(
+            settings.crop_size, settings.scale, settings.hflip, self.mean, self.std, self.train_data.flip_pairs)
+        self.val_data = load_dataset(settings.format, data_dir, 'val', eval_transform(self.mean, self.std))
+        self.classes = self.train_data.classes
+
+        torch.manual_seed(settings.seed)
+        model = create_segmentation_model(settings, len(self.classes))
+        if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimizer = create_optimizer_v2(
+            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
+        self.ema = None
+        if settings.ema_decay:
+            self.ema = ModelEmaV3(model.to(accelerator.device), settings.ema_decay, use_warmup=True)
+        self.trained, self.optimizer = accelerator.prepare(model, optimizer)
+        self.iteration = 0
+        self.history: List[Dict[str, float]] = []
+        self.losses: List[float] = []  # since the last evaluation
+        self.fingerprint = {
+            **asdict(settings), 'crop_size': list(settings.crop_size), 'scale': list(settings.scale),
+            'mean': list(self.mean), 'std': list(self.std), 'classes': self.classes,
+            'train_images': len(self.train_data), 'val_images': len(self.val_data)}
+        if isinstance(settings.eval_size, tuple):
+            self.fingerprint['eval_size'] = list(settings.eval_size)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained, without what distributes it."""
+        return self.accelerator.unwrap_model(self.trained)
+
+    @property
+    def kept_model(self) -> nn.Module:
+        """The model that is evaluated and kept: the moving average, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def train_batches(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of this process, from the iteration at which the run is."""
+        sampler = IterationBatches(
+            len(self.train_data), self.settings.batch_size, self.iteration, self.settings.iterations,
+            self.settings.seed, self.accelerator.process_index, self.accelerator.num_processes)
+        return read_batches(DataLoader(
+            SeededDataset(self.train_data), batch_sampler=sampler, num_workers=self.workers,
+            pin_memory=self.accelerator.device.type == 'cuda'))
+
+    def step(self, images: torch.Tensor, masks: torch.Tensor) -> float:
+        """One iteration; gives the loss."""
+        rate = learning_rate(self.settings, self.iteration)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        self.trained.train()
+        logits = self.trained(images.to(self.accelerator.device))
+        loss = segmentation_loss(logits, masks.to(self.accelerator.device))
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.iteration += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.iteration)
+        value = loss.item()
+        if not value < float('inf'):
+            raise InputError(
+                f'the loss became {value} in iteration {self.iteration}: try a lower lr than {self.settings.lr}')
+        self.losses.append(value)
+        return value
+
+    def evaluate(self, progress: bool) -> SegmentMetrics:
+        """Measure the kept model on the validation images, each process on its share."""
+        indices = range(self.accelerator.process_index, len(self.val_data), self.accelerator.num_processes)
+        loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
+        bar = tqdm(read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False)
+        return evaluate(self.kept_model, bar, len(self.classes), self.settings.eval_size)
+
+    def record(self, metrics: SegmentMetrics) -> Dict[str, float]:
+        """Add a line to the history."""
+        self.history.append({
+            'iteration': self.iteration, 'train_loss': sum(self.losses) / max(len(self.losses), 1),
+            'miou': metrics.miou, 'pixel_accuracy': metrics.pixel_accuracy})
+        self.losses = []
+        return self.history[-1]
+
+    def write_model(self, path: Path, metrics: SegmentMetrics) -> None:
+        """Write the kept model."""
+        loaded = LoadedModel(self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size)
+        data = f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes'
+        save_segmentation_model(path, loaded, data, {
+            f'mIoU on {len(self.val_data)} validation images': f'{100 * metrics.miou:.2f} %',
+            'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %',
+            'iterations': self.iteration})
+
+    def save(self, path: Path) -> None:
+        """Write the state after an iteration."""
+        optimizer, scalars = optimizer_tensors(self.optimizer)
+        tensors = {f'model.{k}': v for k, v in self.model.state_dict().items()}
+        tensors.update({f'optimizer.{k}': v for k, v in optimizer.items()})
+        if self.ema is not None:
+            tensors.update({f'ema.{k}': v for k, v in self.ema.module.state_dict().items()})
+        scaler = self.accelerator.scaler
+        write_tensors(path, tensors, {
+            'segmentation': self.fingerprint, 'iteration': self.iteration, 'history': self.history,
+            'losses': self.losses, 'optimizer': scalars, 'scaler': scaler and scaler.state_dict()})
+
+    def load(self, path: Path) -> None:
+        """Read a state that `save` wrote.
+
+        Raises:
+            InputError: It belongs to a run with other settings or data.
+        """
+        tensors, metadata = read_tensors(path)
+        if 'segmentation' not in metadata:
+            raise InputError(f'checkpoint {path} is not one of `vt-zoo segment train`')
+        for name, value in metadata['segmentation'].items():
+            if self.fingerprint.get(name) != value:
+                raise InputError(
+                    f'{path.parent} holds a run with {name} = {value!r}, which cannot go on with '
+                    f'{self.fingerprint.get(name)!r}')
+        parts: Dict[str, Dict[str, torch.Tensor]] = {'model': {}, 'ema': {}, 'optimizer': {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition('.')
+            parts[part][name] = value
+        self.model.load_state_dict(parts['model'])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(parts['ema'])
+        load_optimizer(self.optimizer, parts['optimizer'], metadata['optimizer'])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(metadata['scaler'])
+        self.iteration, self.history, self.losses = metadata['iteration'], metadata['history'], metadata['losses']
+
+
+def train(
+        data_dir: Union[str, Path],
+        out: Union[str, Path],
+        settings: SegmentSettings,
+        resume: bool = False,
+        overwrite: bool = False,
+        workers: int = 0,
+        device: Optional[str] = None,
+        progress: bool = True,
+) -> SegmentResult:
+    """Train a segmentation model.
+
+    One process of `accelerate launch`, or the only one. The whole state is written every `checkpoint_every` iterations
+    and after each evaluation, so that a run that was killed at any moment goes on from there, to the same result on the
+    same machine. Batch norms of a distributed run on GPUs take their statistics over all processes, as in the paper.
+
+    Args:
+        data_dir: Folder of the data set, in the layout of `settings.format`.
+        out: Folder to write: `best/` and `last/` (models), `history.csv`; `checkpoint.safetensors` while training goes
+            on.
+        settings: What decides the outcome.
+        resume: Go on with the run that `out` holds, if it holds one.
+        overwrite: Begin anew where `out` holds a run.
+        workers: Processes that load images, for each that trains; 0 for none.
+        device: 'cpu' or 'cuda'; what accelerate finds where None.
+        progress: Show progress bars.
+
+    Raises:
+        InputError: Data, settings or `out` cannot be used.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
+    if not overwrite:
+        if checkpoint.exists() and not resume:
+            raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
+        if last_dir.exists() and not checkpoint.exists():
+            raise InputError(f'{out} holds a finished run: add --overwrite to replace it, or choose another --out')
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise InputError('device cuda is not to be had on this machine')
+    start = time.monotonic()
+    accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)
+    main = accelerator.is_main_process
+    progress = progress and main
+
+    run = _Run(data_dir, settings, workers, accelerator)
+    if settings.batch_size < accelerator.num_processes:
+        raise InputError(
+            f'batch_size must be at least the number of processes, {accelerator.num_processes}, '
+            f'got {settings.batch_size}')
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    if resume and checkpoint.exists():
+        run.load(checkpoint)
+        _logger.info(f'resuming after iteration {run.iteration} of {settings.iterations}')
+
+    bar = tqdm(
+        total=settings.iterations, initial=run.iteration, desc='training', unit='iteration', disable=not progress)
+    metrics = None
+    with bar:
+        for images, masks in run.train_batches():
+            loss = run.step(images, masks)
+            bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
+            bar.update()
+            if run.iteration % settings.eval_every == 0 or run.iteration == settings.iterations:
+                metrics = run.evaluate(progress)
+                before = max((line['miou'] for line in run.history), default=-1.)
+                line = run.record(metrics)
+                if main and metrics.miou > before:
+                    run.write_model(best_dir, metrics)
+                if progress:
+                    tqdm.write(
+                        f'iteration {run.iteration}: training loss {line["train_loss"]:.3f}, '
+                        f'mIoU {100 * metrics.miou:.2f} %, pixel accuracy {100 * metrics.pixel_accuracy:.2f} %')
+            elif run.iteration % settings.checkpoint_every:
+                continue
+            if main:
+                run.save(checkpoint)
+
+    if metrics is None:  # resumed after the last iteration
+        metrics = run.evaluate(progress)
+    if main:
+        run.write_model(last_dir, metrics)
+        write_history(out / 'history.csv', run.history)
+        checkpoint.unlink()
+    accelerator.end_training()
+    return SegmentResult(
+        best_dir, last_dir, max(line['miou'] for line in run.history), metrics, time.monotonic() - start)

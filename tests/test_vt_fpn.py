@@ -36,7 +36,7 @@ from test_vt_resnet import exports_max_pooling_of_any_size
 
 import vt_zoo
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
-from vt_zoo.layers import FilterTokenizer
+from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
 from vt_zoo.models.vt_fpn import VTFPN, FPNNeck, PanopticFPN, VTNeck
 
 MODELS = [VTFPN, PanopticFPN]
@@ -478,12 +478,21 @@ def test_neck_at_60800_pixels_in_half_precision(dtype):
 
 
 def test_logits_beyond_the_range_of_float16():
+    x, tokens = torch.full((1, 4, 20, 30), 100).half(), torch.full((1, 3, 8), 1000).half()
+    x[:, :, 0, 0] *= -1
+    tokens[:, 0] *= -1
     tokenizer = stir(FilterTokenizer(4, 8, 2, value_map=False)).half()
     nn.init.constant_(tokenizer.filters.weight, 300)
-    x = torch.full((1, 4, 20, 30), 100, dtype=torch.float16)
-    x[:, :, 0, 0] = -100
-    assert not tokenizer.filters(x).isfinite().all()
-    assert tokenizer(x).isfinite().all()
+    transformer, projector = stir(TokenTransformer(8)).half(), stir(Projector(4, 4, 8)).half()
+    for linear in (transformer.key, transformer.query, projector.key, projector.query):
+        nn.init.constant_(linear.conv.weight, 10)
+    with torch.no_grad():
+        logits = [
+            tokenizer.filters(x), transformer.key(tokens) @ transformer.query(tokens).mT,
+            projector.key(tokens) @ projector.query(x).flatten(2)]
+        results = [tokenizer(x), transformer(tokens), projector(x, tokens)]
+    assert not any(x.isfinite().all() for x in logits)
+    assert all(x.isfinite().all() for x in results)
 
 
 @pytest.mark.parametrize('cls', MODELS)

@@ -29,6 +29,7 @@ SIZE = 512
 FORMATS = {'NCHW': torch.contiguous_format, 'channels last': torch.channels_last}
 NECKS = ('FPN module', 'VT neck', 'VT neck, reduced')
 WARM_UP = 3
+PROCESSES = 5  # that measure a peak
 MIB = 2 ** 20
 
 
@@ -83,13 +84,14 @@ def measure_memory(job: Tuple[str, str, bool]) -> int:
     return _peak_bytes() - before
 
 
-def measure_all_memory() -> Dict[Tuple[str, str, bool], int]:
-    """Peak of every neck, memory format and pass; the reduced form does not train. Forks, so it comes first."""
+def measure_all_memory() -> Dict[Tuple[str, str, bool], List[int]]:
+    """Peaks of every neck, memory format and pass; the reduced form does not train. Forks, so it comes first."""
     jobs = [
         (name, memory_format, training) for training in (False, True) for memory_format in FORMATS for name in NECKS
         if not (training and name.endswith('reduced'))]
     with multiprocessing.get_context('fork').Pool(1, maxtasksperchild=1) as pool:
-        return dict(zip(jobs, tqdm(pool.imap(measure_memory, jobs), 'memory', len(jobs))))
+        peaks = list(tqdm(pool.imap(measure_memory, PROCESSES * jobs), 'memory', PROCESSES * len(jobs)))
+    return {job: sorted(peaks[i::len(jobs)]) for i, job in enumerate(jobs)}
 
 
 def _ratio(a: List[float], b: List[float]) -> str:
@@ -102,7 +104,7 @@ def _weight_mib(name: str) -> float:
         return sum(p.nbytes for p in create(name, torch.contiguous_format).parameters()) / MIB
 
 
-def report(seconds: Dict[str, Dict[str, List[float]]], memory: Dict[Tuple[str, str, bool], int]) -> str:
+def report(seconds: Dict[str, Dict[str, List[float]]], memory: Dict[Tuple[str, str, bool], List[int]]) -> str:
     """The result as Markdown."""
     rounds = len(seconds['NCHW'][NECKS[0]])
     lines = [
@@ -122,15 +124,17 @@ def report(seconds: Dict[str, Dict[str, List[float]]], memory: Dict[Tuple[str, s
             lines.append(f'| {memory_format} | {name} | {1000 * statistics.median(s):.1f} | {ratio} |')
     lines += [
         '', '## Peak memory', '',
-        'Memory at its peak beyond weights and incoming maps, each in a process of its own: of an inference, and of '
-        'forward and backward in training. Among the latter are gradients of the maps and of the weights, of these '
-        f'{_weight_mib(NECKS[0]):.0f} MiB in the FPN module and {_weight_mib(NECKS[1]):.0f} MiB in the VT neck, '
-        'whatever the size of image and batch.', '',
+        f'Memory at its peak beyond weights and incoming maps, median of {PROCESSES} processes (and the least and the '
+        'most): of an inference, and of forward and backward in training. Among the latter are gradients of the maps '
+        f'and of the weights, of these {_weight_mib(NECKS[0]):.0f} MiB in the FPN module and '
+        f'{_weight_mib(NECKS[1]):.0f} MiB in the VT neck, whatever the size of image and batch.', '',
         '| pass | memory format | neck | MiB | of the FPN module |', '|---|---|---|---|---|']
-    for (name, memory_format, training), peak in memory.items():
-        share = '' if name == NECKS[0] else f'{100 * peak / memory[NECKS[0], memory_format, training]:.0f} %'
+    for (name, memory_format, training), peaks in memory.items():
+        median, base = statistics.median(peaks), statistics.median(memory[NECKS[0], memory_format, training])
+        share = '' if name == NECKS[0] else f'{100 * median / base:.0f} %'
         lines.append(
-            f'| {"training" if training else "inference"} | {memory_format} | {name} | {peak / MIB:.0f} | {share} |')
+            f'| {"training" if training else "inference"} | {memory_format} | {name} | '
+            f'{median / MIB:.0f} ({peaks[0] / MIB:.0f} to {peaks[-1] / MIB:.0f}) | {share} |')
     return '\n'.join([*lines, ''])
 
 

@@ -74,7 +74,8 @@ class Projector(nn.Module):
         Returns:
             Feature map X_out (B, C_out, H, W).
         """
-        attn = self.softmax(self._logits(x, tokens))  # softmax_L((X W_Q)(T W_K)^T): (B, heads, L, H*W)
+        logits = torch.nan_to_num(self._logits(x, tokens))  # as in a tokenizer: they can leave the range of float16
+        attn = self.softmax(logits)  # softmax_L((X W_Q)(T W_K)^T): (B, heads, L, H*W)
         value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
         return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads))
 
@@ -93,10 +94,10 @@ class Projector(nn.Module):
         Exact in eval mode: (X W_Q + b)(T W_K)^T = X (T W_K W_Q^T)^T + b (T W_K)^T. With several heads, or norms that
         cannot be folded into their maps, it stays as it is. timm's `reparameterize_model` calls it.
         """
-        if self.query is None:
+        if self.num_heads > 1 or not isinstance(self.query, PixelLinear):
             return
         query, key = self.query.fuse(), self.key.fuse()
-        if self.num_heads > 1 or query is self.query or key is self.key:
+        if query is self.query or key is self.key:
             return
         groups = query.weight.flatten(1).double().chunk(query.groups)
         back = torch.cat([torch.block_diag(*groups).T, query.bias.double()[None]])  # C_out -> C_in and a bias

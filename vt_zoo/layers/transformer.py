@@ -81,7 +81,8 @@ class TokenTransformer(nn.Module):
         """
         key = split_heads(self.key(tokens) * self.scale, self.num_heads)
         query = split_heads(self.query(tokens), self.num_heads)
-        attn = self.softmax(key @ query.transpose(-2, -1))  # softmax_L((T K)(T Q)^T): (B, heads, L, L)
+        logits = torch.nan_to_num(key @ query.transpose(-2, -1))  # as in a tokenizer: they can leave float16's range
+        attn = self.softmax(logits)  # softmax_L((T K)(T Q)^T): (B, heads, L, L)
         mixed = merge_heads(attn @ split_heads(self.value(tokens), self.num_heads))
         tokens = tokens + self.drop_path(self.norm(mixed))
         return tokens + self.drop_path(self.fc2(self.act(self.fc1(tokens))))

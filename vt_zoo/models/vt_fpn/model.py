@@ -18,7 +18,7 @@ from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
-from timm.layers import LayerType
+from timm.layers import LayerType, get_norm_layer
 
 from .decoder import FPNNeck, PanopticDecoder, VTNeck
 
@@ -29,6 +29,15 @@ def _check_positive(name: str, value: Any, multiple_of: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple_of:
         allowed = 'a whole number of at least 1' if multiple_of == 1 else f'a multiple of {multiple_of}'
         raise ValueError(f'{name} must be {allowed}, got {value!r}')
+
+
+def _check_norm(norm_layer: Any) -> None:
+    try:
+        known = get_norm_layer(norm_layer) is not None
+    except KeyError:
+        known = False
+    if not known:
+        raise ValueError(f"norm_layer must be timm's name of a norm or a class, got {norm_layer!r}")
 
 
 class PyramidModel(SegmentationModel):
@@ -66,6 +75,9 @@ class PyramidModel(SegmentationModel):
         _check_positive('classes', classes)
         _check_positive('pyramid_channels', pyramid_channels)
         _check_positive('head_channels', head_channels, multiple_of=32)  # groups of the group norm
+        depth = encoder_args.get('depth', 5)
+        if depth != 5:
+            raise ValueError(f'depth must be 5, which gives maps of stride 4, 8, 16 and 32, got {depth!r}')
         self.encoder = get_encoder(encoder_name, in_channels=in_channels, weights=encoder_weights, **encoder_args)
         in_chs = self.encoder.out_channels[-self.num_levels:]
         self.decoder = PanopticDecoder(
@@ -168,6 +180,7 @@ class VTFPN(PyramidModel):
         """
         _check_positive('num_tokens', num_tokens)
         _check_positive('token_dim', token_dim)
+        _check_norm(norm_layer)
         super().__init__(
             encoder_name, encoder_weights, in_channels, classes, activation, pyramid_channels, head_channels, VTNeck,
             {'num_tokens': num_tokens, 'token_dim': token_dim, 'norm_layer': norm_layer}, kwargs)

@@ -1,0 +1,198 @@
+"""The reduced form that timm's `reparameterize_model` makes: norms folded into maps, queries merged into keys."""
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from test_layers import stir
+from test_options import COMBINED, SINGLE, calibrated, images, name
+from timm.models import reparameterize_model
+
+from vt_zoo.analysis.count import count_multiply_adds
+from vt_zoo.layers import PixelLinear, Projector, TokenLinear, TokenTransformer
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
+
+
+def build(cls, *args, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    return stir(cls(*args, dtype=dtype, **kwargs))
+
+
+def reduced(*parts):
+    """Reduced copies; `reparameterize_model` asks what a module contains and not the module itself."""
+    return reparameterize_model(nn.Sequential(*parts))
+
+
+def norms_of(model):
+    return [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
+
+
+def projectors_of(model):
+    return [m for m in model.modules() if isinstance(m, Projector)]
+
+
+def outputs(model, *inputs):
+    with torch.no_grad():
+        return model(*inputs)
+
+
+def assert_equal(result, expected):
+    assert result.dtype == expected.dtype
+    assert (result - expected).norm() < TOLERANCE[expected.dtype] * expected.norm()
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('cls,in_chs,out_chs,groups,kept', [
+    (PixelLinear, 6, 8, 1, nn.Conv2d), (PixelLinear, 6, 8, 2, nn.Conv2d), (TokenLinear, 6, 8, 1, nn.Linear),
+    (TokenLinear, 6, 8, 2, TokenLinear)])
+def test_norm_folds_into_its_map(cls, in_chs, out_chs, groups, kept, dtype):
+    linear = build(cls, in_chs, out_chs, groups, dtype=dtype)
+    x = torch.randn(2, in_chs, 3, 5) if cls is PixelLinear else torch.randn(2, 5, in_chs)
+    model = reduced(linear)
+    assert type(model[0]) is kept
+    assert bool(norms_of(model)) == (kept is TokenLinear)
+    assert_equal(outputs(model, x.to(dtype)), outputs(linear, x.to(dtype)))
+
+
+@pytest.mark.parametrize('cls', [PixelLinear, TokenLinear])
+@pytest.mark.parametrize('norm_layer', ['groupnorm1', BATCH_STATISTICS], ids=['group norm', 'batch statistics'])
+def test_other_norms_are_kept(cls, norm_layer):
+    linear = build(cls, 6, 8, norm_layer=norm_layer)
+    x = torch.randn(2, 6, 3, 5).double() if cls is PixelLinear else torch.randn(2, 5, 6).double()
+    model = reduced(linear)
+    assert type(model[0]) is cls and len(norms_of(model)) == 1
+    assert torch.equal(outputs(model, x), outputs(linear, x))
+
+
+def test_norm_without_affine_folds():
+    linear = build(PixelLinear, 6, 8, norm_layer=partial(nn.BatchNorm2d, affine=False))
+    x = torch.randn(2, 6, 3, 5).double()
+    assert_equal(outputs(reduced(linear), x), outputs(linear, x))
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('in_chs,out_chs,token_dim,width,merges,options', [
+    (8, 8, 6, 64, True, {}), (8, 12, 6, 4, True, {}), (32, 64, 20, 16, True, {}), (8, 6, 6, 2, True, {}),
+    (8, 8, 8, 4, True, {'attention_values': True}), (8, 8, 6, 64, False, {'num_heads': 2}),
+    (8, 8, 6, 4, False, {'norm_layer': 'groupnorm1'}),
+    (8, 8, 6, 4, False, {'norm_layer': BATCH_STATISTICS})], ids=str)
+def test_query_of_a_projector_merges_into_its_key(in_chs, out_chs, token_dim, width, merges, options, dtype):
+    projector = build(Projector, in_chs, out_chs, token_dim, query_group_width=width, dtype=dtype, **options)
+    x, tokens = torch.randn(2, in_chs, 3, 5, dtype=dtype), torch.randn(2, 7, token_dim, dtype=dtype)
+    once = reduced(projector)
+    assert (once[0].query is None) == merges
+    assert projector.query is not None
+    twice = reparameterize_model(once)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=memory_format)
+        for model in (once, twice):
+            assert_equal(outputs(model[0], x, tokens), outputs(projector, x, tokens))
+    assert once.state_dict().keys() == twice.state_dict().keys()
+
+
+def test_merged_projector_needs_less_multiply_adds():
+    class Both(nn.Sequential):
+        def forward(self, x):
+            return self[0](x, torch.zeros(1, 8, 20, device=x.device))
+
+    projector = Both(Projector(64, 64, 20, query_group_width=16, device='meta')).eval()
+    size = (64, 10, 10)
+    saved = 64 * 16 * 100 - 8 * 20  # the query of every pixel; a token's key has a bias more
+    assert count_multiply_adds(projector, size) - count_multiply_adds(reparameterize_model(projector), size) == saved
+
+
+@pytest.mark.parametrize('num_heads', [1, 2])
+def test_transformer(num_heads):
+    transformer = build(TokenTransformer, 8, num_heads=num_heads, key_groups=1)
+    tokens = torch.randn(2, 5, 8).double()
+    model = reduced(transformer)
+    assert len(norms_of(model)) == 1  # of what the attention mixes
+    assert_equal(outputs(model, tokens), outputs(transformer, tokens))
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('options', [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}], ids=name)
+def test_vt_resnet(options, dtype):
+    model = calibrated(**options).to(dtype)
+    once = reparameterize_model(model)
+    twice = reparameterize_model(once)
+    x = images(dtype=dtype)
+    expected = outputs(model, x)
+    assert_equal(outputs(once, x), expected)
+    assert torch.equal(outputs(twice, x), outputs(once, x))
+    merged = [p.query is None for p in projectors_of(once)]
+    assert all(merged) if options.get('num_heads', 1) == 1 and 'norm_layer' not in options else not any(merged)
+    assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == any(merged)
+    assert torch.equal(outputs(model, x), expected), 'the model itself is left as it was'
+
+
+@pytest.mark.parametrize('options', [{}, {'num_heads': 4}], ids=name)
+def test_state_of_the_reduced_form_is_saved_and_loaded(options, tmp_path):
+    model = reparameterize_model(calibrated(**options))
+    save_file(model.state_dict(), tmp_path / 'reduced.safetensors')
+    other = calibrated(**options)
+    nn.init.normal_(other.fc.weight)
+    other = reparameterize_model(other)
+    other.load_state_dict(load_file(tmp_path / 'reduced.safetensors'))
+    assert torch.equal(outputs(other, images()), outputs(model, images()))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
+def test_reduced_form_is_scripted_and_compiled():
+    model = reparameterize_model(calibrated())
+    expected = outputs(model, images())
+    assert_equal(outputs(torch.jit.script(model), images()), expected)
+    assert_equal(outputs(torch.fx.symbolic_trace(model), images()), expected)
+    torch._dynamo.reset()
+    assert_equal(outputs(torch.compile(model, backend='aot_eager', fullgraph=True), images()), expected)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('norm_layer', ['batchnorm2d', 'groupnorm1'])
+def test_vt_fpn(dtype, norm_layer, tmp_path):
+    pytest.importorskip('segmentation_models_pytorch')
+    from test_vt_fpn import VTFPN, small
+    from test_vt_fpn import calibrated as calibrated_fpn
+
+    model = (calibrated_fpn() if norm_layer == 'batchnorm2d' else stir(small(norm_layer=norm_layer))).to(dtype)
+    assert not any((projector.value.norm.weight == 0).any() for projector in projectors_of(model))
+    once = reparameterize_model(model)
+    x = images(2, 33, 47, dtype=dtype)
+    assert_equal(outputs(once, x), outputs(model, x))
+    assert torch.equal(outputs(reparameterize_model(once), x), outputs(once, x))
+    folds = norm_layer == 'batchnorm2d'
+    assert all((projector.query is None) == folds for projector in projectors_of(once))
+    assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == folds
+
+    save_file(once.state_dict(), tmp_path / 'reduced.safetensors')
+    other = reparameterize_model(small(VTFPN, norm_layer=norm_layer).eval()).to(dtype)
+    other.load_state_dict(load_file(tmp_path / 'reduced.safetensors'))
+    assert torch.equal(outputs(other, x), outputs(once, x))
+
+
+def test_statistics_of_the_batch_in_the_neck():
+    pytest.importorskip('segmentation_models_pytorch')
+    from vt_zoo.models.vt_fpn import VTNeck
+
+    torch.manual_seed(0)
+    neck = stir(VTNeck((4, 6), 16, 3, 20, norm_layer=BATCH_STATISTICS))
+    maps = [torch.randn(2, 4, 6, 8), torch.randn(2, 6, 3, 4)]
+    once = reduced(neck)
+    assert len(norms_of(once)) == len(norms_of(neck))
+    for result, expected in zip(outputs(once[0], maps), outputs(copy.deepcopy(neck), maps), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_multiply_adds_of_the_reduced_neck():
+    pytest.importorskip('segmentation_models_pytorch')
+    from test_vt_fpn import neck_cost
+
+    from vt_zoo.models.vt_fpn import VTNeck
+
+    size = (800, 1216)
+    merged = neck_cost(lambda chs: reduced(VTNeck(chs).eval())[0], size)
+    assert merged == pytest.approx(neck_cost(VTNeck, size) - 0.33e9, rel=0.005)

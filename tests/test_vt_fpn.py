@@ -1,0 +1,731 @@
+"""VT-FPN and the panoptic FPN: against NumPy with float64, and as models of segmentation_models_pytorch."""
+import copy
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('segmentation_models_pytorch')
+
+import timm.layers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hub_server import hub_server
+from safetensors.torch import load_file, save_file
+from test_layers import (
+    array,
+    assert_close,
+    filter_reference,
+    mapped,
+    permuted,
+    pixels,
+    projector_reference,
+    stir,
+    transformer_reference,
+)
+from test_options import bilinear
+from test_vt_resnet import exports_max_pooling_of_any_size
+
+import vt_zoo
+from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
+from vt_zoo.models.vt_fpn import VTFPN, FPNNeck, PanopticFPN, VTNeck
+
+MODELS = [VTFPN, PanopticFPN]
+NECKS = [VTNeck, FPNNeck]
+CHS = (6, 5, 8, 7)
+SIZES = [(9, 12), (5, 6), (3, 3), (2, 2)]  # of the maps of an image of 33x47
+
+
+def small(cls=VTFPN, **kwargs):
+    """A model of a few hundred thousand weights with random ones."""
+    tokens = {'num_tokens': 4, 'token_dim': 24} if cls is VTFPN else {}
+    torch.manual_seed(0)
+    return cls(**{
+        'encoder_name': 'tu-test_resnet', 'classes': 5, 'pyramid_channels': 32, 'head_channels': 32, **tokens,
+        **kwargs})
+
+
+@cache
+def _calibrated_state(cls, kwargs):
+    """State of a small model with random affine values in its norms and true statistics, so that no branch is zero."""
+    model = stir(small(cls, **dict(kwargs)))
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+            m.reset_running_stats()
+    with torch.no_grad():
+        model.train()(images(4, in_channels=dict(kwargs).get('in_channels', 3), seed=1))
+    return model.state_dict()
+
+
+def calibrated(cls=VTFPN, **kwargs):
+    model = small(cls, **kwargs)
+    model.load_state_dict(_calibrated_state(cls, tuple(kwargs.items())))
+    return model.eval()
+
+
+def images(batch=2, height=64, width=96, in_channels=3, seed=0):
+    return torch.randn(batch, in_channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def maps(batch=2, chs=CHS, sizes=SIZES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, c, *size, dtype=torch.float64, generator=generator) for c, size in zip(chs, sizes)]
+
+
+def small_neck(cls, chs=CHS):
+    torch.manual_seed(0)
+    neck = VTNeck(chs, 32, num_tokens=3, token_dim=20) if cls is VTNeck else FPNNeck(chs, 32)
+    return stir(neck.double())
+
+
+def close(result, expected, tol=1e-4):
+    torch.testing.assert_close(result, expected, rtol=tol, atol=tol)
+
+
+def relative_error(result, expected):
+    """Of each image, the largest of a batch."""
+    difference = (result.double() - expected).flatten(1).norm(dim=1) / expected.double().flatten(1).norm(dim=1)
+    return difference.max().item()
+
+
+# --- references: maps are (C, H, W), levels go from fine to coarse
+
+
+def conv_reference(conv, x):
+    weight = array(conv.weight)
+    pad = weight.shape[2] // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+    height, width = x.shape[1:]
+    out = np.zeros((len(weight), height, width))
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            out += np.tensordot(weight[:, :, i, j], padded[:, i:i + height, j:j + width], axes=1)
+    return out if conv.bias is None else out + array(conv.bias)[:, None, None]
+
+
+def nearest(x, height, width):
+    rows = [i * x.shape[1] // height for i in range(height)]
+    columns = [j * x.shape[2] // width for j in range(width)]
+    return x[:, rows][:, :, columns]
+
+
+def resized(x, size):
+    return np.stack([bilinear(plane, *size) for plane in x])
+
+
+def fpn_neck_reference(neck, features):
+    laterals = [conv_reference(conv, x) for conv, x in zip(neck.laterals, features)]
+    merged = laterals[-1:]
+    for x in laterals[-2::-1]:
+        merged.insert(0, x + nearest(merged[0], *x.shape[1:]))
+    return [conv_reference(conv, x) for conv, x in zip(neck.outputs, merged)]
+
+
+def vt_neck_reference(neck, features):
+    """Equation (1) at each level, (3) and (4) over the tokens of all levels, (5) at each level."""
+    laterals = [conv_reference(conv, x) for conv, x in zip(neck.laterals, features)]
+    tokens = np.concatenate([
+        mapped(embed, filter_reference(tokenizer, pixels(x)))
+        for embed, tokenizer, x in zip(neck.embeds, neck.tokenizers, laterals)])
+    tokens = np.split(transformer_reference(neck.transformer, tokens), len(laterals))
+    return [
+        projector_reference(projector, pixels(x), t).T.reshape(x.shape)
+        for projector, x, t in zip(neck.projectors, laterals, tokens)]
+
+
+def head_reference(decoder, levels):
+    out = 0
+    for level, (x, blocks) in enumerate(zip(levels, decoder.heads)):
+        for i, (conv, norm, _) in enumerate(blocks):
+            x = conv_reference(conv, x)
+            groups = x.reshape(32, -1)
+            groups = (groups - groups.mean(1, keepdims=True)) / np.sqrt(groups.var(1, keepdims=True) + norm.eps)
+            x = groups.reshape(x.shape) * array(norm.weight)[:, None, None] + array(norm.bias)[:, None, None]
+            x = np.maximum(x, 0)
+            if level > 0:
+                x = resized(x, levels[level - 1 - i].shape[1:])
+        out = out + x
+    return out
+
+
+NECK_REFERENCES = {VTNeck: vt_neck_reference, FPNNeck: fpn_neck_reference}
+
+
+@pytest.mark.parametrize('cls', NECKS)
+@pytest.mark.parametrize('sizes', [SIZES, [(8, 16), (4, 8), (2, 4), (1, 2)], [(7, 5), (7, 5), (4, 3), (1, 1)]], ids=str)
+def test_neck_is_its_equations(cls, sizes):
+    neck, features = small_neck(cls), maps(sizes=sizes)
+    levels = neck(features)
+    references = [NECK_REFERENCES[cls](neck, [array(f[b]) for f in features]) for b in range(2)]
+    for i, (level, size) in enumerate(zip(levels, sizes, strict=True)):
+        assert level.shape == (2, 32, *size)
+        assert_close(level, np.stack([pixels(r[i]) for r in references]))
+
+
+@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('size', [(33, 47), (64, 40)], ids=str)
+def test_model_is_its_equations(cls, size):
+    model = stir(small(cls).double())
+    x = images(2, *size).double()
+    with torch.no_grad():
+        result, features = model(x), model.encoder(x)[-4:]
+    for b in range(2):
+        levels = NECK_REFERENCES[type(model.decoder.neck)](model.decoder.neck, [array(f[b]) for f in features])
+        expected = conv_reference(model.segmentation_head[0], head_reference(model.decoder, levels))
+        np.testing.assert_allclose(array(result[b]), resized(expected, size), rtol=1e-9, atol=1e-9)
+
+
+# --- what a neck relates
+
+
+def changed_pixels(neck, features, level, row, column):
+    """Where the levels change when one pixel of one map does: a mask (H, W) for each level."""
+    others = [f.clone() for f in features]
+    others[level][:, :, row, column] += 3
+    with torch.no_grad():
+        return [(a != b).any(0).any(0) for a, b in zip(neck(features), neck(others), strict=True)]
+
+
+@pytest.mark.parametrize('level', range(4))
+@pytest.mark.parametrize('corner', [0, -1])
+def test_tokens_see_the_whole_image(level, corner):
+    for mask in changed_pixels(small_neck(VTNeck), maps(), level, corner, corner):
+        assert mask.all()
+
+
+def test_convolutions_see_their_surroundings():
+    sizes = [(16, 16), (8, 8), (4, 4), (2, 2)]
+    for level in range(4):
+        masks = changed_pixels(small_neck(FPNNeck), maps(sizes=sizes), level, 0, 0)
+        for i, mask in enumerate(masks):
+            side = 2 ** (level - i) + 1 if i <= level else 0  # the pixel, enlarged, and its neighbours
+            expected = torch.zeros_like(mask)
+            expected[:side, :side] = True
+            assert torch.equal(mask, expected)
+
+
+def test_vt_neck_does_not_know_where_pixels_are():
+    neck, features = small_neck(VTNeck), maps()
+    orders = [torch.randperm(f[0, 0].numel(), generator=torch.Generator().manual_seed(1)) for f in features]
+    with torch.no_grad():
+        expected = [permuted(level, order) for level, order in zip(neck(features), orders)]
+        result = neck([permuted(f, order) for f, order in zip(features, orders)])
+    for r, e, f in zip(result, expected, neck(features), strict=True):
+        close(r, e, tol=1e-10)
+        assert not torch.allclose(r, f)
+
+
+def test_necks_begin_as_their_laterals():
+    torch.manual_seed(0)
+    neck, features = VTNeck(CHS, 32, 3, 20).double().train(), maps()
+    for level, lateral, x in zip(neck(features), neck.laterals, features, strict=True):
+        assert torch.equal(level, lateral(x))
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('size', [(33, 47), (64, 64), (100, 65), (473, 473)], ids=str)
+def test_logits_have_the_size_of_the_image(cls, size):
+    with torch.no_grad():
+        logits = calibrated(cls)(images(1, *size))
+    assert logits.shape == (1, 5, *size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('in_channels,classes', [(1, 1), (4, 20)])
+def test_channels_and_classes(cls, in_channels, classes):
+    model = small(cls, in_channels=in_channels, classes=classes).eval()
+    assert model(images(1, in_channels=in_channels)).shape == (1, classes, 64, 96)
+
+
+@pytest.mark.parametrize('activation,function', [
+    ('sigmoid', torch.sigmoid), ('softmax2d', lambda x: x.softmax(1)), ('tanh', torch.tanh), (None, lambda x: x),
+    (nn.Sigmoid, torch.sigmoid)])
+def test_activation_is_of_the_output(activation, function):
+    logits = calibrated()
+    model = small(activation=activation).eval()
+    model.load_state_dict(logits.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(images()), function(logits(images())))
+
+
+@pytest.mark.parametrize('encoder', [
+    'tu-test_resnet', 'tu-test_vt_resnet', 'tu-test_convnext', 'tu-test_efficientnet', 'tu-vgg11', 'resnet18',
+    'mit_b0'])
+def test_encoders(encoder):
+    model = small(encoder_name=encoder).eval()
+    with torch.no_grad():
+        assert model(images(1, 66, 47)).shape == (1, 5, 66, 47)
+        levels = model.decoder.neck(model.encoder(images(1, 64, 96))[-4:])
+    assert [level.shape[1:] for level in levels] == [(32, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
+
+
+def test_encoders_take_their_arguments():
+    model = small(encoder_name='tu-test_vt_resnet', tokenizer='pooling', output_stride=16).eval()
+    assert type(model.encoder.model.model.vt_stage[0].tokenizer).__name__ == 'PoolingTokenizer'
+    with torch.no_grad():
+        assert [f.shape[-1] for f in model.encoder(images(1, 64, 64))[-4:]] == [16, 8, 4, 4]
+        assert model(images(1, 64, 64)).shape == (1, 5, 64, 64)
+
+
+def test_widths():
+    model = small(num_tokens=3, token_dim=20, pyramid_channels=48, head_channels=64).eval()
+    seen = {}
+    model.decoder.neck.transformer.register_forward_hook(lambda m, args, out: seen.update(tokens=out))
+    model.decoder.register_forward_hook(lambda m, args, out: seen.update(decoded=out))
+    model(images(2, 64, 96))
+    assert seen['tokens'].shape == (2, 12, 20)
+    assert seen['decoded'].shape == (2, 64, 16, 24)
+    assert [lateral.out_channels for lateral in model.decoder.neck.laterals] == [48] * 4
+
+
+def test_norm_layer_is_the_necks():
+    model = small(norm_layer='layernorm2d')
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.decoder.modules())
+    assert any(isinstance(m, timm.layers.LayerNorm2d) for m in model.decoder.neck.modules())
+    assert model.eval()(images()).isfinite().all()
+
+
+def test_weights_of_the_encoder_are_not_fetched_unless_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        'segmentation_models_pytorch.encoders.timm_universal.timm.create_model',
+        lambda name, pretrained=False, **kwargs: asked.append(pretrained) or real(name, **kwargs))
+    real = timm.models.create_model
+    for weights, pretrained in ((None, False), (True, True)):
+        asked.clear()
+        small(encoder_weights=weights)
+        assert any(asked) == pretrained
+
+
+BAD = [
+    ('in_channels', 0), ('in_channels', 2.5), ('classes', 0), ('classes', -1), ('classes', True),
+    ('pyramid_channels', 0), ('pyramid_channels', '256'), ('head_channels', 0), ('head_channels', 48), ('depth', 4),
+    ('activation', 'sigmiod')]
+BAD_OF_TOKENS = [
+    ('num_tokens', 0), ('num_tokens', 1.5), ('token_dim', 0), ('token_dim', None), ('norm_layer', 'batchnrom'),
+    ('norm_layer', None)]
+
+
+@pytest.mark.parametrize('cls,name,value', [
+    *((cls, *bad) for cls in MODELS for bad in BAD), *((VTFPN, *bad) for bad in BAD_OF_TOKENS)])
+def test_bad_arguments(cls, name, value):
+    with pytest.raises(ValueError) as error:
+        small(cls, **{name: value})
+    message = str(error.value)
+    assert '\n' not in message and name in message.lower() and str(value) in message
+
+
+@pytest.mark.parametrize('name,value', [
+    ('encoder_name', 'resnet19'), ('encoder_name', 'tu-resnet19'), ('no_such_argument', 1)])
+def test_unknown_names(name, value):
+    with pytest.raises((KeyError, RuntimeError, TypeError), match=r'resnet19|no_such_argument'):
+        small(**{name: value})
+
+
+@pytest.mark.parametrize('in_channels', [1, 4])
+def test_image_with_other_channels(in_channels):
+    with pytest.raises(RuntimeError, match='3 channels'):
+        small().eval()(images(in_channels=in_channels))
+
+
+# --- costs, on the meta device
+
+
+def on_meta(cls, encoder, **kwargs):
+    with torch.device('meta'):
+        return cls(encoder, **kwargs).eval()
+
+
+def neck_cost(cls, size):
+    """Multiply-adds of the neck of the paper's configuration on the maps of a ResNet-50 or -101."""
+    class Neck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck = cls((256, 512, 1024, 2048))
+
+        def forward(self, x):
+            sizes = [tuple(-(-side // stride) for side in x.shape[2:]) for stride in (4, 8, 16, 32)]
+            return self.neck([
+                torch.empty(1, c, *s, device='meta') for c, s in zip((256, 512, 1024, 2048), sizes)])
+
+    with torch.device('meta'):
+        return count_multiply_adds(Neck(), (3, *size))
+
+
+def stride_first(model):
+    """Move the stride of the encoder's bottlenecks to their first convolution, where Detectron2's ResNets have it."""
+    for block in model.encoder.modules():
+        if isinstance(block, timm.models.resnet.Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    return model
+
+
+@pytest.mark.parametrize('cls,size,expected', [
+    (FPNNeck, (800, 1216), 55.10e9), (VTNeck, (800, 1216), 8.59e9),
+    (FPNNeck, (473, 473), 12.89e9), (VTNeck, (473, 473), 2.11e9)])
+def test_costs_of_necks(cls, size, expected):
+    assert neck_cost(cls, size) == pytest.approx(expected, rel=0.005)
+
+
+def test_weights_of_necks():
+    with torch.device('meta'):
+        assert count_weights(FPNNeck((256, 512, 1024, 2048))) == pytest.approx(3.34e6, rel=0.005)
+        assert count_weights(VTNeck((256, 512, 1024, 2048))) == pytest.approx(7.31e6, rel=0.005)
+
+
+@pytest.mark.parametrize('cls,encoder,size,classes,printed,timms', [
+    (PanopticFPN, 'resnet50', (800, 1216), 54, 159, 163.62), (VTFPN, 'resnet50', (800, 1216), 54, 113, 117.11),
+    (PanopticFPN, 'resnet101', (800, 1216), 54, 231, 235.59), (VTFPN, 'resnet101', (800, 1216), 54, 185, 189.08),
+    (PanopticFPN, 'resnet101', (473, 473), 20, 54.4, 55.435), (VTFPN, 'resnet101', (473, 473), 20, 43.6, 44.655)])
+def test_costs_of_models_are_tables_9_and_10(cls, encoder, size, classes, printed, timms):
+    model = on_meta(cls, f'tu-{encoder}', classes=classes)
+    assert count_multiply_adds(model, (3, *size)) == pytest.approx(timms * 1e9, rel=1e-4)
+    assert count_multiply_adds(stride_first(model), (3, *size)) == pytest.approx(printed * 1e9, rel=0.005)
+
+
+@pytest.mark.parametrize('encoder', ['tu-vt_resnet50', 'resnet50'])
+def test_large_encoders(encoder):
+    model = on_meta(VTFPN, encoder, classes=20)
+    assert model(torch.empty(1, 3, 473, 473, device='meta')).shape == (1, 20, 473, 473)
+    assert count_multiply_adds(model, (3, 64, 64)) < count_multiply_adds(
+        on_meta(PanopticFPN, encoder, classes=20), (3, 64, 64))
+
+
+# --- numerics
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_an_image_does_not_depend_on_its_batch(cls):
+    model = calibrated(cls).double()
+    x = images(3).double()
+    with torch.no_grad():
+        expected, alone = model(x), model(x[:1])
+        others = model(torch.cat([x[:1], x[1:] * 20 + 5]))
+    close(alone, expected[:1], tol=1e-9)
+    close(others[:1], expected[:1], tol=1e-9)
+    assert (others[1:] - expected[1:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('precision', ['float16', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize('scale', [1, 10])
+def test_low_precision(cls, precision, scale):
+    model = calibrated(cls)
+    x = images(2) * scale
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        if precision == 'autocast':
+            with torch.autocast('cpu', torch.bfloat16):
+                result = model(x)
+        else:
+            dtype = getattr(torch, precision)
+            result = model.to(dtype)(x.to(dtype))
+            assert result.dtype == dtype
+    assert result.isfinite().all()
+    # logits grow with the activations, so that sharp softmaxes magnify the rounding of inputs and weights
+    tolerance = (0.02, 0.15) if precision == 'float16' else (0.12, 0.3)
+    assert relative_error(result, expected) < tolerance[scale > 1]
+
+
+def scenes(chs, number=6):
+    """Maps of 60,800 pixels: an object of 150 equal ones on a ground of equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(number, chs, 1, 1, dtype=torch.float64, generator=generator).repeat(1, 1, 200, 304)
+    x[:, :, 100:110, 100:115] = torch.randn(number, chs, 1, 1, dtype=torch.float64, generator=generator)
+    return x
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('seed', range(3))
+def test_tokens_of_60800_pixels_in_half_precision(dtype, seed):
+    # where an object takes most of the attention, the shares of the ground are so small that float16 would round them
+    # all to the same wrong number (bfloat16 has the range of float32)
+    torch.manual_seed(seed)
+    tokenizer = stir(FilterTokenizer(16, 8, 8, value_map=False, dtype=torch.float64), seed)
+    x = scenes(16)
+    half = copy.deepcopy(tokenizer).to(dtype)
+    with torch.no_grad():
+        expected = tokenizer(x)
+        of_rounded = copy.deepcopy(half).double()(x.to(dtype).double())
+        result = half(x.to(dtype))
+    assert result.dtype == dtype
+    assert relative_error(result, expected) < 2.5 * relative_error(of_rounded, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_neck_at_60800_pixels_in_half_precision(dtype):
+    sizes = [(200, 304), (100, 152), (50, 76), (25, 38)]
+    neck, features = small_neck(VTNeck), [2 * f + 1 for f in maps(1, sizes=sizes)]
+    half = copy.deepcopy(neck).to(dtype)
+    rounded = [f.to(dtype) for f in features]
+    with torch.no_grad():
+        expected, result = neck(features), half(rounded)
+        of_rounded = copy.deepcopy(half).double()([f.double() for f in rounded])
+    for level, r, e in zip(result, of_rounded, expected, strict=True):
+        assert level.dtype == dtype
+        assert relative_error(level, e) < 3 * relative_error(r, e)
+
+
+def test_logits_beyond_the_range_of_float16():
+    x, tokens = torch.full((1, 4, 20, 30), 100).half(), torch.full((1, 3, 8), 1000).half()
+    x[:, :, 0, 0] *= -1
+    tokens[:, 0] *= -1
+    tokenizer = stir(FilterTokenizer(4, 8, 2, value_map=False)).half()
+    nn.init.constant_(tokenizer.filters.weight, 300)
+    transformer, projector = stir(TokenTransformer(8)).half(), stir(Projector(4, 4, 8)).half()
+    for linear in (transformer.key, transformer.query, projector.key, projector.query):
+        nn.init.constant_(linear.conv.weight, 10)
+    with torch.no_grad():
+        logits = [
+            tokenizer.filters(x), transformer.key(tokens) @ transformer.query(tokens).mT,
+            projector.key(tokens) @ projector.query(x).flatten(2)]
+        results = [tokenizer(x), transformer(tokens), projector(x, tokens)]
+    assert not any(x.isfinite().all() for x in logits)
+    assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('encoder', ['tu-test_resnet', 'tu-test_vt_resnet'])
+def test_every_parameter_gets_a_gradient(cls, encoder):
+    # in eval mode: norms in training subtract what a bias before them adds
+    model = stir(small(cls, encoder_name=encoder)).double()
+    model(images().double()).square().sum().backward()
+    # these shift logits by what is constant along their softmax
+    cancelling = ('logit_norm.bias', 'tokenizer.key.norm.bias', 'transformer.query.norm.bias', 'key.norm.bias')
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert name.endswith(cancelling) or p.grad.abs().max() > 1e-9, name
+
+
+def test_channels_last():
+    for cls in MODELS:
+        model = calibrated(cls)
+        with torch.no_grad():
+            expected = model(images())
+            model = model.to(memory_format=torch.channels_last)
+            result = model(images().contiguous(memory_format=torch.channels_last))
+        close(result, expected)
+
+
+@pytest.mark.parametrize('convert', [
+    nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm], ids=['torch', 'timm'])
+def test_sync_batch_norm_conversion_keeps_outputs(convert):
+    model = calibrated()
+    converted = convert(copy.deepcopy(model))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+    assert isinstance(converted.decoder.neck.tokenizers[0].logit_norm, nn.SyncBatchNorm)
+    with torch.no_grad():
+        close(converted(images()), model(images()), tol=1e-5)
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_freeze_encoder(cls):
+    model = calibrated(cls)
+    before = copy.deepcopy(model.state_dict())
+    model.freeze_encoder()
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    changed = {name.split('.')[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {'decoder', 'segmentation_head'}
+    model.unfreeze_encoder()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_training_lowers_the_loss(cls):
+    model = small(cls).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x, target = images(4, 64, 64), torch.arange(4)[:, None, None].expand(4, 64, 64)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+# --- compilers
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_torch_compile(cls):
+    torch._dynamo.reset()
+    model = calibrated(cls)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        close(compiled(images(1, 33, 47)), model(images(1, 33, 47)))
+
+
+def test_torch_compile_training():
+    torch._dynamo.reset()
+    model = calibrated()
+    decoder, features = model.decoder.train(), [f.detach() for f in model.encoder(images())]
+    reference = copy.deepcopy(decoder)
+    torch.compile(decoder, backend='aot_eager', fullgraph=True)(features).square().mean().backward()
+    reference(features).square().mean().backward()
+    for (name, p), expected in zip(decoder.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad - expected.grad).norm() < 1e-3 * expected.grad.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_torch_export_with_dynamic_shape(cls):
+    if not exports_max_pooling_of_any_size():
+        pytest.skip(f"torch {torch.__version__} refuses to export a ResNet's stem, 7x7 convolution and max pooling, "
+                    'at any size')
+    # test_resnet pools with ceil_mode, which export refuses at any size
+    model = calibrated(cls, encoder_name='tu-test_vt_resnet')
+    # at 32 the last map is one pixel, and export takes sizes of 1 for constants
+    dynamic_shape = {
+        0: torch.export.Dim('batch'), 2: torch.export.Dim('height', min=33), 3: torch.export.Dim('width', min=33)}
+    exported = torch.export.export(model, (images(2, 80, 64),), dynamic_shapes=(dynamic_shape,)).module()
+    with torch.no_grad():
+        for x in (images(2, 80, 64), images(1, 33, 33), images(3, 33, 47), images(5, 65, 100)):
+            close(exported(x), model(x))
+
+
+# --- saving and loading
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_saved_model_loads(cls, tmp_path):
+    options = {'encoder_name': 'tu-test_vt_resnet', 'num_heads': 2, 'in_channels': 1, 'classes': 3}
+    model = calibrated(cls, **options)
+    model.save_pretrained(tmp_path)
+    assert {'config.json', 'model.safetensors'} <= {path.name for path in tmp_path.iterdir()}
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert {name: config[name] for name in options} == options
+    loaded = cls.from_pretrained(tmp_path)
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images(in_channels=1)), model(images(in_channels=1)))
+    loaded.save_pretrained(tmp_path / 'again')
+    again = json.loads((tmp_path / 'again' / 'config.json').read_text())
+    assert {name: again[name] for name in options} == options
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """Folder of a saved model. Not to be changed."""
+    folder = tmp_path_factory.mktemp('saved')
+    calibrated().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def my_saved(saved, tmp_path):
+    """A copy of saved to change."""
+    return Path(shutil.copytree(saved, tmp_path / 'model'))
+
+
+@pytest.mark.filterwarnings('ignore:(?s).*Mismatched keys')
+@pytest.mark.parametrize('change', ['missing', 'unexpected', 'of another shape'])
+def test_weights_that_are_not_the_models_are_refused(my_saved, change):
+    weights = load_file(my_saved / 'model.safetensors')
+    name = 'decoder.neck.laterals.0.bias'
+    if change == 'missing':
+        del weights[name]
+    elif change == 'unexpected':
+        name = 'other'
+        weights[name] = torch.zeros(1)
+    else:
+        weights[name] = weights[name][:1].clone()
+    save_file(weights, my_saved / 'model.safetensors')
+    with pytest.raises(RuntimeError, match=name):
+        VTFPN.from_pretrained(my_saved)
+
+
+@pytest.mark.filterwarnings('ignore:(?s).*Mismatched keys')
+def test_arguments_replace_saved_ones(saved):
+    assert VTFPN.from_pretrained(saved, activation='sigmoid')(images()).max() <= 1
+    with pytest.raises(RuntimeError, match=r'segmentation_head\.0\.weight'):
+        VTFPN.from_pretrained(saved, classes=7)
+
+
+class Trap:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def pickle_weights(folder, trap):
+    """Replace the weights in a folder by a pickle, named as other libraries do."""
+    (folder / 'model.safetensors').unlink()
+    (folder / 'pytorch_model.bin').write_bytes(pickle.dumps(Trap(trap)))
+
+
+def test_pickle_in_a_folder_is_not_read(my_saved, tmp_path):
+    pickle_weights(my_saved, tmp_path / 'unpickled')
+    with pytest.raises(FileNotFoundError, match=r'model\.safetensors'):
+        VTFPN.from_pretrained(my_saved)
+    assert not (tmp_path / 'unpickled').exists()
+
+
+LOAD = '''
+import sys, torch
+from vt_zoo.models.vt_fpn import VTFPN
+for name in sys.argv[1:]:
+    try:
+        torch.save(VTFPN.from_pretrained(f'me/{name}')(torch.ones(1, 3, 64, 64)).detach(), f'{name}.pt')
+    except Exception as e:
+        open(f'{name}.txt', 'w').write(f'{type(e).__name__}: {e}')
+'''
+
+
+@pytest.fixture(scope='module')
+def loaded_from_hub(saved, tmp_path_factory):
+    """Models loaded from a hub on the loopback: the folder with their outputs, the paths that were asked for."""
+    folder = tmp_path_factory.mktemp('hub')
+    for name, weights in (('true', True), ('name', 'imagenet'), ('pickle', None)):
+        model = folder / 'me' / name
+        shutil.copytree(saved, model)
+        config = json.loads((model / 'config.json').read_text())
+        (model / 'config.json').write_text(json.dumps({**config, 'encoder_weights': weights}))
+    pickle_weights(folder / 'me' / 'pickle', folder / 'out' / 'unpickled')
+    (folder / 'out').mkdir()
+    with hub_server(folder) as server:
+        env = {
+            **os.environ, 'PYTHONPATH': str(Path(vt_zoo.__file__).parents[1]), 'HF_ENDPOINT': server.url,
+            'HF_HOME': str(folder / 'home'), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
+        process = subprocess.run(
+            [sys.executable, '-c', LOAD, 'true', 'name', 'pickle'], cwd=folder / 'out', env=env, capture_output=True,
+            text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return folder / 'out', {path for _, path in server.requests}
+
+
+@pytest.mark.parametrize('name', ['true', 'name'])
+def test_loading_from_the_hub_asks_for_nothing_but_the_model(loaded_from_hub, name):
+    folder, asked = loaded_from_hub
+    with torch.no_grad():
+        close(torch.load(folder / f'{name}.pt', weights_only=True), calibrated()(torch.ones(1, 3, 64, 64)))
+    assert {path for path in asked if not path.startswith('/me/pickle/')} == {
+        f'/me/{name}/resolve/main/{file}' for name in ('true', 'name') for file in ('config.json', 'model.safetensors')}
+
+
+def test_pickle_on_the_hub_is_refused(loaded_from_hub):
+    folder, _ = loaded_from_hub
+    assert (folder / 'pickle.txt').read_text() == (
+        'ValueError: weights must be safetensors, the repository holds pytorch_model.bin')
+    assert not (folder / 'unpickled').exists()

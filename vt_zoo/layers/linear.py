@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -93,7 +94,11 @@ class TokenLinear(PixelLinear):
     """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
+        if self.conv.groups > 1:
+            return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
+        # the same product without the change of memory layout that a convolution begins with
+        mapped = F.linear(tokens, self.conv.weight.flatten(1), self.conv.bias)
+        return _image_to_tokens(self.norm(_tokens_to_image(mapped)))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

@@ -101,10 +101,10 @@ class Projector(nn.Module):
             return
         groups = query.weight.flatten(1).double().chunk(query.groups)
         back = torch.cat([torch.block_diag(*groups).T, query.bias.double()[None]])  # C_out -> C_in and a bias
-        merged = nn.Linear(key.in_features, len(back), device=key.weight.device, dtype=key.weight.dtype)
+        # what the key's bias adds is the same for all tokens, so the softmax over them cancels it
+        merged = nn.Linear(key.in_features, len(back), bias=False, device=key.weight.device, dtype=key.weight.dtype)
         with torch.no_grad():
             merged.weight.copy_(self.scale * back @ key.weight.double())
-            merged.bias.copy_(self.scale * back @ key.bias.double())
         self.query, self.key = None, merged
 
 

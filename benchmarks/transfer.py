@@ -103,7 +103,7 @@ def report(result: dict) -> str:
     lines = [
         '# A pretrained trunk against a new one', '',
         f'Command: `python benchmarks/transfer.py`. {result["environment"]}; '
-        f'{sum(r["seconds"] for r in runs) / 60:.0f} minutes of fine-tuning.', '',
+        f'{sum(r["seconds"] for r in runs) / 60:.0f} minutes of fine-tuning on a shared machine.', '',
         "A ResNet of timm with the trunk of test_vt_resnet was trained on scikit-learn's handwritten digits 0 to 4 at "
         f'{SIZE}x{SIZE} (held-out accuracy {pretrained} % for the three seeds). Its trunk went into test_vt_resnet, '
         f'whose VT stage and classifier were new, and that was trained for {STEPS} steps of {BATCH} images on some '
@@ -113,14 +113,19 @@ def report(result: dict) -> str:
         'seeds, each with images, weights and pretraining of its own.', '',
         '| images of a class | learning rate | trunk, new stage | all new | difference | of each seed |',
         '|---' * 6 + '|']
+    all_gains = []
     for images in IMAGES:
         for lr in RATES:
             trunk, new = select(runs, 'trunk', images, lr), select(runs, 'new', images, lr)
             gains = [t - n for t, n in zip(trunk, new)]
+            all_gains += gains
             lines.append(
                 f'| {images} | {lr:g} | {_spread(trunk)} | {_spread(new)} | {statistics.mean(gains):+.1f} | '
                 f'{", ".join(f"{g:+.1f}" for g in gains)} |')
-    return '\n'.join([*lines, '', '![Held-out accuracy by the number of training images](transfer.png)', ''])
+    helped = sum(g > 0 for g in all_gains)
+    return '\n'.join([
+        *lines, '', f'The trunk was better in {helped} of {len(all_gains)} pairs of runs.', '',
+        '![Held-out accuracy by the number of training images](transfer.png)', ''])
 
 
 def _spread(values: List[float]) -> str:

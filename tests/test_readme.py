@@ -41,7 +41,8 @@ def outputs(quickstart, script):
         outputs[line] = subprocess.run(
             ['bash', '-c', line], cwd=quickstart.cwd, env=environment, capture_output=True, text=True)
     yield outputs
-    shutil.rmtree(quickstart.cwd / 'my_model', ignore_errors=True)
+    for folder in quickstart.cwd.glob('my_*'):
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize('line', COMMANDS)
@@ -58,6 +59,15 @@ def test_command(outputs, quickstart, line):
     elif command == 'predict':
         assert set(sevens) <= set(process.stdout.splitlines())
         assert len(process.stdout.splitlines()) == (1 + int(words[words.index('--top') + 1])) * len(sevens)
+    elif command == 'segment':
+        folder = quickstart.cwd / words[words.index('--out') + 1 if '--out' in words else 1]
+        contents = {'digits': ['classes.txt', 'images', 'masks'], 'train': ['best', 'history.csv', 'last']}
+        if words[0] in contents:
+            assert sorted(os.listdir(folder)) == contents[words[0]]
+        elif words[0] == 'predict':
+            assert len(list(folder.glob('*_overlay.png'))) == len(list(folder.glob('*_classes.png'))) == 4
+        else:
+            assert 'mIoU' in process.stdout.splitlines()[-1]
     elif command == 'publish':
         assert all(name in process.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
     else:
@@ -65,7 +75,7 @@ def test_command(outputs, quickstart, line):
 
 
 def test_each_command_is_shown():
-    assert {line.split()[1] for line in COMMANDS} == {'finetune', 'predict', 'publish', 'models'}
+    assert {line.split()[1] for line in COMMANDS} == {'finetune', 'predict', 'publish', 'models', 'segment'}
     assert 'vt-zoo quickstart' in README
 
 
@@ -77,7 +87,7 @@ def test_table_of_the_models(name, models):
         for model, entry in models.items()}
 
 
-@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md'])
+@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md'])
 def test_files_that_are_linked(name):
     document = ROOT / name
     targets = re.findall(r'\]\(([^)]+)\)', document.read_text())

@@ -15,7 +15,7 @@ import yaml
 from vt_zoo.errors import InputError
 from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings
 
-from .arguments import whole_number
+from .arguments import positive_int, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS, metavar='VALUE',
             help='in place of the recipe\'s, as YAML')
 
+    add = command('digits', 'write a set of handwritten digits on textured backgrounds, to try it').add_argument
+    add('root', metavar='DIR', help='folder to write, new or empty')
+    add('--train', type=positive_int, default=1200, metavar='N', help='training images')
+    add('--val', type=positive_int, default=300, metavar='N', help='validation images')
+    add('--size', type=positive_int, default=64, metavar='PIXELS', help='height and width')
+    add('--seed', type=whole_number, default=0, help='of what is drawn at random')
+
     add = command('eval', 'measure a model on a data set').add_argument
     add('--model', required=True, metavar='DIR', help='folder of the model')
     add('--data-dir', required=True, metavar='DIR', help='folder of the data set')
@@ -56,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the action."""
     try:
-        {'train': _train, 'eval': _eval, 'predict': _predict}[args.action](args)
+        {'train': _train, 'eval': _eval, 'predict': _predict, 'digits': _digits}[args.action](args)
     except ImportError as e:
         raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None
 
@@ -128,3 +135,11 @@ def _predict(args: argparse.Namespace) -> None:
 
     for overlay, classes in predict_files(load_segmentation_model(args.model), args.images, args.out):
         print(f'{overlay}  {classes}')
+
+
+def _digits(args: argparse.Namespace) -> None:
+    from vt_zoo.segmentation.composed_digits import write_composed_digits
+
+    write_composed_digits(args.root, args.train, args.val, args.size, args.seed)
+    print(f'data       {args.root}, {args.train} training and {args.val} validation images')
+    print(f'use        vt-zoo segment train --config digits --data-dir {args.root}')

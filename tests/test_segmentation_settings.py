@@ -92,9 +92,10 @@ def test_value_of_a_wrong_kind(name, input_error):
     ('hflip', 1.5, 'from 0 to 1'), ('scale', [2, 1], 'smallest <= largest'), ('scale', [0, 1], 'smallest <= largest'),
     ('scale', [1, float('inf')], 'smallest <= largest'), ('scale', [1], 'a list of 2 numbers'),
     ('crop_size', 32, 'a list of 2 numbers'), ('crop_size', [32, 0], 'at least 1'),
-    ('crop_size', [32, 1.5], 'a whole number'), ('steps', 5, 'a list of whole numbers'), ('steps', [5, 0], 'at least 1'),
-    ('mean', [1, 2], 'a list of 3 numbers'), ('std', [1, 0, 1], 'above 0'), ('eval_size', 0, 'a height and a width'),
-    ('eval_size', [32, 0], 'short side'), ('eval_size', -1, 'short side'), ('eval_size', [1, 2, 3], '2 numbers'),
+    ('crop_size', [32, 1.5], 'a whole number'), ('steps', 5, 'a list of whole numbers'),
+    ('steps', [5, 0], 'at least 1'), ('mean', [1, 2], 'a list of 3 numbers'), ('std', [1, 0, 1], 'above 0'),
+    ('eval_size', 0, 'a height and a width'), ('eval_size', [32, 0], 'short side'), ('eval_size', -1, 'short side'),
+    ('eval_size', [1, 2, 3], '2 numbers'),
 ])
 def test_value_that_is_not_allowed(name, value, allowed, input_error):
     given = str(value[-1] if isinstance(value, list) else value)

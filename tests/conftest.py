@@ -14,17 +14,20 @@ import pytest
 from vt_zoo.digits import write_digits
 from vt_zoo.errors import InputError
 from vt_zoo.finetune import FinetuneSettings, finetune
+from vt_zoo.segmentation.composed_digits import write_composed_digits
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 600
 MAX_SENTENCE = 400  # characters, paths among them
+SEGMENT_MODULES = ['vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train', 'vt_zoo.segmentation.predict']
 
 # Imports torch once and forks a process a command, each as it is after the imports of `python -m vt_zoo`, which ends
 # without tearing the interpreter down: that saves seconds a command. A job's `before` is code that the process runs
 # first, to put it into bad circumstances.
 FORKS = '''
-import atexit, json, os, runpy, signal, sys, traceback
-import vt_zoo.cli
+import atexit, importlib, json, os, runpy, signal, sys, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -79,12 +82,18 @@ def lines_of(text):
 
 
 class CommandLine:
-    """Runs commands: `python -m vt_zoo` in forks of a process that has imported it already."""
+    """Runs commands: `python -m vt_zoo` in forks of a process that has imported it already.
 
-    def __init__(self, folder):
+    Args:
+        folder: Of the files to which commands print.
+        modules: What is imported too.
+    """
+
+    def __init__(self, folder, *modules):
         self.folder = folder
         self.server = subprocess.Popen(
-            [sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            [sys.executable, '-c', FORKS, 'vt_zoo.cli', *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True)
 
     def __call__(self, *args, cwd=None, before='', out=None, timeout=TIMEOUT):
         """Run a command.
@@ -119,6 +128,14 @@ class CommandLine:
 def command(tmp_path_factory):
     """Runs a command of vt-zoo: `command('models', '--json').stdout`."""
     command_line = CommandLine(tmp_path_factory.mktemp('command'))
+    yield command_line
+    command_line.close()
+
+
+@pytest.fixture(scope='session')
+def segment_command(tmp_path_factory):
+    """As `command`, with what `vt-zoo segment` imports."""
+    command_line = CommandLine(tmp_path_factory.mktemp('segment_command'), *SEGMENT_MODULES)
     yield command_line
     command_line.close()
 
@@ -276,3 +293,55 @@ def tiny_model(tiny_run):
 def my_model(tiny_model, tmp_path):
     """A copy of tiny_model to change."""
     return Path(shutil.copytree(tiny_model, tmp_path / 'my_model'))
+
+
+@pytest.fixture(scope='session')
+def composed(tmp_path_factory):
+    """A segmentation set of digits: train/ of 7 images and val/ of 3, 48x48 pixels, 11 classes. Not to be changed."""
+    folder = tmp_path_factory.mktemp('composed') / 'data'
+    write_composed_digits(folder, 7, 3, size=48)
+    return folder
+
+
+@pytest.fixture
+def my_composed(composed, tmp_path):
+    """A copy of composed to change."""
+    return Path(shutil.copytree(composed, tmp_path / 'my_composed'))
+
+
+@pytest.fixture(scope='session')
+def segment_settings():
+    """Settings of a run of seconds with everything that draws random numbers or keeps a state."""
+    return {
+        'encoder_name': 'tu-test_resnet', 'token_dim': 32, 'pyramid_channels': 32, 'head_channels': 64, 'iterations': 8,
+        'batch_size': 3, 'lr': 0.05, 'warmup': 2, 'crop_size': [32, 32], 'scale': [0.5, 1.5], 'eval_every': 4,
+        'checkpoint_every': 2, 'ema_decay': 0.9}
+
+
+@pytest.fixture(scope='session')
+def segment_arguments(segment_settings):
+    """The words that give segment_settings on the command line, without the data folder and --out."""
+    words = [(f'--{name.replace("_", "-")}', str(value)) for name, value in segment_settings.items()]
+    return [word for pair in words for word in pair] + ['--workers', '0', '--device', 'cpu']
+
+
+@pytest.fixture(scope='session')
+def segment_run(composed, segment_settings, tmp_path_factory):
+    """A finished run of segment_settings: `out`, `result`. Not to be changed."""
+    from vt_zoo.segmentation.settings import read_settings
+    from vt_zoo.segmentation.train import train
+    out = tmp_path_factory.mktemp('segment') / 'run'
+    result = train(composed, out, read_settings(None, segment_settings), device='cpu', progress=False)
+    return SimpleNamespace(out=out, result=result)
+
+
+@pytest.fixture(scope='session')
+def segment_model(segment_run):
+    """Folder of the last model of segment_run. Not to be changed."""
+    return segment_run.out / 'last'
+
+
+@pytest.fixture
+def my_segment_model(segment_model, tmp_path):
+    """A copy of segment_model to change."""
+    return Path(shutil.copytree(segment_model, tmp_path / 'my_segment_model'))

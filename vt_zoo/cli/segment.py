@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vt_zoo.errors import InputError
-from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings
+from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
 
 from .arguments import positive_int, whole_number
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _from_yaml(name: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError as e:
         raise InputError(f'{name} must be a value as in YAML, got {text!r}') from e
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .datasets import SegmentationDataset
 
 __all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment']
@@ -43,13 +43,20 @@ def segment(
         size: (height, width) of the logits that come back.
         eval_size: (height, width) to which images are resized before the model, or their short side; None for as they
             are.
+
+    Raises:
+        InputError: The model does not take images of this size.
     """
     if eval_size is not None:
         if isinstance(eval_size, int):
             factor = eval_size / min(images.shape[-2:])
             eval_size = (round(images.shape[-2] * factor), round(images.shape[-1] * factor))
         images = F.interpolate(images, size=eval_size, mode='bilinear', align_corners=False, antialias=True)
-    logits = model(images)
+    try:
+        logits = model(images)
+    except (RuntimeError, ValueError, AssertionError) as e:  # each library its own
+        height, width = images.shape[-2:]
+        raise InputError(f'the model does not take images of {height}x{width} pixels: {first_line(e)}') from e
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
     return logits
@@ -79,6 +86,9 @@ def evaluate(
         batches: Pairs of images (B, C, H, W), normalised, and masks (B, H, W) of classes, or 255.
         num_classes: Number of classes.
         eval_size: As in `segment`.
+
+    Raises:
+        InputError: No pixel of the masks has a class, or the model does not take images of a size.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -91,6 +101,8 @@ def evaluate(
         logits = segment(model, images.to(device), tuple(masks.shape[-2:]), eval_size)
         metrics.update(logits.argmax(1), masks.to(device))
     values = metrics.compute()
+    if values['iou'].isnan().all():
+        raise InputError('no pixel of the masks has a class, all are ignored: nothing can be measured')
     return SegmentMetrics(
         miou=values['iou'].nanmean().item(),
         iou=[None if v != v else v for v in values['iou'].tolist()],

@@ -54,7 +54,7 @@ def create_segmentation_model(settings: SegmentSettings, num_classes: int) -> nn
     except InputError:
         raise
     except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
-        raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)}') from e
+        raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)[:200]}') from e
 
 
 def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
@@ -119,7 +119,7 @@ def load_segmentation_model(path: Union[str, Path]) -> LoadedModel:
     except Exception as e:  # a damaged file makes the libraries raise nearly anything
         reason = 'its weights are those of another model' if 'loading state_dict' in str(e) else first_line(e)
         raise InputError(f'model folder {path} cannot be loaded: {reason}') from e
-    if len(loaded.classes) != config['classes']:
-        raise InputError(
-            f'model folder {path} has {config["classes"]} classes, its config.json names {len(loaded.classes)}')
+    num_classes = model.config['classes']
+    if len(loaded.classes) != num_classes:
+        raise InputError(f'model folder {path} has {num_classes} classes, its config.json names {len(loaded.classes)}')
     return loaded

@@ -8,7 +8,12 @@ from typing import Any, Iterator, List, Tuple
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ['IterationBatches', 'SeededDataset']
+__all__ = ['IterationBatches', 'SeededDataset', 'seed_of']
+
+
+def seed_of(seed: int, count: int) -> int:
+    """The seed of a run's sample number `count`."""
+    return (seed * 10 ** 12 + count) % 2 ** 63
 
 
 class IterationBatches:
@@ -43,11 +48,8 @@ class IterationBatches:
         self._order = lru_cache(maxsize=2)(self._new_order)
 
     def _new_order(self, epoch: int) -> List[int]:
-        generator = torch.Generator().manual_seed(self._seed(epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         return torch.randperm(self.num_samples, generator=generator).tolist()
-
-    def _seed(self, count: int) -> int:
-        return (self.seed * 10 ** 12 + count) % 2 ** 63
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -56,7 +58,7 @@ class IterationBatches:
         for iteration in range(self.start, self.stop):
             positions = range(iteration * self.batch_size + self.rank, (iteration + 1) * self.batch_size)
             yield [
-                (self._order(p // self.num_samples)[p % self.num_samples], self._seed(p))
+                (self._order(p // self.num_samples)[p % self.num_samples], seed_of(self.seed, p))
                 for p in positions[::self.world_size]]
 
 

@@ -1,5 +1,7 @@
 """Settings of a training run, and their YAML files (recipes)."""
-from dataclasses import dataclass, field, fields
+import math
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin, get_type_hints
 
@@ -7,7 +9,7 @@ import yaml
 
 from ..errors import InputError, first_line
 
-__all__ = ['ARCHITECTURES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings']
+__all__ = ['ARCHITECTURES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings', 'read_yaml']
 
 ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')
@@ -55,16 +57,26 @@ class SegmentSettings:
         _check_choice('arch', self.arch, ARCHITECTURES)
         _check_choice('schedule', self.schedule, SCHEDULES)
         _check_choice('precision', self.precision, ('no', 'bf16', 'fp16'))
-        for name in ('iterations', 'batch_size', 'eval_every', 'checkpoint_every', 'num_tokens', 'token_dim'):
+        for name in ('iterations', 'batch_size', 'eval_every', 'checkpoint_every', 'num_tokens', 'token_dim',
+                     'pyramid_channels'):
             _check(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
-        for name in ('warmup', 'seed'):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, 'at least 0')
-        _check('lr', self.lr, 0 < self.lr < float('inf'), 'above 0')
+        _check('head_channels', self.head_channels, self.head_channels >= 32 and self.head_channels % 32 == 0,
+               'a multiple of 32')
+        _check('warmup', self.warmup, self.warmup >= 0, 'at least 0')
+        _check('seed', self.seed, 0 <= self.seed < 2 ** 63, 'from 0 to under 2 ** 63')
+        _check('lr', self.lr, 0 < self.lr < math.inf, 'above 0')
+        _check('steps', self.steps, all(step >= 1 for step in self.steps), 'iterations of at least 1')
+        _check('power', self.power, 0 <= self.power < math.inf, 'at least 0')
         for name in ('momentum', 'weight_decay', 'ema_decay'):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, 'from 0 to under 1')
         _check('hflip', self.hflip, 0 <= self.hflip <= 1, 'from 0 to 1')
-        _check('scale', self.scale, 0 < self.scale[0] <= self.scale[1], 'two factors, 0 < smallest <= largest')
+        _check('scale', self.scale, 0 < self.scale[0] <= self.scale[1] < math.inf,
+               'two factors, 0 < smallest <= largest')
         _check('crop_size', self.crop_size, min(self.crop_size) >= 1, 'a height and a width of at least 1')
+        _check('std', self.std, self.std is None or min(self.std) > 0, 'above 0')
+        size = self.eval_size if isinstance(self.eval_size, tuple) else (self.eval_size,)
+        _check('eval_size', self.eval_size, size == (None,) or min(size) >= 1,
+               'a short side, or a height and a width, of at least 1')
 
 
 def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
@@ -74,6 +86,25 @@ def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
 def _check(name: str, value: Any, good: bool, allowed: str) -> None:
     if not good:
         raise InputError(f'{name} must be {allowed}, got {value!r}')
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain words as YAML 1.2 does: `no` stays a word, and 1e-3 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((':bool', ':float'))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver('tag:yaml.org,2002:bool', re.compile('(true|True|false|False)$'), list('tTfF'))
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float',
+    re.compile(r'[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$'),
+    list('-+.0123456789'))
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text."""
+    return yaml.load(text, _Loader)
 
 
 def list_segmentation_recipes() -> List[str]:
@@ -95,7 +126,7 @@ def read_settings(config: Optional[str], overrides: Optional[Dict[str, Any]] = N
     if config is not None:
         path = RECIPES / f'{config}.yaml' if config in list_segmentation_recipes() else Path(config)
         try:
-            values = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+            values = read_yaml(path.read_text(encoding='utf-8')) or {}
         except FileNotFoundError:
             names = ', '.join(list_segmentation_recipes())
             raise InputError(f'config {config} is neither a file nor one of {names}') from None
@@ -107,8 +138,8 @@ def read_settings(config: Optional[str], overrides: Optional[Dict[str, Any]] = N
     types = get_type_hints(SegmentSettings)
     for name, value in values.items():
         if name not in types:
-            known = ', '.join(f.name for f in fields(SegmentSettings))
-            raise InputError(f'config {config} has the field {name!r}, allowed are {known}')
+            raise InputError(
+                f'config {config} has the unknown field {name!r}; the options of `vt-zoo segment train` are the fields')
         values[name] = _convert(name, value, types[name])
     return SegmentSettings(**values)
 

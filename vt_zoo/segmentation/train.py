@@ -9,17 +9,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..checkpoint import load_optimizer, optimizer_tensors, read_tensors, write_history, write_tensors
-from ..errors import InputError
+from ..checkpoint import (
+    check_input_size,
+    load_optimizer,
+    optimizer_tensors,
+    read_tensors,
+    write_history,
+    write_tensors,
+)
+from ..errors import InputError, first_line
 from .datasets import SegmentationDataset, load_dataset
 from .evaluate import SegmentMetrics, evaluate, read_batches
 from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
-from .sampling import IterationBatches, SeededDataset
+from .sampling import IterationBatches, SeededDataset, seed_of
 from .schedule import learning_rate
 from .settings import SegmentSettings
 from .transforms import eval_transform, train_transform
@@ -47,16 +56,18 @@ class SegmentResult:
     seconds: float
 
 
-def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy over the pixels that are not ignored; 0 where all are.
+def _segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Cross entropy of a process, whose mean over the processes is that over all their pixels that are not ignored.
 
     Args:
         logits: (B, classes, H, W).
-        masks: Classes (B, H, W), 255 where a pixel is ignored.
+        masks: Classes (B, H, W), 255 where a pixel is ignored. Where all are, the loss is 0.
+        accelerator: Of the processes.
     """
     ignored = SegmentationDataset.ignore_index
     total = F.cross_entropy(logits.float(), masks, ignore_index=ignored, reduction='sum')
-    return total / (masks != ignored).sum().clamp(min=1)
+    count = accelerator.reduce((masks != ignored).sum(), 'sum')
+    return total * accelerator.num_processes / count.clamp(min=1)
 
 
 class _Run:
@@ -77,17 +88,23 @@ class _Run:
             settings.crop_size, settings.scale, settings.hflip, self.mean, self.std, self.train_data.flip_pairs)
         self.val_data = load_dataset(settings.format, data_dir, 'val', eval_transform(self.mean, self.std))
         self.classes = self.train_data.classes
+        if self.val_data.classes != self.classes:
+            raise InputError(f'data set {data_dir} has other classes in its training part than in its validation part')
 
         torch.manual_seed(settings.seed)
         model = create_segmentation_model(settings, len(self.classes))
         if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        optimizer = create_optimizer_v2(
-            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
+            model = convert_sync_batchnorm(model)
+        try:
+            optimizer = create_optimizer_v2(
+                model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
+        except (TypeError, ValueError, AssertionError) as e:
+            raise InputError(f'opt must be an optimizer of timm, got {settings.opt!r}: {first_line(e)}') from e
         self.ema = None
         if settings.ema_decay:
             self.ema = ModelEmaV3(model.to(accelerator.device), settings.ema_decay, use_warmup=True)
         self.trained, self.optimizer = accelerator.prepare(model, optimizer)
+        check_input_size(self.model, (3, *settings.crop_size), settings.encoder_name)
         self.iteration = 0
         self.history: List[Dict[str, float]] = []
         self.losses: List[float] = []  # since the last evaluation
@@ -122,16 +139,23 @@ class _Run:
         rate = learning_rate(self.settings, self.iteration)
         for group in self.optimizer.param_groups:
             group['lr'] = rate
+        # of dropout in an encoder: another in each process, and the same in a run that goes on
+        torch.manual_seed(seed_of(
+            self.settings.seed, self.iteration * self.settings.batch_size + self.accelerator.process_index))
         self.trained.train()
-        logits = self.trained(images.to(self.accelerator.device))
-        loss = segmentation_loss(logits, masks.to(self.accelerator.device))
+        try:
+            logits = self.trained(images.to(self.accelerator.device))
+        except ValueError as e:  # batch norm of a single value a channel
+            size = '{}x{}'.format(*self.settings.crop_size)
+            raise InputError(f'a batch of {len(images)} crops of {size} cannot be trained: {first_line(e)}') from e
+        loss = _segmentation_loss(logits, masks.to(self.accelerator.device), self.accelerator)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.iteration += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.iteration)
-        value = loss.item()
+        value = self.accelerator.reduce(loss.detach(), 'mean').item()
         if not value < float('inf'):
             raise InputError(
                 f'the loss became {value} in iteration {self.iteration}: try a lower lr than {self.settings.lr}')
@@ -140,6 +164,7 @@ class _Run:
 
     def evaluate(self, progress: bool) -> SegmentMetrics:
         """Measure the kept model on the validation images, each process on its share."""
+        broadcast(list(self.kept_model.buffers()))  # batch statistics, which are the processes' own on CPU
         indices = range(self.accelerator.process_index, len(self.val_data), self.accelerator.num_processes)
         loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
         bar = tqdm(read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False)
@@ -242,7 +267,10 @@ def train(
     if device == 'cuda' and not torch.cuda.is_available():
         raise InputError('device cuda is not to be had on this machine')
     start = time.monotonic()
-    accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)
+    try:
+        accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)
+    except ValueError as e:
+        raise InputError(f'precision {settings.precision} cannot be had here: {first_line(e)}') from e
     main = accelerator.is_main_process
     progress = progress and main
 

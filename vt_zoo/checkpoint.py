@@ -1,5 +1,4 @@
 """Files of weights: safetensors only, and each appears whole or not at all."""
-import csv
 import json
 import os
 import shutil
@@ -18,8 +17,8 @@ from .errors import InputError, first_line
 from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
 
 __all__ = [
-    'check_input_size', 'check_name', 'drop_second_num_classes', 'load_model', 'load_optimizer', 'optimizer_tensors',
-    'read_tensors', 'whole', 'write_history', 'write_model', 'write_tensors']
+    'check_input_size', 'check_name', 'drop_second_num_classes', 'load_model', 'read_tensors', 'whole', 'write_model',
+    'write_tensors']
 
 SHARD_INDEX = f'{WEIGHTS}.index.json'
 
@@ -81,37 +80,6 @@ def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['json'])  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise InputError(f'checkpoint {path} cannot be read: {e}') from e
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tuple[Dict[str, torch.Tensor], List[Any]]:
-    """The state of an optimizer as tensors, by `PARAMETER.NAME`, and the [parameter, name, value] that are none."""
-    tensors, scalars = {}, []
-    for index, entries in optimizer.state_dict()['state'].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f'{index}.{name}'] = value
-            else:
-                scalars.append([index, name, value])
-    return tensors, scalars
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Dict[str, torch.Tensor], scalars: List[Any]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` took; its settings stay its own."""
-    state: Dict[int, Dict[str, Any]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition('.')
-        state.setdefault(int(index), {})[name] = value
-    for index, name, value in scalars:
-        state.setdefault(index, {})[name] = value
-    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
-
-
-def write_history(path: Union[str, Path], history: List[Dict[str, float]]) -> None:
-    """Write the measures of a run as CSV, a line an entry."""
-    with whole(path) as new, new.open('w', newline='') as f:
-        writer = csv.DictWriter(f, list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def drop_second_num_classes(config: Dict[str, Any]) -> None:

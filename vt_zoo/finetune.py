@@ -21,20 +21,11 @@ from timm.utils import random_seed
 from tqdm import tqdm
 
 from ._version import __version__
-from .checkpoint import (
-    check_input_size,
-    check_name,
-    load_model,
-    load_optimizer,
-    optimizer_tensors,
-    read_tensors,
-    write_history,
-    write_model,
-    write_tensors,
-)
+from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .errors import InputError, first_line
 from .hub import find_hub_id
 from .images import ImageFolder, Split, find_split
+from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
 
@@ -227,10 +218,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write the state after an epoch."""
-        optimizer, scalars = optimizer_tensors(self.optimizer)
-        tensors = {f'model.{k}': v for k, v in self.model.state_dict().items()}
-        tensors.update({f'ema.{k}': v for k, v in self.ema_model.state_dict().items()})
-        tensors.update({f'optimizer.{k}': v for k, v in optimizer.items()})
+        tensors, scalars = state_tensors({'model': self.model, 'ema': self.ema_model}, self.optimizer)
         write_tensors(path, tensors, {
             'fingerprint': self.fingerprint, 'start': self.start, 'history': self.history, 'optimizer': scalars,
             'scaler': self.scaler.state_dict()})
@@ -241,18 +229,8 @@ class _Run:
         Raises:
             InputError: It belongs to a run with other settings or data.
         """
-        for name, value in metadata['fingerprint'].items():
-            if self.fingerprint.get(name) != value:
-                raise InputError(
-                    f'{out} holds a run with {name} = {value!r}, which cannot go on with '
-                    f'{self.fingerprint.get(name)!r}')
-        parts: Dict[str, Dict[str, torch.Tensor]] = {'model': {}, 'ema': {}, 'optimizer': {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition('.')
-            parts[part][name] = value
-        self.model.load_state_dict(parts['model'])
-        self.ema_model.load_state_dict(parts['ema'])
-        load_optimizer(self.optimizer, parts['optimizer'], metadata['optimizer'])
+        check_same_run(out, metadata['fingerprint'], self.fingerprint)
+        load_state(tensors, metadata['optimizer'], {'model': self.model, 'ema': self.ema_model}, self.optimizer)
         self.scaler.load_state_dict(metadata['scaler'])
         self.history = metadata['history']
 
@@ -310,10 +288,7 @@ def finetune(
     out = Path(out)
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
-        if checkpoint.exists() and not resume:
-            raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
-        if model_dir.exists() and not checkpoint.exists():
-            raise InputError(f'{out} holds a finished run: add --overwrite to replace it, or choose another --out')
+        check_run_folder(checkpoint, model_dir, resume)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise InputError(f'device {device} is not to be had on this machine')

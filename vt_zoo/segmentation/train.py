@@ -16,15 +16,9 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..checkpoint import (
-    check_input_size,
-    load_optimizer,
-    optimizer_tensors,
-    read_tensors,
-    write_history,
-    write_tensors,
-)
+from ..checkpoint import check_input_size, read_tensors, write_tensors
 from ..errors import InputError, first_line
+from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 from .datasets import SegmentationDataset, load_dataset
 from .evaluate import SegmentMetrics, evaluate, read_batches
 from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
@@ -187,13 +181,12 @@ class _Run:
             'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %',
             'iterations': self.iteration})
 
+    def _modules(self) -> Dict[str, nn.Module]:
+        return {'model': self.model, **({} if self.ema is None else {'ema': self.ema.module})}
+
     def save(self, path: Path) -> None:
         """Write the state after an iteration."""
-        optimizer, scalars = optimizer_tensors(self.optimizer)
-        tensors = {f'model.{k}': v for k, v in self.model.state_dict().items()}
-        tensors.update({f'optimizer.{k}': v for k, v in optimizer.items()})
-        if self.ema is not None:
-            tensors.update({f'ema.{k}': v for k, v in self.ema.module.state_dict().items()})
+        tensors, scalars = state_tensors(self._modules(), self.optimizer)
         scaler = self.accelerator.scaler
         write_tensors(path, tensors, {
             'segmentation': self.fingerprint, 'iteration': self.iteration, 'history': self.history,
@@ -208,19 +201,8 @@ class _Run:
         tensors, metadata = read_tensors(path)
         if 'segmentation' not in metadata:
             raise InputError(f'checkpoint {path} is not one of `vt-zoo segment train`')
-        for name, value in metadata['segmentation'].items():
-            if self.fingerprint.get(name) != value:
-                raise InputError(
-                    f'{path.parent} holds a run with {name} = {value!r}, which cannot go on with '
-                    f'{self.fingerprint.get(name)!r}')
-        parts: Dict[str, Dict[str, torch.Tensor]] = {'model': {}, 'ema': {}, 'optimizer': {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition('.')
-            parts[part][name] = value
-        self.model.load_state_dict(parts['model'])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(parts['ema'])
-        load_optimizer(self.optimizer, parts['optimizer'], metadata['optimizer'])
+        check_same_run(path.parent, metadata['segmentation'], self.fingerprint)
+        load_state(tensors, metadata['optimizer'], self._modules(), self.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(metadata['scaler'])
         self.iteration, self.history, self.losses = metadata['iteration'], metadata['history'], metadata['losses']
@@ -260,10 +242,7 @@ def train(
     out = Path(out)
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
-        if checkpoint.exists() and not resume:
-            raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
-        if last_dir.exists() and not checkpoint.exists():
-            raise InputError(f'{out} holds a finished run: add --overwrite to replace it, or choose another --out')
+        check_run_folder(checkpoint, last_dir, resume)
     if device == 'cuda' and not torch.cuda.is_available():
         raise InputError('device cuda is not to be had on this machine')
     start = time.monotonic()

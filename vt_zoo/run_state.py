@@ -1,0 +1,86 @@
+"""The folder of a training run and the state in it, from which a run goes on: what both training commands share."""
+import csv
+from pathlib import Path
+from typing import Any, Dict, List, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from .checkpoint import whole
+from .errors import InputError
+
+__all__ = ['check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
+
+
+def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool) -> None:
+    """Raise InputError where a folder holds a run that is not to be lost.
+
+    Args:
+        checkpoint: File of an unfinished run.
+        model_dir: Folder of a finished one.
+        resume: Whether an unfinished run is to go on.
+    """
+    out = checkpoint.parent
+    if checkpoint.exists() and not resume:
+        raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
+    if model_dir.exists() and not checkpoint.exists():
+        raise InputError(f'{out} holds a finished run: add --overwrite to replace it, or choose another --out')
+
+
+def check_same_run(out: Path, theirs: Dict[str, Any], ours: Dict[str, Any]) -> None:
+    """Raise InputError, naming the first difference, where the run in `out` had other settings or data than ours."""
+    for name, value in theirs.items():
+        if ours.get(name) != value:
+            raise InputError(
+                f'{out} holds a run with {name} = {value!r}, which cannot go on with {ours.get(name)!r}')
+
+
+def state_tensors(
+        modules: Dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+) -> Tuple[Dict[str, torch.Tensor], List[Any]]:
+    """The state of modules and an optimizer.
+
+    Returns:
+        Tensors by `MODULE.NAME` and `optimizer.PARAMETER.NAME`, and what the optimizer has beside tensors, as
+        [parameter, name, value].
+    """
+    tensors = {f'{key}.{name}': value for key, module in modules.items() for name, value in module.state_dict().items()}
+    scalars = []
+    for index, entries in optimizer.state_dict()['state'].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f'optimizer.{index}.{name}'] = value
+            else:
+                scalars.append([index, name, value])
+    return tensors, scalars
+
+
+def load_state(
+        tensors: Dict[str, torch.Tensor],
+        scalars: List[Any],
+        modules: Dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+) -> None:
+    """Give modules and an optimizer the state that `state_tensors` took; the optimizer's settings stay its own."""
+    parts: Dict[str, Dict[str, torch.Tensor]] = {'optimizer': {}, **{key: {} for key in modules}}
+    for key, value in tensors.items():
+        part, _, name = key.partition('.')
+        parts[part][name] = value
+    for key, module in modules.items():
+        module.load_state_dict(parts[key])
+    state: Dict[int, Dict[str, Any]] = {}
+    for key, value in parts['optimizer'].items():
+        index, _, name = key.partition('.')
+        state.setdefault(int(index), {})[name] = value
+    for index, name, value in scalars:
+        state.setdefault(index, {})[name] = value
+    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+
+
+def write_history(path: Union[str, Path], history: List[Dict[str, float]]) -> None:
+    """Write the measures of a run as CSV, a line an entry."""
+    with whole(path) as new, new.open('w', newline='') as f:
+        writer = csv.DictWriter(f, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)

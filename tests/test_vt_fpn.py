@@ -18,7 +18,8 @@ import timm.layers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hub_server import hub_server
+from hub_server import WRITER, hub_server
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_layers import (
     array,
@@ -729,3 +730,19 @@ def test_pickle_on_the_hub_is_refused(loaded_from_hub):
     assert (folder / 'pickle.txt').read_text() == (
         'ValueError: weights must be safetensors, the repository holds pytorch_model.bin')
     assert not (folder / 'unpickled').exists()
+
+
+@pytest.mark.parametrize('cls', MODELS)
+def test_push_to_hub(cls, hub_client, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', WRITER)
+    (tmp_path / 'hub').mkdir()
+    model = calibrated(cls)
+    with hub_server(tmp_path / 'hub') as server:
+        hub_client(server.url)
+        model.push_to_hub('someone/segmenter', model_card_kwargs={'dataset': 'some images', 'metrics': {'mIoU': 0.5}})
+        loaded = cls.from_pretrained('someone/segmenter')
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), model(images()))
+    card = ModelCard.load(tmp_path / 'hub' / 'someone' / 'segmenter' / 'README.md')
+    assert (card.data.license, card.data.pipeline_tag) == ('apache-2.0', 'image-segmentation')
+    assert 'some images' in card.text and 'mIoU: 0.5' in card.text and f'import {cls.__name__}' in card.text

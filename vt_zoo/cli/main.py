@@ -8,13 +8,13 @@ from typing import List, Optional
 from vt_zoo import __version__
 from vt_zoo.errors import InputError
 
-from . import finetune, models, predict, quickstart, recipe, segment
+from . import finetune, locality, models, predict, quickstart, recipe, segment, tokens
 
 __all__ = ['main']
 
 COMMANDS = {
     'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe,
-    'segment': segment}
+    'segment': segment, 'tokens': tokens, 'locality': locality}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,11 +7,13 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image
+from timm.utils import AttentionExtract
 
 import vt_zoo  # noqa: F401
 from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
-from vt_zoo.analysis.figures import draw_token_attention
+from vt_zoo.analysis.figures import draw_interaction, draw_locality, draw_token_attention
+from vt_zoo.models.vt_fpn import VTFPN
 
 SIZES = [(64, 64), (32, 32), (48, 96), (100, 33)]
 TOKENS, TOKEN_DIM = 16, 128  # of test_vt_resnet
@@ -158,6 +160,103 @@ def test_twice_the_same(model):
         assert torch.equal(record.attention, again.attention)
 
 
+def vt_fpn():
+    torch.manual_seed(0)
+    model = VTFPN('tu-test_resnet', classes=3, num_tokens=4, token_dim=16, pyramid_channels=32, head_channels=32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and name.endswith('weight'):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def test_vt_fpn_has_a_record_a_level():
+    model, x = vt_fpn(), images(2, 66, 97)
+    with torch.no_grad():
+        before = model(x)
+    records = capture(model, x)
+    assert [record.attention.shape for record in records] == [
+        (2, 4, -(-66 // n), -(-97 // n)) for n in (4, 8, 16, 32)]
+    for record in records:
+        assert record.relation.shape == (2, 16, 16)
+        assert torch.equal(record.relation, records[0].relation)
+        assert record.projection.shape == record.attention.shape
+        assert record.tokens.shape == (2, 4, 16)
+        for share in (record.attention.sum((2, 3)), record.projection.sum(1), record.relation.sum(-1)):
+            torch.testing.assert_close(share, torch.ones_like(share))
+    assert hooks(model) == []
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def test_vt_fpn_writes_with_what_is_captured():
+    model, seen = vt_fpn(), []
+    projector = model.decoder.neck.projectors[1]
+    handle = projector.register_forward_hook(lambda m, x, y: seen.append((*x, y)))
+    record = capture(model, images(2, 64, 96))[1]
+    handle.remove()
+    x, tokens, out = seen[0]
+    assert torch.equal(tokens, record.tokens)
+    with torch.no_grad():
+        written = torch.einsum('blhw,blc->bchw', record.projection, projector.value(tokens))
+        torch.testing.assert_close(x + written, out, rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_and_neck_with_tokens():
+    model = VTFPN('tu-test_vt_resnet', classes=3, num_tokens=4, token_dim=16).eval()
+    assert [record.tokens.shape[1] for record in capture(model, images())] == [TOKENS, TOKENS, 4, 4, 4, 4]
+
+
+def assert_same_records(records, expected):
+    assert len(records) == len(expected)
+    for record, other in zip(records, expected):
+        torch.testing.assert_close(record.attention, other.attention)
+        torch.testing.assert_close(record.tokens, other.tokens)
+
+
+@pytest.mark.parametrize('in_place', [False, True])
+def test_compiled_model(model, in_place):
+    expected = capture(model, images())
+    compiled = model if in_place else torch.compile(model, backend='eager')
+    if in_place:
+        model.compile(backend='eager')
+    with torch.no_grad():
+        before = compiled(images())
+    assert_same_records(capture(compiled, images()), expected)
+    assert hooks(model) == []
+    with torch.no_grad():
+        assert torch.equal(compiled(images()), before)
+
+
+def test_reduced_model(model):
+    model.double()
+    x = images().double()
+    assert_same_records(capture(timm.models.reparameterize_model(model), x), capture(model, x))
+
+
+def test_distributed_model(model, tmp_path):
+    expected = capture(model, images())
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        assert_same_records(capture(nn.parallel.DistributedDataParallel(model), images()), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_scripted_model(model):
+    with pytest.raises(ValueError, match='scripted'):
+        capture(torch.jit.script(model), images())
+
+
+@pytest.mark.parametrize(('method', 'name'), [('hook', '*tokenizer.softmax'), ('fx', '*tokenizer.softmax*')])
+def test_attention_extract_of_timm(model, method, name):
+    expected = [record.attention.flatten(2) for record in capture(model, images())]
+    with torch.no_grad():
+        extracted = AttentionExtract(model, names=[name], method=method)(images())
+    assert len(extracted) == 2
+    for a, b in zip(extracted.values(), expected):
+        torch.testing.assert_close(a, b)
+
+
 def test_model_without_tokens():
     with pytest.raises(ValueError, match='ResNet has none'):
         capture(timm.create_model('resnet18'), images())
@@ -247,6 +346,23 @@ def test_picture_of_captured_attention(model, tmp_path):
     for i, record in enumerate(records):
         draw_token_attention(pictures(2, (96, 48)), record.attention, ['a', 'b'], tmp_path / f'{i}.png')
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_figure_6(tmp_path):
+    a = attention(1, 16)[0]
+    draw_interaction(pictures(1)[0], a, a.flip(0), 'a picture', tmp_path / 'figure.png')
+    draw_interaction(pictures(1)[0], a, a, 'a picture', tmp_path / 'same.png')
+    figure, same = (np.asarray(Image.open(tmp_path / f'{name}.png')).astype(int) for name in ('figure', 'same'))
+    assert figure.shape[1] > 1000 and np.abs(figure - same).mean() > 0.5
+    draw_interaction(pictures(1)[0], a, a, 'a picture', tmp_path / 'figure.svg')
+    assert '<svg' in (tmp_path / 'figure.svg').read_text()
+
+
+def test_figure_5(tmp_path):
+    draw_locality(torch.rand(12, 3), 0.0416, 'a model, random weights', tmp_path / 'figure.svg')
+    draw_locality(torch.rand(1, 1), 0.0416, 'one layer, one head', tmp_path / 'figure.png')
+    assert '<svg' in (tmp_path / 'figure.svg').read_text()
+    assert (tmp_path / 'figure.png').stat().st_size > 5000
 
 
 def test_picture_that_cannot_be_written(tmp_path):

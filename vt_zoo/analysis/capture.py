@@ -1,31 +1,32 @@
-"""What a model's VT modules attend to, for given images."""
+"""What the tokens of a model attend to, for given images."""
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Dict, List, Optional
 
 import torch
 import torch.nn as nn
 
-from vt_zoo.layers import TokenModule, VTModule
+from vt_zoo.layers import TokenModule, VTModule, VTNeck
 
 __all__ = ['VTRecord', 'capture']
 
-PARTS = ('tokenizer', 'transformer', 'projector')
 
-
-@dataclass
+@dataclass(eq=False)
 class VTRecord:
     """Attention of one VT module for B images, with a feature map of H x W pixels and L tokens of CT channels.
 
-    A part that the module does not have, or that has no attention, leaves None. Heads are averaged.
+    A part that the module does not have, or that has no attention, leaves None. Heads are averaged. VT-FPN has one
+    record a level, from fine to coarse, and one transformer for all of them: each record has its whole relation, whose
+    rows and columns are the tokens of the first level, then those of the second, and so on.
 
     Attributes:
         attention: A of the tokenizer, equations (1) and (2): share of each pixel in each token (B, L, H, W), sums to
             one over the pixels. None with a pooling tokenizer and in modules that work on tokens only.
-        relation: Attention of the transformer, equation (3): share of token l' in token l (B, L, L), sums to one over
-            l'. None with the other token mixers.
+        relation: W, the attention of the transformer, equation (3): share of token l' in token l (B, L, L), for VT-FPN
+            with the tokens of all levels; sums to one over l'. None with the other token mixers.
         projection: Attention of the projector, equation (5): share of each token in each pixel (B, L, H, W), sums to
             one over the tokens. None where the module has no projector.
-        tokens: The tokens that the module returns (B, L, CT).
+        tokens: The tokens that the module returns, or writes back to its level (B, L, CT).
     """
     attention: Optional[torch.Tensor]
     relation: Optional[torch.Tensor]
@@ -38,47 +39,70 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
     """Run a model on images and record the attention of its VT modules.
 
     Args:
-        model: Model with VT modules, not compiled or scripted: the record is taken by hooks on its parts, which are
-            gone afterwards. It runs in the mode that it is in (eval for reproducible results).
+        model: Model with VT modules, which may be inside of DistributedDataParallel. It runs in the mode that it is in
+            (eval for reproducible results), with hooks on its parts that are gone afterwards. A model that was compiled
+            runs uncompiled for it; one that was scripted, traced or exported cannot be looked into.
         images: Images (B, C, H, W), preprocessed as the model asks.
 
     Returns:
-        One record a VT module, in the order of their use.
+        One record a VT module, in the order of their use; for VT-FPN one a level.
 
     Raises:
-        ValueError: The model has no VT modules.
+        ValueError: The model has no VT modules, or is scripted.
     """
-    modules = [m for m in model.modules() if isinstance(m, (VTModule, TokenModule))]
-    if not modules:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError('model must be an eager or compiled module, got a scripted one')
+    model = getattr(model, '_orig_mod', model)
+    owners = [m for m in model.modules() if isinstance(m, (VTModule, TokenModule, VTNeck))]
+    if not owners:
         raise ValueError(f'model must have VT modules, {type(model).__name__} has none')
     records: List[VTRecord] = []
-    caught: Dict[str, torch.Tensor] = {}
+    outputs: Dict[nn.Module, torch.Tensor] = {}
 
-    def keep(name: str):
-        def hook(_, inputs, output):
-            caught[name] = output
-        return hook
+    def keep(module, inputs, output):
+        outputs[module] = output
 
-    def record(_, inputs, output):
-        size = inputs[0].shape[-2:]
-        attention, relation, projection = (caught.pop(part, None) for part in PARTS)
-        records.append(VTRecord(
-            attention=None if attention is None else attention.unflatten(-1, size),
-            relation=None if relation is None else relation.mean(1),
-            projection=None if projection is None else projection.mean(1).unflatten(-1, size),
-            tokens=output[1],
-        ))
+    def record_module(module, inputs, output):
+        parts = (getattr(module, name, None) for name in ('tokenizer', 'transformer', 'projector'))
+        attention, relation, projection = (outputs.pop(getattr(part, 'softmax', None), None) for part in parts)
+        relation = None if relation is None else relation.mean(1)
+        records.append(_record(attention, relation, projection, inputs[0].shape[-2:], output[1]))
+
+    def record_neck(neck, inputs, output):
+        relation = outputs.pop(neck.transformer.softmax).mean(1)
+        tokens = outputs.pop(neck.transformer).split(neck.num_tokens, dim=1)
+        for tokenizer, projector, x, t in zip(neck.tokenizers, neck.projectors, inputs[0], tokens):
+            records.append(_record(
+                outputs.pop(tokenizer.softmax), relation, outputs.pop(projector.softmax), x.shape[-2:], t))
 
     handles = []
     try:
-        for module in modules:
-            for part in PARTS:
-                softmax = getattr(getattr(module, part, None), 'softmax', None)
-                if softmax is not None:
-                    handles.append(softmax.register_forward_hook(keep(part)))
-            handles.append(module.register_forward_hook(record))
-        model(images)
+        for owner in owners:
+            for module in owner.modules():
+                if isinstance(module, nn.Softmax):
+                    handles.append(module.register_forward_hook(keep))
+            if isinstance(owner, VTNeck):
+                handles.append(owner.transformer.register_forward_hook(keep))
+            handles.append(owner.register_forward_hook(
+                record_neck if isinstance(owner, VTNeck) else record_module))
+        with _uncompiled():
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
     return records
+
+
+def _record(attention, relation, projection, size, tokens) -> VTRecord:
+    return VTRecord(
+        attention=None if attention is None else attention.unflatten(-1, size),
+        relation=relation,
+        projection=None if projection is None else projection.mean(1).unflatten(-1, size),
+        tokens=tokens,
+    )
+
+
+def _uncompiled():
+    """Run what `nn.Module.compile` compiled in place as it is written, where torch can (2.6 and newer)."""
+    set_stance = getattr(torch.compiler, 'set_stance', None)
+    return nullcontext() if set_stance is None else set_stance('force_eager')

@@ -8,13 +8,13 @@ from typing import List, Optional
 from vt_zoo import __version__
 from vt_zoo.errors import InputError
 
-from . import convert, finetune, models, predict, publish, quickstart, recipe, segment
+from . import convert, finetune, locality, models, predict, publish, quickstart, recipe, segment, tokens
 
 __all__ = ['main']
 
 COMMANDS = {
     'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe,
-    'convert': convert, 'publish': publish, 'segment': segment}
+    'convert': convert, 'publish': publish, 'segment': segment, 'tokens': tokens, 'locality': locality}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,3 +7,4 @@ from .token_mixer import GraphMixer, LinearMixer
 from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer, token_grid
 from .transformer import TokenTransformer
 from .vt_module import DynamicVTModule, TokenModule, VTModule
+from .vt_neck import VTNeck

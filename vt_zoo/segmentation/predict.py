@@ -15,7 +15,7 @@ from ..images import load_image
 from .evaluate import segment
 from .model_files import LoadedModel
 
-__all__ = ['draw_overlay', 'palette', 'predict_classes', 'predict_files']
+__all__ = ['draw_overlay', 'palette', 'predict_classes', 'predict_files', 'prepare_image']
 
 Color = Tuple[int, int, int]
 
@@ -30,12 +30,18 @@ def palette(num_classes: int) -> List[Color]:
     return colors
 
 
+def prepare_image(loaded: LoadedModel, image: Image.Image) -> torch.Tensor:
+    """An RGB image as the model takes it, normalised, (3, H, W)."""
+    x = F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), loaded.mean, loaded.std)
+    return x.as_subclass(torch.Tensor)
+
+
 @torch.inference_mode()
 def predict_classes(loaded: LoadedModel, image: Image.Image) -> np.ndarray:
     """Class of each pixel of an RGB image, uint8 (H, W)."""
     device = next(loaded.model.parameters()).device
-    x = F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), loaded.mean, loaded.std)
-    logits = segment(loaded.model, x.as_subclass(torch.Tensor)[None].to(device), tuple(x.shape[-2:]), loaded.eval_size)
+    x = prepare_image(loaded, image)[None].to(device)
+    logits = segment(loaded.model, x, tuple(x.shape[-2:]), loaded.eval_size)
     return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
 
 

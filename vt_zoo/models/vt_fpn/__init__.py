@@ -2,5 +2,5 @@
 
 Needs the extra `segmentation`: it is not imported by `import vt_zoo`.
 """
-from .decoder import FPNNeck, PanopticDecoder, VTNeck
+from .decoder import FPNNeck, PanopticDecoder
 from .model import VTFPN, PanopticFPN

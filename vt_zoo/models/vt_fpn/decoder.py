@@ -1,17 +1,15 @@
 """Decoders of VT-FPN and of the panoptic FPN: a neck that relates the pyramid's levels, then one head for both.
 
-Semantic segmentation in the paper: section 4, Figure 4. The FPN's neck is Detectron2's, with 3x3 output convolutions.
+Semantic segmentation in the paper: section 4, Figure 4. The FPN's neck is Detectron2's, with 3x3 output convolutions;
+VT-FPN's is `vt_zoo.layers.VTNeck`.
 """
 from typing import List, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerType
 
-from vt_zoo.layers import FilterTokenizer, Projector, TokenLinear, TokenTransformer
-
-__all__ = ['FPNNeck', 'PanopticDecoder', 'VTNeck']
+__all__ = ['FPNNeck', 'PanopticDecoder']
 
 
 class FPNNeck(nn.Module):
@@ -36,53 +34,6 @@ class FPNNeck(nn.Module):
         for i in range(len(maps) - 1, 0, -1):
             maps[i - 1] = maps[i - 1] + F.interpolate(maps[i], size=maps[i - 1].shape[-2:], mode='nearest')
         return [output(x) for output, x in zip(self.outputs, maps)]
-
-
-class VTNeck(nn.Module):
-    """Neck of VT-FPN: each level is gathered into tokens, one transformer relates the tokens of all levels.
-
-    Tokenizer, equation (1), and projector, equation (5), are each level's own; each level gets its own tokens back.
-    """
-
-    def __init__(
-            self,
-            in_chs: Sequence[int],
-            pyramid_channels: int = 256,
-            num_tokens: int = 8,
-            token_dim: int = 1024,
-            norm_layer: LayerType = nn.BatchNorm2d,
-    ) -> None:
-        """
-        Args:
-            in_chs: Channels of the encoder's maps, from fine to coarse.
-            pyramid_channels: Channels C of each level. 256 meets the costs of Tables 9 and 10.
-            num_tokens: Tokens L of each level. 8 is the paper's (section 4).
-            token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            norm_layer: Norm over channels of an NCHW tensor, after each linear map but the laterals.
-        """
-        super().__init__()
-        levels = range(len(in_chs))
-        self.num_tokens = num_tokens
-        self.laterals = nn.ModuleList([nn.Conv2d(chs, pyramid_channels, 1) for chs in in_chs])
-        self.tokenizers = nn.ModuleList([
-            FilterTokenizer(pyramid_channels, token_dim, num_tokens, value_map=False, norm_layer=norm_layer)
-            for _ in levels])
-        self.embeds = nn.ModuleList([TokenLinear(pyramid_channels, token_dim, norm_layer=norm_layer) for _ in levels])
-        self.transformer = TokenTransformer(token_dim, norm_layer=norm_layer, key_groups=1)
-        self.projectors = nn.ModuleList([
-            Projector(pyramid_channels, pyramid_channels, token_dim, norm_layer, query_group_width=16) for _ in levels])
-        for conv in self.laterals:
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
-        for part in (self.transformer, *self.projectors):
-            part.zero_init_last()
-
-    def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
-        """Turn the encoder's maps (B, C_i, H_i, W_i), from fine to coarse, into levels (B, C, H_i, W_i)."""
-        maps = [lateral(x) for lateral, x in zip(self.laterals, features)]
-        tokens = [embed(tokenizer(x)) for embed, tokenizer, x in zip(self.embeds, self.tokenizers, maps)]
-        tokens = self.transformer(torch.cat(tokens, dim=1)).split(self.num_tokens, dim=1)
-        return [projector(x, t) for projector, x, t in zip(self.projectors, maps, tokens)]
 
 
 class PanopticDecoder(nn.Module):

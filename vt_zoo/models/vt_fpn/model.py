@@ -20,7 +20,9 @@ from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
 from timm.layers import LayerType, get_norm_layer
 
-from .decoder import FPNNeck, PanopticDecoder, VTNeck
+from vt_zoo.layers import VTNeck
+
+from .decoder import FPNNeck, PanopticDecoder
 
 __all__ = ['VTFPN', 'PanopticFPN']
 

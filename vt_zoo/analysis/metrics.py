@@ -1,0 +1,162 @@
+"""Measures of what tokens attend to (section 6 of the paper), from the records of `vt_zoo.analysis.capture`.
+
+All take and return torch tensors and average over nothing that they do not say.
+"""
+import math
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from .capture import VTRecord
+
+__all__ = [
+    'attention_entropy', 'attention_spread', 'foreground_ratio', 'foreground_share', 'interaction_map', 'locality',
+    'record_interaction', 'resize_attention', 'token_similarity', 'uniform_locality']
+
+
+def attention_entropy(attention: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+    """Entropy of each token's attention over the pixels: E = -sum_ij A_ij log A_ij (section 6 of the paper).
+
+    Args:
+        attention: A (B, L, H, W), sums to one over the pixels.
+        normalize: Divide by log(H * W), the entropy of uniform attention: then from 0 (one pixel) to 1, for maps of any
+            size. The paper compares nats with log(473 * 473) = 12.318, although A lives on the smaller feature map.
+
+    Returns:
+        Entropy (B, L), in nats where not normalised.
+    """
+    attention = attention.flatten(2)
+    entropy = -torch.xlogy(attention, attention).sum(-1)
+    return entropy / math.log(attention.shape[-1]) if normalize and attention.shape[-1] > 1 else entropy
+
+
+def resize_attention(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Attention (B, L, H, W) interpolated to another size (height, width), again summing to one over the pixels."""
+    resized = F.interpolate(attention, size=tuple(size), mode='bilinear', align_corners=False)
+    return resized / resized.sum((-2, -1), keepdim=True)
+
+
+def interaction_map(attention: torch.Tensor, relation: torch.Tensor) -> torch.Tensor:
+    """Pixels that each token meets in the transformer: A-hat_l = sum over l' of W(l, l') A(l') (section 6).
+
+    Args:
+        attention: A (B, L', H, W). For VT-FPN that of all levels, brought to one size (`resize_attention`) and
+            concatenated over the tokens.
+        relation: W of the transformer (B, L, L').
+
+    Returns:
+        A-hat (B, L, H, W), sums to one over the pixels.
+    """
+    return torch.einsum('blm,bmhw->blhw', relation, attention)
+
+
+def record_interaction(records: Sequence[VTRecord], index: int) -> Optional[torch.Tensor]:
+    """A-hat of the tokens of a record (B, L, H, W), at the size of its own A; None where it has no A or no relation.
+
+    The transformer of VT-FPN relates the tokens of all levels, so its A-hat takes in the A of each, resized.
+    """
+    record = records[index]
+    if record.attention is None or record.relation is None:
+        return None
+    related = [r for r in records if r.relation is record.relation]
+    size = record.attention.shape[-2:]
+    attention = torch.cat([resize_attention(r.attention, size) for r in related], dim=1)
+    first = sum(r.attention.shape[1] for r in related[:related.index(record)])
+    rows = record.relation[:, first:first + record.attention.shape[1]]
+    return interaction_map(attention, rows)
+
+
+def foreground_share(attention: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+    """Share of each token's attention that lies on the foreground.
+
+    Args:
+        attention: A (B, L, H, W), sums to one over the pixels.
+        foreground: Mask (B, h, w) of any size, or the share of foreground 0 to 1 in each pixel; brought to H x W by the
+            mean over the area of each pixel of A.
+
+    Returns:
+        Share (B, L), 0 to 1. Uniform attention has the share of the mask that is foreground.
+    """
+    return (attention * _cover(foreground, attention)[:, None]).sum((-2, -1))
+
+
+def foreground_ratio(attention: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+    """Mean attention of a foreground pixel over that of a background pixel; the paper: 1.283 on LIP (section 6).
+
+    Args:
+        attention: A (B, L, H, W), sums to one over the pixels.
+        foreground: As in `foreground_share`.
+
+    Returns:
+        Ratio (B, L), 1 for uniform attention; NaN for an image without foreground or without background.
+    """
+    area = _cover(foreground, attention).mean((-2, -1))[:, None]
+    share = foreground_share(attention, foreground)
+    return (share / area) / ((1 - share) / (1 - area))
+
+
+def _cover(foreground: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(foreground[:, None].to(attention.dtype), attention.shape[-2:])[:, 0]
+
+
+def attention_spread(attention: torch.Tensor) -> torch.Tensor:
+    """How far apart the pixels of a token lie: their mean distance from the centre of its attention.
+
+    D = sum_ij A_ij |(i, j) - c| with c = sum_ij A_ij (i, j), as a share of the map's diagonal.
+
+    Args:
+        attention: A (B, L, H, W), sums to one over the pixels.
+
+    Returns:
+        Distance (B, L), 0 where all attention is on one pixel. Uniform attention on a large square map has 0.27.
+    """
+    height, width = attention.shape[-2:]
+    rows = torch.arange(height).to(attention)[:, None]
+    columns = torch.arange(width).to(attention)
+    row, column = ((attention * places).sum((-2, -1), keepdim=True) for places in (rows, columns))
+    return (attention * torch.hypot(rows - row, columns - column)).sum((-2, -1)) / math.hypot(height, width)
+
+
+def token_similarity(attention: torch.Tensor) -> torch.Tensor:
+    """Which tokens look at the same pixels: mean cosine between the attention of each two tokens.
+
+    Args:
+        attention: A (N, L, H, W) over a data set.
+
+    Returns:
+        Similarity (L, L), the mean over the N images; 1 on the diagonal and between tokens that attend alike always.
+    """
+    directions = F.normalize(attention.flatten(2), dim=-1)
+    return (directions @ directions.transpose(1, 2)).mean(0)
+
+
+def locality(attention: torch.Tensor, grid: Tuple[int, int], prefix_tokens: int = 0) -> torch.Tensor:
+    """Locality ratio of self-attention over patches: the share that stays in the 3x3 neighbourhood (Figure 5).
+
+    R = mean over pixels (i, j) of P_ij / T_ij, where P sums the attention of (i, j) to x in {i-1, i, i+1} and y in
+    {j-1, j, j+1}, cut at the border, and T to all pixels (section 6 of the paper).
+
+    Args:
+        attention: Self-attention of one layer (B, heads, N, N), with N = prefix_tokens + rows * columns.
+        grid: (rows, columns) of the patches.
+        prefix_tokens: Class and register tokens before the patches, which are left out of both sums.
+
+    Returns:
+        Ratio (B, heads).
+    """
+    patches = attention[..., prefix_tokens:, prefix_tokens:]
+    near = _neighbours(grid).to(attention.device)
+    return ((patches * near).sum(-1) / patches.sum(-1)).mean(-1)
+
+
+def uniform_locality(grid: Tuple[int, int]) -> float:
+    """Locality ratio of uniform attention: 0.0416 on 14x14 patches."""
+    return (_neighbours(grid).double().sum(-1) / (grid[0] * grid[1])).mean().item()
+
+
+def _neighbours(grid: Tuple[int, int]) -> torch.Tensor:
+    """Whether two patches touch, also at a corner, or are the same: (N, N) of bool."""
+    places: List[torch.Tensor] = [
+        index.flatten() for index in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing='ij')]
+    return ((places[0][:, None] - places[0]).abs() <= 1) & ((places[1][:, None] - places[1]).abs() <= 1)

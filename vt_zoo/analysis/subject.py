@@ -1,0 +1,70 @@
+"""A model to look into, classifier or segmenter, with its own way to prepare images."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Tuple
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+from ..checkpoint import load_model
+
+__all__ = ['Subject', 'load_subject']
+
+
+@dataclass
+class Subject:
+    """A model and what turns an image into its input.
+
+    Attributes:
+        model: In eval mode.
+        classes: Names of its classes.
+        prepare: PIL image to a normalised tensor (C, H, W).
+        mean: Of the normalisation.
+        std: Of the normalisation.
+        is_segmenter: Whether it gives a class for each pixel.
+    """
+    model: nn.Module
+    classes: List[str]
+    prepare: Callable[[Image.Image], torch.Tensor]
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+    is_segmenter: bool
+
+    def shown(self, x: torch.Tensor) -> Image.Image:
+        """The image that a prepared tensor (C, H, W) stands for: what the model sees."""
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        pixels = ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def load_subject(name_or_dir: str) -> Subject:
+    """Load a model with its weights.
+
+    Args:
+        name_or_dir: What `vt_zoo.checkpoint.load_model` takes, or a folder of `vt-zoo segment train`. A segmenter sees
+            images at their own size.
+
+    Raises:
+        InputError: As `load_model`, or `load_segmentation_model`.
+    """
+    if _is_segmenter(Path(name_or_dir)):
+        from ..segmentation.model_files import load_segmentation_model
+        from ..segmentation.predict import prepare_image
+
+        loaded = load_segmentation_model(name_or_dir)
+        return Subject(
+            loaded.model, loaded.classes, lambda image: prepare_image(loaded, image), loaded.mean, loaded.std, True)
+    model = load_model(name_or_dir)
+    data_config = resolve_data_config({}, model=model)
+    classes = list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    return Subject(model, classes, create_transform(**data_config), data_config['mean'], data_config['std'], False)
+
+
+def _is_segmenter(folder: Path) -> bool:
+    try:
+        return '_model_class' in json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,116 @@
+"""Draw what the tokens of a model look at on images, and measure it.
+
+DIR gets NAME_tokens.png for each image (Figure 6 of the paper: above, where each token looks; below, which pixels it
+then meets in the transformer), tokens.png with all images, and tokens.json with the numbers of every module. A file
+that cannot be read as an image is named in a warning and left out.
+"""
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from tqdm import tqdm
+
+from vt_zoo.analysis.capture import VTRecord, capture
+from vt_zoo.analysis.figures import draw_interaction, draw_token_attention
+from vt_zoo.analysis.metrics import attention_entropy, attention_spread, record_interaction, token_similarity
+from vt_zoo.analysis.subject import load_subject
+from vt_zoo.checkpoint import whole
+from vt_zoo.errors import InputError
+from vt_zoo.images import load_image
+
+from .arguments import positive_int
+
+_logger = logging.getLogger(__name__)
+
+GRID_IMAGES = 16  # that tokens.png shows, the first ones
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    add = parser.add_argument
+    add('images', nargs='+', metavar='IMAGE', help='image file')
+    add('--model', required=True, metavar='NAME_OR_DIR', help='model as in `vt-zoo predict`, or of `vt-zoo segment`')
+    add('--out', required=True, metavar='DIR', help='folder to write')
+    add('--module', type=positive_int, default=1, help='VT module to draw, from 1; for VT-FPN the level')
+    add('--format', choices=['png', 'svg'], default='png', help='of the pictures')
+
+
+def numbers(records: List[VTRecord]) -> List[Dict[str, Any]]:
+    """Measures of the tokens of one image, for each module."""
+    result = []
+    for record in records:
+        if record.attention is None:
+            result.append(None)
+            continue
+        measures = {
+            'entropy': attention_entropy(record.attention), 'entropy_normalized':
+            attention_entropy(record.attention, normalize=True), 'spread': attention_spread(record.attention)}
+        result.append({
+            'height': record.attention.shape[-2], 'width': record.attention.shape[-1],
+            **{name: [round(v, 6) for v in values[0].tolist()] for name, values in measures.items()}})
+    return result
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> None:
+    """Draw and measure."""
+    subject = load_subject(args.model)
+    images = _open(args.images)
+    out = Path(args.out)
+    drawn, written, similarities = [], [], []
+    for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5, leave=False):
+        x = subject.prepare(image)
+        try:
+            records = capture(subject.model, x[None])
+        except ValueError as e:
+            raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
+        if args.module > len(records) or records[args.module - 1].attention is None:
+            have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]
+            raise InputError(f'module must be one with an attention, {", ".join(have) or "none is"}, got {args.module}')
+        attention = records[args.module - 1].attention
+        interaction = record_interaction(records, args.module - 1)
+        shown = subject.shown(x)
+        if interaction is not None:
+            draw_interaction(
+                shown, attention[0], interaction[0], f'{path.name}, module {args.module}',
+                out / f'{path.stem}_tokens.{args.format}')
+        drawn.append((shown, attention, path.name))
+        written.append({'image': str(path), 'modules': numbers(records)})
+        similarities.append([None if r.attention is None else token_similarity(r.attention) for r in records])
+    _draw_grid(drawn[:GRID_IMAGES], out / f'tokens.{args.format}')
+    mean = [
+        None if values[0] is None else [[round(v, 4) for v in row] for row in torch.stack(values).mean(0).tolist()]
+        for values in zip(*similarities)]
+    with whole(out / 'tokens.json') as new:
+        new.write_text(json.dumps({'model': args.model, 'images': written, 'similarity': mean}, indent=1) + '\n')
+    for entry in written[:GRID_IMAGES]:
+        entropy = entry['modules'][args.module - 1]['entropy_normalized']
+        print(f'{entry["image"]}  entropy of {min(entropy):.3f} to {max(entropy):.3f} (uniform attention: 1)')
+    print(f'pictures   {out / f"tokens.{args.format}"} and one of each image\nnumbers    {out / "tokens.json"}')
+
+
+def _open(paths: List[str]) -> Dict[Path, Any]:
+    images: Dict[Path, Any] = {}
+    for path in map(Path, paths):
+        same = next((p for p in images if p.stem == path.stem), None)
+        if same is not None:
+            raise InputError(f'images {same} and {path} would be written to the same name {path.stem}')
+        try:
+            images[path] = load_image(path)
+        except InputError as e:
+            _logger.warning(f'{e}; left out')
+    if not images:
+        raise InputError(f'none of the {len(paths)} images can be read')
+    return images
+
+
+def _draw_grid(drawn: List, path: Path) -> None:
+    """Draw those images that have a map of the first one's size."""
+    size = drawn[0][1].shape
+    same = [entry for entry in drawn if entry[1].shape == size]
+    draw_token_attention(
+        [image for image, _, _ in same], torch.cat([attention for _, attention, _ in same]),
+        [name[:24] for _, _, name in same], path)

@@ -1,0 +1,127 @@
+"""`vt-zoo tokens` and `vt-zoo locality`: the files that they write, the numbers in them, and what is refused."""
+import json
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+from vt_zoo.analysis.capture import capture
+from vt_zoo.images import load_image
+from vt_zoo.models.vt_fpn import VTFPN
+from vt_zoo.segmentation.model_files import LoadedModel, save_segmentation_model
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    for name, size in (('wide', (90, 60)), ('square', (64, 64))):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f'{name}.png')
+    (folder / 'broken.png').write_bytes(b'no image')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def segmenter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('segmenter') / 'model'
+    torch.manual_seed(0)
+    model = VTFPN('tu-test_resnet', classes=2, num_tokens=4, token_dim=16, pyramid_channels=32, head_channels=32)
+    save_segmentation_model(folder, LoadedModel(model.eval(), ['a', 'b'], (0.5,) * 3, (0.25,) * 3, None))
+    return folder
+
+
+def literal_entropy(attention):
+    return [-(m * np.log(m)).sum() for m in attention.double().numpy()]
+
+
+def test_tokens(command, pictures, tmp_path):
+    out = tmp_path / 'out'
+    result = command(
+        'tokens', pictures / 'wide.png', pictures / 'square.png', pictures / 'broken.png', '--model', 'test_vt_resnet',
+        '--out', out)
+    assert result.code == 0, result.stderr
+    assert 'broken.png cannot be read' in result.stderr and 'left out' in result.stderr
+    assert sorted(os.listdir(out)) == ['square_tokens.png', 'tokens.json', 'tokens.png', 'wide_tokens.png']
+    assert all(Image.open(path).width > 500 for path in out.glob('*.png'))
+    written = json.loads((out / 'tokens.json').read_text())
+    assert [entry['image'] for entry in written['images']] == [str(pictures / f'{n}.png') for n in ('wide', 'square')]
+
+    model = timm.create_model('test_vt_resnet', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=model))
+    for entry in written['images']:
+        records = capture(model, transform(load_image(entry['image']))[None])
+        assert len(records) == len(entry['modules'])
+        for record, numbers in zip(records, entry['modules']):
+            assert (numbers['height'], numbers['width']) == record.attention.shape[-2:]
+            np.testing.assert_allclose(numbers['entropy'], literal_entropy(record.attention[0]), rtol=1e-3, atol=1e-5)
+            assert all(0 <= v <= 1 for v in (*numbers['entropy_normalized'], *numbers['spread']))
+    for similarity in written['similarity']:
+        similarity = np.array(similarity)
+        assert similarity.shape == (16, 16)
+        np.testing.assert_allclose(np.diag(similarity), 1, atol=1e-3)
+        np.testing.assert_allclose(similarity, similarity.T, atol=1e-3)
+
+
+@pytest.mark.parametrize('module', [1, 4])
+def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
+    """Images are seen at their own size; the module is the level."""
+    result = command(
+        'tokens', pictures / 'wide.png', '--model', segmenter, '--out', tmp_path / 'out', '--module', module,
+        '--format', 'svg')
+    assert result.code == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / 'out')) == ['tokens.json', 'tokens.svg', 'wide_tokens.svg']
+    modules = json.loads((tmp_path / 'out' / 'tokens.json').read_text())['images'][0]['modules']
+    assert [(m['height'], m['width']) for m in modules] == [(15, 23), (8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['wide.png', '--model', 'resnet18.a1_in1k.no'], 'resnet18'),
+    (['wide.png', '--model', 'test_vt_resnet', '--module', '3'], 'module must be one with an attention, 1, 2, got 3'),
+    (['broken.png', '--model', 'test_vt_resnet'], 'none of the 1 images can be read'),
+    (['wide.png', 'wide.png', '--model', 'test_vt_resnet'], 'would be written to the same name'),
+])
+def test_tokens_refused(command, pictures, tmp_path, words, expected):
+    words = [pictures / word if word.endswith('.png') else word for word in words]
+    result = command('tokens', *words, '--out', tmp_path / 'out')
+    assert result.code == 2
+    assert expected in result.stderr and 'Traceback' not in result.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_model_without_tokens(command, pictures, tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet'), tmp_path / 'resnet', safe_serialization=True)
+    result = command('tokens', pictures / 'wide.png', '--model', tmp_path / 'resnet', '--out', tmp_path / 'out')
+    assert result.code == 2
+    assert 'has no tokens to look at' in result.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_locality(command, pictures, tmp_path):
+    words = ['locality', '--model', 'test_vit', '--random', '--out', tmp_path / 'figure.svg']
+    result = command(*words, pictures / 'wide.png')
+    assert result.code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert 'random weights, 1 images' in lines[0]
+    layers = [line.split() for line in lines[2:8]]
+    assert [layer[0] for layer in layers] == list('123456')
+    assert all(float(low) <= float(mean) <= float(high) for _, mean, low, _, high in layers)
+    assert 'uniform attention has 0.0784' in result.stdout  # 10x10 patches
+    assert '<svg' in (tmp_path / 'figure.svg').read_text()
+    assert command(*words, pictures / 'wide.png').stdout == result.stdout
+    assert 'one image of noise' in command(*words).stdout
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['--model', 'resnet18', '--random'], 'has no locality ratio'),
+    (['--model', 'no_such_model', '--random'], "'no_such_model'"),
+    (['--model', 'test_vit', '--random', '--out', 'figure.gif'], 'out must end in .png or .svg, got figure.gif'),
+])
+def test_locality_refused(command, tmp_path, words, expected):
+    result = command('locality', '--out', tmp_path / 'figure.png', *words)
+    assert result.code == 2
+    assert expected in result.stderr and 'Traceback' not in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Training of segmentation models: the sum it computes, reproducible, resumable after a kill at any moment."""
 import csv
+import multiprocessing
 import os
 import shutil
 import signal
@@ -452,6 +453,7 @@ def test_broken_file(my_composed, segment_settings, tmp_path, workers, kind, spl
     with input_error(f'^{kind[:-1]} {path} cannot be read: '):
         run(my_composed, tmp_path / 'run', segment_settings, workers=workers, iterations=4)
     assert not (tmp_path / 'run' / 'last').exists()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -522,11 +524,10 @@ def test_bfloat16(segment_command, composed, segment_arguments, segment_run, tmp
 
 
 @pytest.fixture(scope='module')
-def two_command_lines(tmp_path_factory):
-    command_lines = [CommandLine(tmp_path_factory.mktemp('rank'), *SEGMENT_MODULES) for _ in range(2)]
-    yield command_lines
-    for command_line in command_lines:
-        command_line.close()
+def two_command_lines(segment_command, tmp_path_factory):
+    other = CommandLine(tmp_path_factory.mktemp('other_command'), *SEGMENT_MODULES)
+    yield [segment_command, other]
+    other.close()
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Mean IoU, IoU a class and pixel accuracy over a data set."""
+import traceback
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -67,6 +68,7 @@ def read_batches(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except InputError as e:
+        traceback.clear_frames(e.__traceback__)  # they refer to the loader's processes, which would live on
         raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -106,11 +107,13 @@ def load_segmentation_model(path: Union[str, Path]) -> LoadedModel:
         kind = config['_model_class']
         if kind not in classes:
             raise InputError(f'model folder {path} holds a {kind}, allowed are {", ".join(classes)}')
-        with contextlib.redirect_stdout(io.StringIO()):  # huggingface_hub prints that it loads
+        # huggingface_hub prints that it loads, segmentation_models_pytorch warns of each tensor before it raises
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             model = classes[kind].from_pretrained(path)
         size = config['_eval_size']
         loaded = LoadedModel(
-            model, list(config['_classes']), tuple(config['_mean']), tuple(config['_std']),
+            model, list(config['_classes']), tuple(map(float, config['_mean'])), tuple(map(float, config['_std'])),
             tuple(size) if isinstance(size, list) else size)
     except InputError:
         raise

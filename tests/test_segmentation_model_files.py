@@ -1,0 +1,200 @@
+"""Segmentation models as files: exact, complete, safetensors only, and one sentence for each that cannot be used."""
+import json
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
+from vt_zoo.segmentation.model_files import (
+    LoadedModel,
+    create_segmentation_model,
+    encoder_statistics,
+    load_segmentation_model,
+    save_segmentation_model,
+)
+from vt_zoo.segmentation.settings import SegmentSettings
+
+CLASSES = ['sky', 'sea', 'the shore, "wet"', 'Düne']
+TINY = {'encoder_name': 'tu-test_resnet', 'token_dim': 32, 'pyramid_channels': 32, 'head_channels': 64}
+
+
+def create(**changes):
+    return create_segmentation_model(SegmentSettings(**{**TINY, **changes}), len(CLASSES)).eval()
+
+
+def save(path, model=None, **kwargs):
+    loaded = LoadedModel(model or create(), CLASSES, (0.1, 0.2, 0.3), (1., 0.5, 1 / 3), None)
+    for name, value in kwargs.items():
+        setattr(loaded, name, value)
+    save_segmentation_model(path, loaded, 'some images', {'mIoU': '12.34 %'})
+    return loaded
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """Folder of a model that was not trained. Not to be changed."""
+    path = tmp_path_factory.mktemp('saved') / 'model'
+    save(path)
+    return path
+
+
+@pytest.fixture
+def my_saved(saved, tmp_path):
+    """A copy of saved to change."""
+    return shutil.copytree(saved, tmp_path / 'my_saved')
+
+
+@pytest.mark.parametrize('arch, kind', [('vt_fpn', VTFPN), ('panoptic_fpn', PanopticFPN)])
+@pytest.mark.parametrize('eval_size', [None, 40, (40, 36)])
+def test_what_is_saved_is_loaded(tmp_path, arch, kind, eval_size):
+    given = save(tmp_path / 'model', create(arch=arch, num_tokens=3), eval_size=eval_size)
+    loaded = load_segmentation_model(tmp_path / 'model')
+    assert type(loaded.model) is kind
+    assert not loaded.model.training
+    assert (loaded.classes, loaded.mean, loaded.std, loaded.eval_size) == (
+        CLASSES, (0.1, 0.2, 0.3), (1., 0.5, 1 / 3), eval_size)
+    state = loaded.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in given.model.state_dict().items())
+    x = torch.randn(2, 3, 40, 50)
+    assert torch.equal(loaded.model(x), given.model(x))
+
+
+def test_files(saved):
+    assert sorted(os.listdir(saved)) == ['README.md', 'config.json', 'model.safetensors']
+    assert os.listdir(saved.parent) == ['model']
+
+
+def test_folder_is_replaced(my_saved):
+    (my_saved / 'old.txt').write_text('old')
+    model = create()
+    save(my_saved, model)
+    assert sorted(os.listdir(my_saved)) == ['README.md', 'config.json', 'model.safetensors']
+    assert torch.equal(
+        load_segmentation_model(my_saved).model.decoder.neck.laterals[0].weight, model.decoder.neck.laterals[0].weight)
+
+
+def test_loading_prints_nothing(saved, capfd):
+    load_segmentation_model(saved)
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('stated', [True, 'imagenet'])
+def test_loading_never_fetches_weights_of_the_encoder(my_saved, tmp_path, monkeypatch, stated, input_error):
+    def refuse(*args, **kwargs):
+        raise ConnectionError('weights are fetched')
+
+    monkeypatch.setattr('timm.models._builder.load_pretrained', refuse)
+    with input_error("encoder 'tu-test_resnet.r160_in1k' cannot be made: weights are fetched"):
+        create(encoder_name='tu-test_resnet.r160_in1k', encoder_weights=True)
+
+    change_config(my_saved, encoder_weights=stated)
+    loaded = load_segmentation_model(my_saved)
+    save_segmentation_model(tmp_path / 'again', loaded)
+    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['encoder_weights'] is None
+    VTFPN.from_pretrained(my_saved)
+
+
+def test_card(saved):
+    card = ModelCard.load(saved / 'README.md')
+    assert card.data.library_name == 'vt_zoo'
+    assert card.data.license == 'apache-2.0'
+    assert card.data.pipeline_tag == 'image-segmentation'
+    assert 'some images' in card.text
+    assert '- mIoU: 12.34 %' in card.text
+
+
+@pytest.mark.parametrize('arch', ['vt_fpn', 'panoptic_fpn'])
+def test_code_of_the_card_runs(tmp_path, arch):
+    given = save(tmp_path / 'model', create(arch=arch))
+    code = re.search('```python\n(.*?)```', (tmp_path / 'model' / 'README.md').read_text(), re.DOTALL)[1]
+    assert '<this repository or folder>' in code
+    names = {}
+    exec(code.replace('<this repository or folder>', str(tmp_path / 'model')), names)
+    x = torch.randn(1, 3, 40, 40)
+    assert torch.equal(names['model'](x), given.model(x))
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(changes)
+    (folder / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if v != 'remove'}))
+
+
+def change_file(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def half(folder):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
+
+
+def weights_of(**changes):
+    return lambda folder: save_file(create(**changes).state_dict(), folder / 'model.safetensors')
+
+
+DAMAGES = {
+    'no config': (lambda f: (f / 'config.json').unlink(), 'holds no config.json'),
+    'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'holds no model.safetensors'),
+    'pickled weights instead': (
+        lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'), 'holds no model.safetensors'),
+    'config is no JSON': (change_file('config.json', b'{'), 'cannot be loaded'),
+    'config is a list': (change_file('config.json', b'[1]'), 'cannot be loaded'),
+    'config is no text': (change_file('config.json', b'\xff\xfe'), 'cannot be loaded'),
+    'config is empty': (change_file('config.json', b''), 'cannot be loaded'),
+    'another library\'s config': (change_file('config.json', b'{"architecture": "resnet18"}'), "no '_model_class'"),
+    'no classes': (lambda f: change_config(f, _classes='remove'), "has no '_classes'"),
+    'no mean': (lambda f: change_config(f, _mean='remove'), "has no '_mean'"),
+    'mean in words': (lambda f: change_config(f, _mean='half'), 'cannot be loaded'),
+    'no number of classes': (lambda f: change_config(f, classes='remove'), 'weights are those of another model'),
+    'another class': (lambda f: change_config(f, _model_class='Unet'), 'holds a Unet, allowed are VTFPN, PanopticFPN'),
+    'the other class': (
+        lambda f: change_config(f, _model_class='PanopticFPN'), 'holds|cannot be loaded'),
+    'too few names': (lambda f: change_config(f, _classes=['sky']), 'has 4 classes, its config.json names 1'),
+    'too many names': (lambda f: change_config(f, _classes=['sky'] * 5), 'has 4 classes, its config.json names 5'),
+    'unknown encoder': (lambda f: change_config(f, encoder_name='tu-no_such'), 'cannot be loaded.*no_such'),
+    'other channels': (lambda f: change_config(f, token_dim=64), 'weights are those of another model'),
+    'head that cannot be': (lambda f: change_config(f, head_channels=40), 'cannot be loaded.*multiple of 32'),
+    'weights of another encoder': (weights_of(encoder_name='tu-test_vt_resnet'), 'weights are those of another model'),
+    'weights without a neck': (
+        lambda f: save_file(timm.create_model('test_resnet').state_dict(), f / 'model.safetensors'),
+        'weights are those of another model'),
+    'half of the weights': (half, 'cannot be loaded'),
+    'pickle by another name': (change_file('model.safetensors', pickle.dumps({'a': 1})), 'cannot be loaded'),
+    'empty weights': (change_file('model.safetensors', b''), 'cannot be loaded'),
+}
+
+
+@pytest.mark.parametrize('damage, words', DAMAGES.values(), ids=DAMAGES)
+def test_damaged_folder(my_saved, damage, words, input_error):
+    damage(my_saved)
+    with input_error(f'model folder {my_saved}.*({words})'):
+        load_segmentation_model(my_saved)
+
+
+def test_missing_folder(tmp_path, input_error):
+    with input_error('no_such_model does not exist'):
+        load_segmentation_model(tmp_path / 'no_such_model')
+
+
+def test_file_in_place_of_a_folder(saved, input_error):
+    with input_error(r'config\.json'):
+        load_segmentation_model(saved / 'config.json')
+
+
+@pytest.mark.parametrize('name', ['resnet50.a1_in1k', 'test_resnet', 'vt_resnet50'])
+def test_statistics_of_timms_encoders(name):
+    cfg = timm.create_model(name, device='meta').pretrained_cfg
+    assert encoder_statistics(f'tu-{name}') == (tuple(cfg['mean']), tuple(cfg['std']))
+
+
+@pytest.mark.parametrize('name', ['resnet50', 'tu-no_such_encoder'])
+def test_statistics_that_are_not_known_are_imagenets(name):
+    assert encoder_statistics(name) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -259,12 +259,9 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
 
 # what takes its place: 1 checkpoint 2, 2 best/ of 4, 3 checkpoint 4, 4 checkpoint 6, then the end
 @pytest.mark.parametrize('function, call, after', [
-    ('os.replace', 1, False),
     ('os.replace', 2, False),  # best/ is written but not in its place
     ('os.replace', 2, True),  # best/ is there, its checkpoint is not
-    ('os.replace', 3, True),
     ('vt_zoo.segmentation.train.learning_rate', 6, False),
-    ('vt_zoo.segmentation.train.evaluate', 2, False),
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, False),  # last/ is not written
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, True),  # last/ is there, the history is not
     ('vt_zoo.segmentation.train.write_history', 1, True),  # both are, and the checkpoint is still there
@@ -296,21 +293,18 @@ def test_kill_while_best_is_replaced(
     assert sorted(os.listdir(out)) == WRITTEN
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_kill_9_of_a_real_process(segment_command, composed, segment_arguments, segment_run, tmp_path, workers):
+@pytest.mark.parametrize('workers', [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(segment_command, composed, segment_arguments, segment_run, tmp_path, workers):
     """Several times, each after a little longer than the last."""
     out = tmp_path / 'run'
     words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--workers', workers, '--out', out]
-    killed = 0
-    for i in range(20):
-        seconds = 0.2 + 0.15 * i
+    killed, seconds = 0, 0.2
+    while not out.exists() or sorted(os.listdir(out)) != WRITTEN:
         result = segment_command(*words, '--resume', timeout=seconds)
-        if result.code == 0:
-            break
-        assert result.code == -signal.SIGALRM
-        killed += 1
+        assert result.code in (0, -signal.SIGALRM)
+        killed += result.code != 0
+        seconds += 0.15
     assert killed > 1
-    assert result.code == 0
     assert outcome(out) == outcome(segment_run.out)
     assert sorted(os.listdir(out)) == WRITTEN
 
@@ -504,8 +498,9 @@ def test_no_output_without_progress(composed, segment_settings, tmp_path, capfd)
     assert capfd.readouterr() == ('', '')
 
 
-def test_bfloat16(segment_command, composed, segment_arguments, segment_run, tmp_path):
-    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--precision', 'bf16']
+@pytest.mark.parametrize('precision', ['bf16', pytest.param('fp16', marks=pytest.mark.slow)])
+def test_mixed_precision(segment_command, composed, segment_arguments, segment_run, tmp_path, precision):
+    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--precision', precision]
     result = segment_command(*words, '--out', tmp_path / 'run')
     assert result.code == 0, result.stderr
     saved = load_file(tmp_path / 'run' / 'last' / 'model.safetensors')

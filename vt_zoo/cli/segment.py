@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,9 @@ def _eval(args: argparse.Namespace) -> None:
     loaded = load_segmentation_model(args.model)
     dataset = load_dataset(args.format, args.data_dir, args.split, eval_transform(loaded.mean, loaded.std))
     if dataset.classes != loaded.classes:
+        ours, theirs = next((a, b) for a, b in zip_longest(loaded.classes, dataset.classes) if a != b)
         raise InputError(
-            f'model {args.model} has the classes {", ".join(loaded.classes)}; '
-            f'data set {args.data_dir} has {", ".join(dataset.classes)}')
+            f'model {args.model} and data set {args.data_dir} must have the same classes, got {ours!r} and {theirs!r}')
     batches = read_batches(DataLoader(dataset, num_workers=args.workers))
     metrics = evaluate(
         loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), leave=False), len(loaded.classes),

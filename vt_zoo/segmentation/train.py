@@ -161,7 +161,8 @@ class _Run:
         broadcast(list(self.kept_model.buffers()))  # batch statistics, which are the processes' own on CPU
         indices = range(self.accelerator.process_index, len(self.val_data), self.accelerator.num_processes)
         loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
-        bar = tqdm(read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False)
+        bar = tqdm(
+            read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False, position=0)
         return evaluate(self.kept_model, bar, len(self.classes), self.settings.eval_size)
 
     def record(self, metrics: SegmentMetrics) -> Dict[str, float]:
@@ -268,7 +269,8 @@ def train(
         _logger.info(f'resuming after iteration {run.iteration} of {settings.iterations}')
 
     bar = tqdm(
-        total=settings.iterations, initial=run.iteration, desc='training', unit='iteration', disable=not progress)
+        total=settings.iterations, initial=run.iteration, desc='training', unit='iteration', disable=not progress,
+        leave=False)
     metrics = None
     with bar:
         for images, masks in run.train_batches():
@@ -276,6 +278,7 @@ def train(
             bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
             bar.update()
             if run.iteration % settings.eval_every == 0 or run.iteration == settings.iterations:
+                bar.clear()  # whose line the evaluation's takes
                 metrics = run.evaluate(progress)
                 before = max((line['miou'] for line in run.history), default=-1.)
                 line = run.record(metrics)

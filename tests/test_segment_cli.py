@@ -1,0 +1,403 @@
+"""`vt-zoo segment`: what it prints, and one sentence and an exit code for each input that cannot be used."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from test_cli import check_interrupted, check_refused, files, limit_file_size, tree
+from torch.utils.data import DataLoader
+
+from vt_zoo.segmentation.composed_digits import CLASSES
+from vt_zoo.segmentation.datasets import load_dataset
+from vt_zoo.segmentation.evaluate import evaluate
+from vt_zoo.segmentation.model_files import load_segmentation_model
+from vt_zoo.segmentation.settings import list_segmentation_recipes
+from vt_zoo.segmentation.transforms import eval_transform
+
+OPTIONAL = ['segmentation_models_pytorch', 'accelerate', 'torchmetrics']
+WRITTEN = ['best', 'history.csv', 'last']
+
+# makes a package one that is not installed
+WITHOUT = '''
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: None if name == {!r} else find_spec(name, *args)
+'''
+
+# words after `segment train --data-dir DIR`, and what the sentence says
+BAD_TRAINING = {
+    'unknown recipe': (['--config', 'no_such_recipe'], ['no_such_recipe', *list_segmentation_recipes()]),
+    'unknown architecture': (['--arch', 'unet'], ['arch', "'unet'", 'vt_fpn, panoptic_fpn']),
+    'unknown encoder': (['--encoder-name', 'tu-no_such'], ["'tu-no_such'"]),
+    'number for a word': (['--arch', '5'], ['arch', '5']),
+    'word for a number': (['--iterations', 'many'], ['iterations', "'many'", 'whole number']),
+    'no iterations': (['--iterations', '0'], ['iterations', 'at least 1', '0']),
+    'negative rate': (['--lr', '-0.1'], ['lr', 'above 0', '-0.1']),
+    'rate of nan': (['--lr', '.nan'], ['lr', 'nan']),
+    'rate too high': (['--lr', '1e30'], ['the loss became', 'lower lr']),
+    'crop of one number': (['--crop-size', '32'], ['crop_size', 'a list of 2 numbers', '32']),
+    'no YAML': (['--crop-size', '[32'], ['crop_size', "'[32'"]),
+    'unknown layout': (['--format', 'voc'], ["'voc'", 'coco_stuff', 'lip']),
+    'another layout': (['--format', 'coco_stuff'], ['train2017', 'does not exist']),
+    'unknown optimizer': (['--opt', 'no_such'], ['opt', "'no_such'"]),
+    'unknown precision': (['--precision', 'fp8'], ['precision', "'fp8'", 'bf16']),
+    'unknown device': (['--device', 'abacus'], ['abacus', 'cpu']),
+    'negative workers': (['--workers', '-1'], ['workers', '-1']),
+    'unknown word': (['--no-such-word'], ['--no-such-word']),
+}
+
+
+@pytest.fixture(scope='module')
+def train_words(composed, segment_arguments):
+    return ['segment', 'train', '--data-dir', composed, *segment_arguments]
+
+
+@pytest.fixture(scope='module')
+def measures(segment_model, composed):
+    """Of segment_model on the validation images."""
+    loaded = load_segmentation_model(segment_model)
+    dataset = load_dataset('folder', composed, 'val', eval_transform(loaded.mean, loaded.std))
+    return evaluate(loaded.model, DataLoader(dataset), len(loaded.classes))
+
+
+@pytest.fixture(scope='module')
+def picture(composed):
+    return composed / 'images' / 'val' / '00000.png'
+
+
+def outcome(out):
+    return [(out / path).read_bytes() for path in (
+        'best/model.safetensors', 'last/model.safetensors', 'history.csv')]
+
+
+def test_help(command):
+    assert 'segment' in command('--help').stdout
+    for action, words in {
+            'train': ['--config', '--data-dir', '--resume', '--lr', '--crop-size', *list_segmentation_recipes()],
+            'eval': ['--model', '--data-dir', '--format', '--json'], 'predict': ['IMAGE', '--model', '--out']}.items():
+        result = command('segment', action, '--help')
+        assert (result.code, result.stderr) == (0, '')
+        for word in (f'usage: vt-zoo segment {action}', *words):
+            assert word in result.stdout
+
+
+def test_a_new_user(script, segment_command, composed, segment_settings, segment_run, tmp_path):
+    """Train by a recipe of one's own in a real process, measure, predict."""
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(segment_settings))
+    process = subprocess.run(
+        [script, 'segment', 'train', '--config', 'recipe.yaml', '--data-dir', composed, '--device', 'cpu'],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert sorted(os.listdir(tmp_path / 'vt_zoo_segment')) == WRITTEN
+    assert outcome(tmp_path / 'vt_zoo_segment') == outcome(segment_run.out)
+    summary = dict(line.split(None, 1) for line in process.stdout.splitlines() if not line.startswith('iteration'))
+    percent = f'{100 * segment_run.result.last.miou:.2f} %'
+    assert summary['mIoU'].startswith(f'{percent} after the last iteration')
+    assert summary['best'] == f'{100 * segment_run.result.best_miou:.2f} %'
+    assert summary['models'] == 'vt_zoo_segment/last, vt_zoo_segment/best'
+
+    words = ['segment', 'eval', '--model', 'vt_zoo_segment/last', '--data-dir', composed]
+    assert f'mIoU {percent}' in segment_command(*words, cwd=tmp_path).stdout
+
+    program, *words = summary['use'].replace('IMAGE', str(composed / 'images' / 'val' / '00000.png')).split()
+    assert program == 'vt-zoo'
+    assert segment_command(*words, cwd=tmp_path).code == 0
+    assert sorted(os.listdir(tmp_path / 'vt_zoo_segmented')) == ['00000_classes.png', '00000_overlay.png']
+
+
+def test_train_prints_a_line_an_evaluation(segment_command, train_words, segment_run, tmp_path):
+    result = segment_command(*train_words, '--out', tmp_path / 'run')
+    assert (result.code, result.lines) == (0, [])
+    lines = [line for line in result.stdout.splitlines() if line.startswith('iteration')]
+    assert [line.split(':')[0] for line in lines] == ['iteration 4', 'iteration 8']
+    last = segment_run.result.last
+    assert f'mIoU {100 * last.miou:.2f} %, pixel accuracy {100 * last.pixel_accuracy:.2f} %' in lines[-1]
+    assert '8/8' in result.stderr and 'evaluating' in result.stderr
+    assert outcome(tmp_path / 'run') == outcome(segment_run.out)
+
+
+def test_options_replace_the_recipes_values(segment_command, composed, segment_settings, tmp_path):
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(segment_settings))
+    result = segment_command(
+        'segment', 'train', '--config', tmp_path / 'recipe.yaml', '--data-dir', composed, '--out', tmp_path / 'run',
+        '--iterations', '1', '--arch', 'panoptic_fpn', '--eval-size', '[40, 36]', '--mean', '[.1, 2e-1, 0.3]',
+        '--lr', '1e-3', '--precision', 'no', '--workers', '0', '--device', 'cpu')
+    assert result.code == 0, result.stderr
+    loaded = load_segmentation_model(tmp_path / 'run' / 'last')
+    assert type(loaded.model).__name__ == 'PanopticFPN'
+    assert (loaded.eval_size, loaded.mean) == ((40, 36), (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize('words, holds', BAD_TRAINING.values(), ids=BAD_TRAINING)
+def test_train_with_words_that_cannot_be_used(segment_command, train_words, tmp_path, words, holds):
+    result = segment_command(*train_words, '--out', tmp_path / 'run', *words)
+    check_refused(result, *holds)
+    assert len(result.lines) == 1
+    assert result.stdout == ''
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda folder: folder / 'missing', ['missing', 'does not exist']),
+    (lambda folder: folder, ['images', 'does not exist']),
+    (lambda folder: (folder / 'file').touch() or folder / 'file', ['file', 'not a folder']),
+])
+def test_train_on_data_that_are_not_there(segment_command, segment_arguments, tmp_path, make, words):
+    data_dir = make(tmp_path)
+    result = segment_command('segment', 'train', '--data-dir', data_dir, *segment_arguments, '--out', tmp_path / 'run')
+    check_refused(result, *words)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_train_on_a_broken_image(segment_command, my_composed, segment_arguments, tmp_path, workers):
+    path = my_composed / 'images' / 'train' / '00002.png'
+    path.write_bytes(path.read_bytes()[:100])
+    result = segment_command(
+        'segment', 'train', '--data-dir', my_composed, *segment_arguments, '--workers', workers,
+        '--out', tmp_path / 'run')
+    check_refused(result, f'image {path} cannot be read')
+    assert len(result.lines) == 1
+
+
+@pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place', '/proc'])
+def test_train_into_a_place_that_cannot_be_written(segment_command, train_words, tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    check_refused(segment_command(*train_words, '--out', tmp_path / place), tmp_path / place)
+    assert tree(tmp_path) == {'file': b'mine'}
+
+
+@pytest.mark.parametrize('words', [[], ['--resume']])
+def test_train_into_a_finished_run(segment_command, train_words, segment_run, words):
+    before = tree(segment_run.out)
+    check_refused(segment_command(*train_words, '--out', segment_run.out, *words), '--overwrite')
+    assert tree(segment_run.out) == before
+
+
+def test_train_on_a_full_disk(segment_command, train_words, segment_run, tmp_path):
+    check_refused(segment_command(*train_words, '--out', tmp_path / 'run', before=limit_file_size(1_000_000)))
+    assert files(tmp_path) == []
+    assert segment_command(*train_words, '--out', tmp_path / 'run').code == 0
+    assert outcome(tmp_path / 'run') == outcome(segment_run.out)
+
+
+def test_disk_that_is_full_in_the_middle(segment_command, signal_at, train_words, segment_run, tmp_path):
+    """Space for best/, but not for the checkpoint that follows it."""
+    out = tmp_path / 'run'
+    size = (segment_run.out / 'best' / 'model.safetensors').stat().st_size + 10_000
+    before = signal_at('vt_zoo.segmentation.train.learning_rate', 4, signal.SIGINT)
+    check_interrupted(segment_command(*train_words, '--out', out, before=before))
+    checkpoint = (out / 'checkpoint.safetensors').read_bytes()
+    check_refused(segment_command(*train_words, '--out', out, '--resume', before=limit_file_size(size)))
+    assert sorted(os.listdir(out)) == ['best', 'checkpoint.safetensors']
+    assert (out / 'checkpoint.safetensors').read_bytes() == checkpoint
+    assert segment_command(*train_words, '--out', out, '--resume').code == 0
+    assert outcome(out) == outcome(segment_run.out)
+
+
+@pytest.mark.parametrize('function, call, left', [
+    ('os.replace', 1, []),
+    ('vt_zoo.segmentation.train.learning_rate', 3, ['checkpoint.safetensors']),
+    ('os.replace', 3, ['best', 'checkpoint.safetensors']),
+    ('vt_zoo.segmentation.train.write_history', 1, ['best', 'checkpoint.safetensors', 'last']),
+])
+def test_ctrl_c(segment_command, signal_at, train_words, segment_run, tmp_path, function, call, left):
+    out = tmp_path / 'run'
+    result = segment_command(*train_words, '--out', out, before=signal_at(function, call, signal.SIGINT))
+    check_interrupted(result)
+    assert sorted(os.listdir(out)) == left
+    assert (len(result.lines) == 2 and f'kept in {out}, go on with --resume' in result.lines[0]) == bool(left)
+    assert segment_command(*train_words, '--out', out, '--resume').code == 0
+    assert outcome(out) == outcome(segment_run.out)
+
+
+def test_ctrl_c_with_workers(segment_command, signal_at, train_words, tmp_path):
+    before = signal_at('vt_zoo.segmentation.train.learning_rate', 5, signal.SIGINT)
+    check_interrupted(segment_command(*train_words, '--workers', 2, '--out', tmp_path / 'run', before=before))
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_workers_in_a_real_process(segment_command, train_words, tmp_path):
+    out = tmp_path / 'run'
+    words = [*train_words, '--workers', '2', '--iterations', '10000', '--out', out]
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'vt_zoo', *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not (out / 'checkpoint.safetensors').exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert 'Traceback' not in stderr
+    assert stderr.endswith(f'the last checkpoint is kept in {out}, go on with --resume\nvt-zoo: interrupted\n')
+    assert {'checkpoint.safetensors'} <= set(os.listdir(out)) <= {'checkpoint.safetensors', 'best'}
+
+
+def test_eval_as_json(segment_command, segment_model, composed, measures):
+    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', composed, '--json')
+    assert (result.code, result.lines) == (0, [])
+    printed = json.loads(result.stdout)
+    assert printed == {
+        'images': 3, 'miou': measures.miou, 'pixel_accuracy': measures.pixel_accuracy,
+        'iou': dict(zip(CLASSES, measures.iou))}
+    assert None in printed['iou'].values(), 'a class is absent'
+
+
+def test_eval_as_a_table(segment_command, segment_model, composed, measures):
+    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', composed, '--workers', '2')
+    assert (result.code, result.lines) == (0, [])
+    *rows, last = result.stdout.splitlines()
+    assert [row.split()[0] for row in rows] == CLASSES
+    for row, iou in zip(rows, measures.iou):
+        assert row.split()[1:] == (['absent'] if iou is None else [f'{100 * iou:.2f}', '%'])
+    assert last == (f'mIoU {100 * measures.miou:.2f} %, pixel accuracy {100 * measures.pixel_accuracy:.2f} %, 3 images')
+
+
+def test_eval_on_the_training_part(segment_command, segment_model, composed):
+    result = segment_command(
+        'segment', 'eval', '--model', segment_model, '--data-dir', composed, '--split', 'train', '--json')
+    assert json.loads(result.stdout)['images'] == 7
+
+
+def test_eval_on_other_classes(segment_command, segment_model, my_composed):
+    (my_composed / 'classes.txt').write_text('\n'.join([*CLASSES[:-1], 'nine']))
+    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', my_composed)
+    check_refused(result, segment_model, my_composed, '9', 'nine')
+
+
+def test_eval_on_a_data_set_of_many_other_classes(segment_command, segment_model, my_composed):
+    (my_composed / 'classes.txt').write_text('\n'.join(f'class number {i}' for i in range(200)))
+    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', my_composed)
+    check_refused(result, 'class number 0')
+
+
+@pytest.mark.parametrize('words, holds', [
+    (['--format', 'voc'], ["'voc'", 'coco_stuff']),
+    (['--format', 'lip'], ['TrainVal_images', 'does not exist']),
+    (['--split', 'test'], ['test', 'train']),
+    (['--data-dir', 'no_such_folder'], ['no_such_folder', 'does not exist']),
+    (['--model', 'no_such_model'], ['no_such_model', 'does not exist']),
+])
+def test_eval_with_words_that_cannot_be_used(segment_command, segment_model, composed, words, holds):
+    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', composed, *words)
+    check_refused(result, *holds)
+    assert result.stdout == ''
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_eval_on_a_broken_mask(segment_command, segment_model, my_composed, workers):
+    path = my_composed / 'masks' / 'val' / '00001.png'
+    Image.new('L', (48, 47)).save(path)
+    result = segment_command(
+        'segment', 'eval', '--model', segment_model, '--data-dir', my_composed, '--workers', workers)
+    check_refused(result, f'mask {path} is 48x47 pixels')
+
+
+def test_predict(segment_command, segment_model, composed, tmp_path):
+    images = sorted((composed / 'images' / 'val').iterdir())
+    result = segment_command('segment', 'predict', *images, '--model', segment_model, '--out', 'out', cwd=tmp_path)
+    assert (result.code, result.lines) == (0, [])
+    assert result.stdout.splitlines() == [f'out/{p.stem}_overlay.png  out/{p.stem}_classes.png' for p in images]
+    for line in result.stdout.splitlines():
+        overlay, classes = (Image.open(tmp_path / name) for name in line.split())
+        assert (overlay.mode, classes.mode, classes.size) == ('RGB', 'P', (48, 48))
+        assert np.asarray(classes).max() <= 10
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda folder: folder / 'missing.png', ['missing.png', 'does not exist']),
+    (lambda folder: folder, ['is a folder']),
+    (lambda folder: (folder / 'note.png').write_text('Hello') and folder / 'note.png', ['note.png', 'not an image']),
+    (lambda folder: folder / '00000.jpg', ['00000.jpg', 'same name']),
+])
+def test_predict_of_a_file_that_cannot_be_used(segment_command, picture, segment_model, tmp_path, make, words):
+    result = segment_command(
+        'segment', 'predict', picture, make(tmp_path), '--model', segment_model, '--out', tmp_path / 'out')
+    check_refused(result, *words)
+    assert result.stdout == ''
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place'])
+def test_predict_into_a_place_that_cannot_be_written(segment_command, picture, segment_model, tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    result = segment_command('segment', 'predict', picture, '--model', segment_model, '--out', tmp_path / place)
+    check_refused(result, tmp_path / place)
+    assert tree(tmp_path) == {'file': b'mine'}
+
+
+def test_predict_onto_a_full_disk(segment_command, picture, segment_model, tmp_path):
+    result = segment_command(
+        'segment', 'predict', picture, '--model', segment_model, '--out', tmp_path / 'out', before=limit_file_size(100))
+    check_refused(result)
+    assert files(tmp_path) == []
+
+
+def test_predict_without_a_model(segment_command, picture, tiny_model, tmp_path):
+    check_refused(segment_command('segment', 'predict', picture), '--model')
+    result = segment_command('segment', 'predict', picture, '--model', tiny_model, '--out', tmp_path / 'out')
+    check_refused(result, tiny_model, '_model_class')
+
+
+def test_weights_of_another_model_give_one_line(segment_command, picture, my_segment_model, tmp_path):
+    config = json.loads((my_segment_model / 'config.json').read_text())
+    (my_segment_model / 'config.json').write_text(json.dumps({**config, 'token_dim': 64}))
+    result = segment_command('segment', 'predict', picture, '--model', my_segment_model, '--out', tmp_path / 'out')
+    check_refused(result, 'its weights are those of another model')
+    assert len(result.lines) == 1
+
+
+def test_no_action(command):
+    check_refused(command('segment'), 'ACTION')
+
+
+@pytest.mark.parametrize('action, package', [
+    ('train', 'segmentation_models_pytorch'), ('train', 'accelerate'), ('eval', 'torchmetrics'),
+    ('predict', 'segmentation_models_pytorch')])
+def test_missing_package(command, composed, picture, segment_model, segment_arguments, tmp_path, package, action):
+    words = {
+        'train': ['--data-dir', composed, *segment_arguments, '--out', tmp_path / 'out'],
+        'eval': ['--data-dir', composed, '--model', segment_model],
+        'predict': [picture, '--model', segment_model, '--out', tmp_path / 'out']}[action]
+    result = command('segment', action, *words, before=WITHOUT.format(package))
+    check_refused(result, f"segmentation needs {package}: pip install 'vt_zoo[segmentation]'")
+    assert len(result.lines) == 1
+    assert files(tmp_path) == []
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    code = 'import vt_zoo.cli; vt_zoo.cli.main(["models", "--json"]); import sys; print(*sys.modules, file=sys.stderr)'
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert process.returncode == 0
+    imported = process.stderr.split()
+    assert 'vt_zoo' in imported
+    assert not {*OPTIONAL, 'matplotlib', 'sklearn', 'vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train'} & set(imported)
+
+
+def test_folder_of_a_run_is_not_a_model(segment_command, picture, segment_run, tmp_path):
+    result = segment_command('segment', 'predict', picture, '--model', segment_run.out, '--out', tmp_path / 'out')
+    check_refused(result, segment_run.out, 'config.json')
+
+
+def test_interrupted_prediction_leaves_whole_files(segment_command, signal_at, composed, segment_model, tmp_path):
+    images = sorted((composed / 'images' / 'train').iterdir())
+    before = signal_at('os.replace', 4, signal.SIGINT)
+    result = segment_command(
+        'segment', 'predict', *images, '--model', segment_model, '--out', tmp_path / 'out', before=before)
+    check_interrupted(result)
+    assert files(tmp_path) == [
+        f'out/{name}' for name in ('00000_classes.png', '00000_overlay.png', '00001_overlay.png')]
+
+
+def test_models_are_copied_without_their_run(segment_command, picture, segment_model, tmp_path):
+    """A folder of a model is all that is needed."""
+    model = shutil.copytree(segment_model, tmp_path / 'model')
+    assert segment_command('segment', 'predict', picture, '--model', model, '--out', tmp_path / 'out').code == 0

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -85,6 +89,22 @@ def test_table_of_the_models(name, models):
     assert {model: (parameters, multiply_adds) for model, parameters, multiply_adds in rows} == {
         model: (f'{entry["parameters"] / 1e6:.2f}', f'{entry["multiply_adds"] / 1e6:.0f}')
         for model, entry in models.items()}
+
+
+def test_table_of_the_necks():
+    rows = re.findall(
+        r'^\| (\S+) \| ([\d.]+) M \| ([\d.]+) G \| ([\d.]+) G \|$', (ROOT / 'MODEL_CARDS.md').read_text(), re.MULTILINE)
+    assert [row[0] for row in rows] == ['FPN', 'VT-FPN']
+    for cls, (_, parameters, *costs) in zip((PanopticFPN, VTFPN), rows):
+        with torch.device('meta'):
+            neck = cls('tu-resnet50').decoder.neck.eval()
+        assert parameters == f'{sum(p.numel() for p in neck.parameters()) / 1e6:.2f}'
+        for cost, (height, width) in zip(costs, ((800, 1216), (473, 473))):
+            maps = [
+                torch.empty(1, 64 * n, -(-height // n), -(-width // n), device='meta') for n in (4, 8, 16, 32)]
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                neck(maps)
+            assert cost == f'{counter.get_total_flops() / 2e9:.2f}'
 
 
 @pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md'])

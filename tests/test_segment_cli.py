@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_cli import check_interrupted, check_refused, files, limit_file_size, tree
+from test_cli import check_interrupted, check_refused, files, tree
 from torch.utils.data import DataLoader
 
 from vt_zoo.segmentation.composed_digits import CLASSES
@@ -181,14 +181,15 @@ def test_train_into_a_finished_run(segment_command, train_words, segment_run, wo
     assert tree(segment_run.out) == before
 
 
-def test_train_on_a_full_disk(segment_command, train_words, segment_run, tmp_path):
+def test_train_on_a_full_disk(segment_command, train_words, segment_run, tmp_path, limit_file_size):
     check_refused(segment_command(*train_words, '--out', tmp_path / 'run', before=limit_file_size(1_000_000)))
     assert files(tmp_path) == []
     assert segment_command(*train_words, '--out', tmp_path / 'run').code == 0
     assert outcome(tmp_path / 'run') == outcome(segment_run.out)
 
 
-def test_disk_that_is_full_in_the_middle(segment_command, signal_at, train_words, segment_run, tmp_path):
+def test_disk_that_is_full_in_the_middle(
+        segment_command, signal_at, train_words, segment_run, tmp_path, limit_file_size):
     """Space for best/, but not for the checkpoint that follows it."""
     out = tmp_path / 'run'
     size = (segment_run.out / 'best' / 'model.safetensors').stat().st_size + 10_000
@@ -334,7 +335,7 @@ def test_predict_into_a_place_that_cannot_be_written(segment_command, picture, s
     assert tree(tmp_path) == {'file': b'mine'}
 
 
-def test_predict_onto_a_full_disk(segment_command, picture, segment_model, tmp_path):
+def test_predict_onto_a_full_disk(segment_command, picture, segment_model, tmp_path, limit_file_size):
     result = segment_command(
         'segment', 'predict', picture, '--model', segment_model, '--out', tmp_path / 'out', before=limit_file_size(100))
     check_refused(result)

@@ -2,5 +2,7 @@
 
 Needs the extra `segmentation`: it is not imported by `import vt_zoo`.
 """
+from vt_zoo.layers import VTNeck
+
 from .decoder import FPNNeck, PanopticDecoder
 from .model import VTFPN, PanopticFPN

@@ -27,7 +27,7 @@ def write(folder, text):
 
 
 def test_recipes_are_listed():
-    assert list_segmentation_recipes() == sorted(PAPER)
+    assert list_segmentation_recipes() == sorted([*PAPER, 'digits'])
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -125,7 +125,7 @@ def test_recipe_that_is_no_text(tmp_path, input_error):
 
 @pytest.mark.parametrize('name', ['no_such_recipe', 'no/such/recipe.yaml'])
 def test_missing_recipe(name, input_error):
-    with input_error(f'config {name} is neither a file nor one of coco_stuff, lip'):
+    with input_error(f'config {name} is neither a file nor one of coco_stuff, digits, lip'):
         read_settings(name)
 
 

@@ -108,6 +108,7 @@ def test_figure_is_not_blank(written):
         assert (colours == colour).all(1).sum() > 100, colour
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_no_longer_reproduced_fails(tmp_path):
     copy = tmp_path / 'benchmarks'
     shutil.copytree(BENCHMARKS, copy, ignore=shutil.ignore_patterns('__pycache__'))

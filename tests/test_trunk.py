@@ -197,7 +197,8 @@ def test_finetune_without_the_hub_that_is_named(run_finetune, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('begun_with_hub', [True, False], ids=['hub is gone', 'hub is back'])
+@pytest.mark.parametrize('begun_with_hub', [
+    pytest.param(True, id='hub is gone'), pytest.param(False, id='hub is back', marks=pytest.mark.slow)])
 def test_resuming_needs_no_hub(run_finetune, signal_at, hub, tmp_path, begun_with_hub):
     there, gone = {'HF_ENDPOINT': hub.url}, {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'empty')}
     first, then = (there, gone) if begun_with_hub else (gone, there)

@@ -498,9 +498,16 @@ def test_no_output_without_progress(composed, segment_settings, tmp_path, capfd)
     assert capfd.readouterr() == ('', '')
 
 
-@pytest.mark.parametrize('precision', ['bf16', pytest.param('fp16', marks=pytest.mark.slow)])
-def test_mixed_precision(segment_command, composed, segment_arguments, segment_run, tmp_path, precision):
-    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--precision', precision]
+def test_float16_on_a_cpu(segment_command, composed, segment_arguments, tmp_path):
+    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--precision', 'fp16']
+    result = segment_command(*words, '--out', tmp_path / 'run')
+    assert result.code == 2
+    assert result.lines[-1] == 'vt-zoo: error: precision fp16 is for GPUs, on a CPU allowed are no and bf16'
+    assert not (tmp_path / 'run').exists()
+
+
+def test_mixed_precision(segment_command, composed, segment_arguments, segment_run, tmp_path):
+    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--precision', 'bf16']
     result = segment_command(*words, '--out', tmp_path / 'run')
     assert result.code == 0, result.stderr
     saved = load_file(tmp_path / 'run' / 'last' / 'model.safetensors')

@@ -251,6 +251,8 @@ def train(
         accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)
     except ValueError as e:
         raise InputError(f'precision {settings.precision} cannot be had here: {first_line(e)}') from e
+    if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32
+        raise InputError('precision fp16 is for GPUs, on a CPU allowed are no and bf16')
     main = accelerator.is_main_process
     progress = progress and main
 

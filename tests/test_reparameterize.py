@@ -11,7 +11,7 @@ from test_options import COMBINED, SINGLE, calibrated, images, name
 from timm.models import reparameterize_model
 
 from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.layers import PixelLinear, Projector, TokenLinear, TokenTransformer
+from vt_zoo.layers import GroupedLinear, PixelLinear, Projector, TokenLinear, TokenTransformer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
@@ -48,13 +48,13 @@ def assert_equal(result, expected):
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('cls,in_chs,out_chs,groups,kept', [
     (PixelLinear, 6, 8, 1, nn.Conv2d), (PixelLinear, 6, 8, 2, nn.Conv2d), (TokenLinear, 6, 8, 1, nn.Linear),
-    (TokenLinear, 6, 8, 2, TokenLinear)])
+    (TokenLinear, 6, 8, 2, GroupedLinear)])
 def test_norm_folds_into_its_map(cls, in_chs, out_chs, groups, kept, dtype):
     linear = build(cls, in_chs, out_chs, groups, dtype=dtype)
     x = torch.randn(2, in_chs, 3, 5) if cls is PixelLinear else torch.randn(2, 5, in_chs)
     model = reduced(linear)
     assert type(model[0]) is kept
-    assert bool(norms_of(model)) == (kept is TokenLinear)
+    assert not norms_of(model)
     assert_equal(outputs(model, x.to(dtype)), outputs(linear, x.to(dtype)))
 
 
@@ -110,7 +110,7 @@ def test_transformer(num_heads):
     transformer = build(TokenTransformer, 8, num_heads=num_heads, key_groups=1)
     tokens = torch.randn(2, 5, 8).double()
     model = reduced(transformer)
-    assert len(norms_of(model)) == 1  # of what the attention mixes
+    assert not norms_of(model)
     assert_equal(outputs(model, tokens), outputs(transformer, tokens))
 
 
@@ -122,11 +122,19 @@ def test_vt_resnet(options, dtype):
     twice = reparameterize_model(once)
     x = images(dtype=dtype)
     expected = outputs(model, x)
-    assert_equal(outputs(once, x), expected)
+    for result, reference in (
+        (outputs(once, x), expected),
+        (outputs(once.forward_features, x), outputs(model.forward_features, x)),
+        (outputs(once.forward_head, outputs(once.forward_features, x)), expected),
+        *zip(outputs(once.forward_intermediates, x)[1], outputs(model.forward_intermediates, x)[1], strict=True),
+    ):
+        assert_equal(result, reference)
     assert torch.equal(outputs(twice, x), outputs(once, x))
-    merged = [p.query is None for p in projectors_of(once)]
-    assert all(merged) if options.get('num_heads', 1) == 1 and 'norm_layer' not in options else not any(merged)
-    assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == any(merged)
+    assert once.state_dict().keys() == twice.state_dict().keys()
+    folds = 'norm_layer' not in options
+    clusters = options.get('tokenizer') == 'clustering'  # whose logits have no weights that could take a norm
+    assert len(norms_of(once)) == (len(norms_of(model)) if not folds else 1 if clusters else 0)
+    assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == folds
     assert torch.equal(outputs(model, x), expected), 'the model itself is left as it was'
 
 

@@ -62,6 +62,9 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
     def keep(module, inputs, output):
         outputs[module] = output
 
+    def all_tokens(module, inputs):
+        return inputs[:2]  # and not their mean alone, as the inference form asks its last module for
+
     def record_module(module, inputs, output):
         parts = (getattr(module, name, None) for name in ('tokenizer', 'transformer', 'projector'))
         attention, relation, projection = (outputs.pop(getattr(part, 'softmax', None), None) for part in parts)
@@ -83,8 +86,11 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
                     handles.append(module.register_forward_hook(keep))
             if isinstance(owner, VTNeck):
                 handles.append(owner.transformer.register_forward_hook(keep))
-            handles.append(owner.register_forward_hook(
-                record_neck if isinstance(owner, VTNeck) else record_module))
+            if isinstance(owner, VTNeck):
+                handles.append(owner.register_forward_hook(record_neck))
+            else:
+                handles.append(owner.register_forward_pre_hook(all_tokens))
+                handles.append(owner.register_forward_hook(record_module))
         with _uncompiled():
             model(images)
     finally:

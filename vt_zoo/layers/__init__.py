@@ -1,6 +1,17 @@
 """The parts of a Visual Transformer module, one concept a file."""
+from .fold import Reparameterizer, fold_norms
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, TokenNorm, create_logit_norm, merge_heads, pixel_groups, split_heads
+from .linear import (
+    GroupedLinear,
+    PixelLinear,
+    TokenAffine,
+    TokenLinear,
+    TokenNorm,
+    create_logit_norm,
+    merge_heads,
+    pixel_groups,
+    split_heads,
+)
 from .position_code import PositionCode
 from .projector import Projector
 from .token_mixer import GraphMixer, LinearMixer

@@ -6,15 +6,18 @@ height 1 and width L, so that one class of norm, and whatever converts it (SyncB
 """
 import math
 from functools import partial
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .fold import fixed_affine, fold_norm, new_parameter
 
 __all__ = [
-    'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads', 'pixel_groups', 'split_heads']
+    'GroupedLinear', 'PixelLinear', 'TokenAffine', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads',
+    'pixel_groups', 'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -80,14 +83,13 @@ class PixelLinear(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Fold a batch norm into the map, exact in eval mode; timm's `reparameterize_model` calls it.
+        """Fold the norm into the map, exact in eval mode; timm's `reparameterize_model` calls it.
 
         Returns:
-            The map alone, or this module where its norm has no fixed statistics to fold.
+            The map alone, or this module where its norm is not the same affine map for every input.
         """
-        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm) or self.norm.running_mean is None:
-            return self
-        return fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
+        affine = fixed_affine(self.norm)
+        return self if affine is None else fold_norm(self.conv, *affine)
 
 
 class TokenLinear(PixelLinear):
@@ -102,14 +104,30 @@ class TokenLinear(PixelLinear):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Fold a batch norm into the map as `PixelLinear` does, to an nn.Linear; groups stay as they are."""
-        fused = super().fuse()
-        if fused is self or self.conv.groups > 1:
-            return self
-        linear = nn.Linear(
-            fused.in_channels, fused.out_channels, device=fused.weight.device, dtype=fused.weight.dtype)
-        linear.weight, linear.bias = nn.Parameter(fused.weight.flatten(1)), fused.bias
-        return linear
+        """Fold the norm into the map as `PixelLinear` does, to an nn.Linear or, with groups, a `GroupedLinear`."""
+        conv = super().fuse()
+        return self if conv is self else token_map(conv)
+
+
+class GroupedLinear(nn.Module):
+    """Linear map of groups of a token's channels: (B, L, C_in) -> (B, L, C_out)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> None:
+        """
+        Args:
+            weight: Rows of the map, as of a grouped 1x1 convolution (C_out, C_in / groups).
+            bias: Bias (C_out).
+            groups: Groups of channels.
+        """
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(weight.detach().unflatten(0, (groups, -1)).transpose(1, 2).contiguous())
+        self.bias = nn.Parameter(bias.detach())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        parts = tokens.flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, B*L, C_in / groups)
+        mapped = torch.baddbmm(self.bias.view(self.groups, 1, -1), parts, self.weight)
+        return mapped.transpose(0, 1).reshape(tokens.shape[0], tokens.shape[1], -1)
 
 
 class TokenNorm(nn.Module):
@@ -126,6 +144,47 @@ class TokenNorm(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return _image_to_tokens(self.norm(_tokens_to_image(tokens)))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Make a scale and a shift of a norm that is nothing else in eval mode."""
+        affine = fixed_affine(self.norm)
+        return self if affine is None else TokenAffine(*(new_parameter(x, self.norm.running_mean) for x in affine))
+
+
+class TokenAffine(nn.Module):
+    """Scale and shift of the channels of tokens: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        """
+        Args:
+            weight: Scale (C).
+            bias: Shift (C).
+        """
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.bias, tokens, self.weight)
+
+
+def matrix(conv: nn.Conv2d) -> torch.Tensor:
+    """A 1x1 convolution's weight as one matrix (C_out, C_in) in float64, with zeros between its groups."""
+    return torch.block_diag(*conv.weight.detach().flatten(1).double().chunk(conv.groups))
+
+
+def token_map(conv: nn.Conv2d) -> nn.Module:
+    """The map of tokens (B, L, C_in) that a 1x1 convolution is."""
+    weight = conv.weight.flatten(1)
+    return linear(weight, conv.bias, weight) if conv.groups == 1 else GroupedLinear(weight, conv.bias, conv.groups)
+
+
+def linear(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:
+    """An nn.Linear of the given weight (C_out, C_in) and bias (C_out), of the type of another tensor."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device='meta')
+    module.weight = new_parameter(weight.detach(), like)
+    module.bias = None if bias is None else new_parameter(bias.detach(), like)
+    return module
 
 
 def create_logit_norm(num_tokens: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Module:

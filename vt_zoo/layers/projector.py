@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups, split_heads
+from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, pixel_groups, split_heads
 
 __all__ = ['Projector']
 
@@ -99,13 +99,9 @@ class Projector(nn.Module):
         query, key = self.query.fuse(), self.key.fuse()
         if query is self.query or key is self.key:
             return
-        groups = query.weight.flatten(1).double().chunk(query.groups)
-        back = torch.cat([torch.block_diag(*groups).T, query.bias.double()[None]])  # C_out -> C_in and a bias
+        back = torch.cat([matrix(query).T, query.bias.detach().double()[None]])  # C_out -> C_in and a bias
         # what the key's bias adds is the same for all tokens, so the softmax over them cancels it
-        merged = nn.Linear(key.in_features, len(back), bias=False, device=key.weight.device, dtype=key.weight.dtype)
-        with torch.no_grad():
-            merged.weight.copy_(self.scale * back @ key.weight.double())
-        self.query, self.key = None, merged
+        self.query, self.key = None, linear(self.scale * back @ key.weight.double(), None, key.weight)
 
 
 def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

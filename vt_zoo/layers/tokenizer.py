@@ -11,8 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType
 
+from .fold import fixed_affine, new_parameter
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
+from .linear import PixelLinear, TokenLinear, create_logit_norm, linear, matrix, pixel_groups
 from .position_code import PositionCode
 
 __all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer', 'token_grid']
@@ -109,6 +110,15 @@ class FilterTokenizer(AttentionTokenizer):
         self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.filters.weight, std=in_chs ** -0.5)
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the norm of the logits into the filters; its shift is one for all pixels, so the softmax cancels it."""
+        affine = fixed_affine(self.logit_norm)
+        if affine is not None:
+            weight = self.filters.weight
+            self.filters.weight = new_parameter(affine[0][:, None, None, None] * weight.detach().double(), weight)
+            self.logit_norm = nn.Identity()
+
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.
 
@@ -144,6 +154,24 @@ class RecurrentTokenizer(AttentionTokenizer):
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, 1, norm_layer, **dd)
         self.key = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Merge the key map of the pixels into the query map of the tokens, which then makes filters of X itself.
+
+        Exact in eval mode: (X W_K + b)(T W_TR)^T = X (T W_TR W_K^T)^T + b (T W_TR)^T, where the last term is one for
+        all pixels, so that the softmax over them cancels it, as it does the shift of the logits' norm. The norm's
+        scale goes onto the filters. What has a norm that is no fixed affine map stays. timm's `reparameterize_model`
+        calls it.
+        """
+        key, query, affine = self.key, self.query, fixed_affine(self.logit_norm)
+        if isinstance(key, PixelLinear) and key.fuse() is not key and query.fuse() is not query:
+            key, query = matrix(key.fuse()), query.fuse()
+            self.query = linear(key.T @ query.weight.double(), key.T @ query.bias.double(), query.weight)
+            self.key = nn.Identity()
+        if affine is not None:
+            self.scale = new_parameter(affine[0][:, None] * self.scale, self.logit_norm.running_mean)
+            self.logit_norm = nn.Identity()
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.

@@ -70,14 +70,21 @@ class TokenTransformer(nn.Module):
             if getattr(norm, 'weight', None) is not None:
                 nn.init.zeros_(norm.weight)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    @torch.jit.ignore
+    def can_pool(self) -> bool:
+        """Whether F_2 is a linear map alone, as in the inference form: then it may run on the mean of the tokens."""
+        return isinstance(self.fc2, nn.Linear)
+
+    def forward(self, tokens: torch.Tensor, pool: bool = False) -> torch.Tensor:
         """Relate the tokens.
 
         Args:
             tokens: Tokens T_in (B, L, CT).
+            pool: Return the mean of the tokens alone, for which F_2 runs once instead of L times. Exact where
+                `can_pool()`.
 
         Returns:
-            Tokens T_out (B, L, CT).
+            Tokens T_out (B, L, CT), or their mean (B, 1, CT).
         """
         key = split_heads(self.key(tokens) * self.scale, self.num_heads)
         query = split_heads(self.query(tokens), self.num_heads)
@@ -85,4 +92,7 @@ class TokenTransformer(nn.Module):
         attn = self.softmax(logits)  # softmax_L((T K)(T Q)^T): (B, heads, L, L)
         mixed = merge_heads(attn @ split_heads(self.value(tokens), self.num_heads))
         tokens = tokens + self.drop_path(self.norm(mixed))
-        return tokens + self.drop_path(self.fc2(self.act(self.fc1(tokens))))
+        hidden = self.act(self.fc1(tokens))
+        if pool:
+            tokens, hidden = tokens.mean(1, keepdim=True), hidden.mean(1, keepdim=True)
+        return tokens + self.drop_path(self.fc2(hidden))

@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType
 
-from .linear import TokenLinear, TokenNorm
+from .fold import fixed_affine, fold_norm
+from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, token_map
 from .projector import Projector
 from .tokenizer import FilterTokenizer
 from .transformer import TokenTransformer
@@ -73,6 +74,32 @@ class VTModule(nn.Module):
         """Tokens that the tokenizer makes, of `num_tokens` that the module relates."""
         return num_tokens
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Move the tokenizer's value map from the pixels to the tokens, into `embed`.
+
+        Exact in eval mode: A^T (X W_V + b) = (A^T X) W_V + b, since a token's shares of the pixels sum to one. Norms
+        that are no fixed affine map forbid it, and so does a position code where `embed` is a norm alone. timm's
+        `reparameterize_model` calls it.
+        """
+        value = getattr(self.tokenizer, 'value', None)  # a pooling tokenizer has none
+        if not isinstance(value, PixelLinear):
+            return
+        conv, embed = value.fuse(), self.embed.fuse()
+        if conv is value or embed is self.embed:
+            return
+        bias = conv.bias.detach().double()
+        if isinstance(embed, nn.Linear):
+            weight = embed.weight.detach().double()
+            of_pixels, of_code = weight.tensor_split([conv.out_channels], dim=1)
+            merged = torch.cat([of_pixels @ matrix(conv), of_code], dim=1)
+            self.embed = linear(merged, embed.bias + of_pixels @ bias, embed.weight)
+        elif self.tokenizer.position_code is None:
+            self.embed = token_map(fold_norm(conv, *fixed_affine(self.embed.norm)))
+        else:
+            return
+        self.tokenizer.value = nn.Identity()
+
     def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
         """Make tokens (B, L, CT) from the feature map and the tokens of the module before."""
         return self.embed(self.tokenizer(x, tokens))
@@ -81,18 +108,21 @@ class VTModule(nn.Module):
             self,
             x: torch.Tensor,
             tokens: Optional[torch.Tensor] = None,
+            pool: bool = False,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Run the module.
 
         Args:
             x: Feature map (B, C_in, H, W).
             tokens: Tokens of the module before (B, L, CT); the first module has none.
+            pool: Only the mean of the tokens is asked for, see `TokenTransformer`; the map then stays as it came.
 
         Returns:
-            The refined feature map (B, C_out, H, W), or x where there is no projector, and the tokens (B, L, CT).
+            The refined feature map (B, C_out, H, W), or x where there is no projector, and the tokens (B, L, CT), or
+            their mean (B, 1, CT).
         """
-        tokens = self.transformer(self.tokenize(x, tokens))
-        if self.projector is not None:
+        tokens = self.transformer(self.tokenize(x, tokens), pool)
+        if self.projector is not None and not pool:
             x = self.projector(x, tokens)
         return x, tokens
 
@@ -149,8 +179,9 @@ class TokenModule(nn.Module):
             self,
             x: torch.Tensor,
             tokens: Optional[torch.Tensor] = None,
+            pool: bool = False,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the feature map as it came and the related tokens (B, L, CT)."""
+        """Return the feature map as it came and the related tokens (B, L, CT), or with `pool` their mean (B, 1, CT)."""
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
-        return x, self.transformer(tokens)
+        return x, self.transformer(tokens, pool)

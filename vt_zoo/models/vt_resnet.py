@@ -21,7 +21,13 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 from timm.layers import LayerType, create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    reparameterize_model,
+)
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.utils.checkpoint import checkpoint
@@ -34,9 +40,11 @@ from vt_zoo.layers import (
     LinearMixer,
     PoolingTokenizer,
     RecurrentTokenizer,
+    Reparameterizer,
     TokenModule,
     TokenTransformer,
     VTModule,
+    fold_norms,
 )
 
 __all__ = ['VTResNet']
@@ -251,6 +259,21 @@ class VTResNet(ResNet):
         self.num_features = token_dim
         self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = token_dim * self.global_pool.feat_mult()
+        self.pool_early = False
+        self.reparameterizer = Reparameterizer(self)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
+
+        Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
+        too; maps of all pixels that a map of the tokens can do for them merge into that one (see the modules'
+        `reparameterize`). With average pooling the last map of the last module runs once on the mean of the tokens.
+        Where a norm or an option forbids one of these, it alone is left out.
+        """
+        reparameterize_model(self.vt_stage, inplace=True)
+        fold_norms(self)
+        self.pool_early = len(self.vt_stage) > 0 and self.vt_stage[-1].transformer.can_pool()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
@@ -261,14 +284,18 @@ class VTResNet(ResNet):
             vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)',
         )
 
-    def _forward_vt_stage(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map of stage 3 (B, C, H, W) to the refined map (B, C_out, H, W) and the tokens (B, L, CT)."""
+    def _forward_vt_stage(self, x: torch.Tensor, pool: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map of stage 3 (B, C, H, W) to the refined map (B, C_out, H, W) and the tokens (B, L, CT).
+
+        With `pool` to the mean of the last module's tokens (B, 1, CT), and the map that comes into it.
+        """
         tokens: Optional[torch.Tensor] = None
-        for module in self.vt_stage:
+        last = len(self.vt_stage) - 1
+        for i, module in enumerate(self.vt_stage):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, tokens = checkpoint(module, x, tokens, use_reentrant=False)
+                x, tokens = checkpoint(module, x, tokens, pool and i == last, use_reentrant=False)
             else:
-                x, tokens = module(x, tokens)
+                x, tokens = module(x, tokens, pool and i == last)
         if tokens is None:  # the stage was pruned: the pixels stand for the tokens
             tokens = x.flatten(2).transpose(1, 2)
         return x, tokens
@@ -355,6 +382,10 @@ class VTResNet(ResNet):
         Raises:
             ValueError: H or W is under 32, or the channels are not in_chans.
         """
+        return self._forward_vt_stage(self._forward_trunk(x))[1]
+
+    def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to the map of stage 3 (B, C, H, W)."""
         x = _check_input(x, self.in_chans)
         x = self.conv1(x)
         x = self.bn1(x)
@@ -366,7 +397,7 @@ class VTResNet(ResNet):
             x = self.layer1(x)
             x = self.layer2(x)
             x = self.layer3(x)
-        return self._forward_vt_stage(x)[1]
+        return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Tokens (B, L, CT) to logits (B, num_classes), or to the pooled tokens (B, CT) where `pre_logits`."""
@@ -375,6 +406,11 @@ class VTResNet(ResNet):
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        pool = self.pool_early and self.global_pool.pool_type == 'avg'
+        return self.forward_head(self._forward_vt_stage(self._forward_trunk(x), pool)[1])
 
 
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

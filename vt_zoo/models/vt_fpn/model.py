@@ -19,8 +19,9 @@ from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
 from timm.layers import LayerType, get_norm_layer
+from timm.models import reparameterize_model
 
-from vt_zoo.layers import VTNeck
+from vt_zoo.layers import Reparameterizer, VTNeck, fold_norms
 
 from .decoder import FPNNeck, PanopticDecoder
 
@@ -89,6 +90,17 @@ class PyramidModel(SegmentationModel):
         self.classification_head = None
         self.name = f'{type(self).__name__.lower()}-{encoder_name}'
         initialize_head(self.segmentation_head)
+        self.reparameterizer = Reparameterizer(self)
+
+    def reparameterize(self) -> None:
+        """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
+
+        Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the encoder
+        too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys.
+        """
+        reparameterize_model(self.encoder, inplace=True)
+        reparameterize_model(self.decoder, inplace=True)
+        fold_norms(self.encoder)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment images.

@@ -1,0 +1,104 @@
+"""Folding of norms into the maps before them, exact in eval mode."""
+import copy
+from collections import Counter
+from typing import Optional, Tuple
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import FrozenBatchNormAct2d
+from timm.layers.norm_act import FrozenBatchNorm2d
+
+__all__ = ['Reparameterizer', 'fixed_affine', 'fold_norm', 'fold_norms', 'new_parameter']
+
+FOLDABLE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+
+def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """Scale and shift (C), in float64, that a norm is in eval mode.
+
+    Returns:
+        None where it is not one and the same affine map for every input: a group norm, a batch norm without running
+        statistics, a norm with an activation.
+    """
+    acts = not isinstance(getattr(norm, 'act', None), (nn.Identity, type(None)))
+    if not isinstance(norm, FOLDABLE) or norm.running_mean is None or acts:
+        return None
+    return _affine(norm)
+
+
+def _affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def new_parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter of the type and on the device of another tensor."""
+    return nn.Parameter(value.to(like.device, like.dtype, copy=True))
+
+
+def fold_norm(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> nn.Conv2d:
+    """The convolution with a scale and a shift (C_out) of its output, given in float64."""
+    folded = copy.deepcopy(conv)
+    folded.weight = new_parameter(conv.weight.detach().double() * scale[:, None, None, None], conv.weight)
+    bias = shift if conv.bias is None else shift + scale * conv.bias.detach().double()
+    folded.bias = new_parameter(bias, conv.weight)
+    return folded
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return isinstance(m, FOLDABLE) or super().is_leaf_module(m, qualified_name)
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Fold each batch norm that takes a convolution's output, and nothing else does, into that convolution, in place.
+
+    Which ones these are is read from a trace of the model. One that torch.fx cannot trace keeps its norms.
+    """
+    traced = copy.deepcopy(model).eval()
+    if hasattr(traced, 'set_grad_checkpointing'):
+        traced.set_grad_checkpointing(False)
+    try:
+        nodes = _Tracer().trace(traced).nodes
+    except Exception:  # whatever a foreign encoder does with a proxy
+        return
+    calls = Counter(node.target for node in nodes if node.op == 'call_module')
+    for node in nodes:
+        source = node.args[0] if node.op == 'call_module' and node.args else None
+        if not isinstance(source, torch.fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+            continue
+        conv, norm = model.get_submodule(source.target), model.get_submodule(node.target)
+        if type(conv) is not nn.Conv2d or not isinstance(norm, FOLDABLE) or norm.running_mean is None:
+            continue
+        if calls[source.target] == calls[node.target] == 1:
+            _replace(model, source.target, fold_norm(conv, *_affine(norm)))
+            _replace(model, node.target, getattr(norm, 'act', nn.Identity()))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, module)
+
+
+class Reparameterizer(nn.Module):
+    """A child without weights through which timm's `reparameterize_model`, which asks children only, reaches a model.
+
+    The model's own `reparameterize` does the work.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: The model that this is to be a child of.
+        """
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that the model is no child of its child
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Turn the model into its inference form."""
+        self._model[0].reparameterize()

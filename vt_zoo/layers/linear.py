@@ -17,7 +17,7 @@ from .fold import fixed_affine, fold_norm, new_parameter
 
 __all__ = [
     'GroupedLinear', 'PixelLinear', 'TokenAffine', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads',
-    'pixel_groups', 'split_heads']
+    'pixel_groups', 'pixel_products', 'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -46,6 +46,17 @@ def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, N, C) -> (B, heads, N, C / heads)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Products of tokens (B, L, C) with the pixels of a map (B, C, H, W): (B, L, H*W), in the order of its memory."""
+    pixels = x.flatten(2)
+    if x.is_contiguous():
+        return tokens @ pixels
+    return (pixels.transpose(1, 2) @ tokens.transpose(1, 2)).transpose(1, 2)
+
+
+torch.fx.wrap('pixel_products')
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
@@ -121,13 +132,13 @@ class GroupedLinear(nn.Module):
         """
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(weight.detach().unflatten(0, (groups, -1)).transpose(1, 2).contiguous())
+        self.weight = nn.Parameter(weight.detach().unflatten(0, (groups, -1)))
         self.bias = nn.Parameter(bias.detach())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        parts = tokens.flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, B*L, C_in / groups)
-        mapped = torch.baddbmm(self.bias.view(self.groups, 1, -1), parts, self.weight)
-        return mapped.transpose(0, 1).reshape(tokens.shape[0], tokens.shape[1], -1)
+        columns = tokens.flatten(0, 1).t().unflatten(0, (self.groups, -1))  # (groups, C_in / groups, B*L)
+        mapped = torch.baddbmm(self.bias.view(self.groups, -1, 1), self.weight, columns)
+        return mapped.flatten(0, 1).t().view(tokens.shape[0], tokens.shape[1], -1)
 
 
 class TokenNorm(nn.Module):

@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, pixel_groups, split_heads
+from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, pixel_groups, pixel_products, split_heads
 
 __all__ = ['Projector']
 
@@ -83,7 +83,7 @@ class Projector(nn.Module):
         """Logits (B, heads, L, H*W) of the pixels, for each token."""
         key = self.key(tokens)
         if self.query is None:
-            return (key[..., :-1] @ x.flatten(2) + key[..., -1:]).unsqueeze(1)
+            return (pixel_products(key[..., :-1], x) + key[..., -1:]).unsqueeze(1)
         query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, C / heads, H*W)
         return split_heads(key * self.scale, self.num_heads) @ query
 

@@ -13,7 +13,7 @@ from timm.layers import LayerType
 
 from .fold import fixed_affine, new_parameter
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, linear, matrix, pixel_groups
+from .linear import PixelLinear, TokenLinear, create_logit_norm, linear, matrix, pixel_groups, pixel_products
 from .position_code import PositionCode
 
 __all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer', 'token_grid']
@@ -189,7 +189,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
         filters = self.query(tokens) * self.scale  # W_R
-        logits = filters @ self.key(x).flatten(2)  # (X W_R)^T: (B, L, H*W)
+        logits = pixel_products(filters, self.key(x))  # (X W_R)^T: (B, L, H*W)
         return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
 
 
@@ -223,7 +223,7 @@ class ClusteringTokenizer(AttentionTokenizer):
         Returns:
             Tokens (B, L, C).
         """
-        logits = self.kmeans(x) @ x.flatten(2)  # (X W_K)^T: (B, L, H*W)
+        logits = pixel_products(self.kmeans(x), x)  # (X W_K)^T: (B, L, H*W)
         return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
 
 

@@ -11,7 +11,7 @@ from test_options import COMBINED, SINGLE, calibrated, images, name
 from timm.models import reparameterize_model
 
 from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.layers import GroupedLinear, PixelLinear, Projector, TokenLinear, TokenTransformer
+from vt_zoo.layers import ColumnLinear, GroupedLinear, PixelLinear, Projector, TokenLinear, TokenTransformer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
@@ -47,7 +47,7 @@ def assert_equal(result, expected):
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('cls,in_chs,out_chs,groups,kept', [
-    (PixelLinear, 6, 8, 1, nn.Conv2d), (PixelLinear, 6, 8, 2, nn.Conv2d), (TokenLinear, 6, 8, 1, nn.Linear),
+    (PixelLinear, 6, 8, 1, nn.Conv2d), (PixelLinear, 6, 8, 2, nn.Conv2d), (TokenLinear, 6, 8, 1, ColumnLinear),
     (TokenLinear, 6, 8, 2, GroupedLinear)])
 def test_norm_folds_into_its_map(cls, in_chs, out_chs, groups, kept, dtype):
     linear = build(cls, in_chs, out_chs, groups, dtype=dtype)

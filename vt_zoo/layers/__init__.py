@@ -1,7 +1,9 @@
 """The parts of a Visual Transformer module, one concept a file."""
 from .fold import Reparameterizer, fold_norms
+from .implicit_map import ImplicitMap
 from .kmeans import KMeans
 from .linear import (
+    ColumnLinear,
     GroupedLinear,
     PixelLinear,
     TokenAffine,

@@ -16,8 +16,8 @@ from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 from .fold import fixed_affine, fold_norm, new_parameter
 
 __all__ = [
-    'GroupedLinear', 'PixelLinear', 'TokenAffine', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads',
-    'pixel_groups', 'pixel_products', 'split_heads']
+    'ColumnLinear', 'GroupedLinear', 'PixelLinear', 'TokenAffine', 'TokenLinear', 'TokenNorm', 'create_logit_norm',
+    'merge_heads', 'pixel_groups', 'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -46,17 +46,6 @@ def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, N, C) -> (B, heads, N, C / heads)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Products of tokens (B, L, C) with the pixels of a map (B, C, H, W): (B, L, H*W), in the order of its memory."""
-    pixels = x.flatten(2)
-    if x.is_contiguous():
-        return tokens @ pixels
-    return (pixels.transpose(1, 2) @ tokens.transpose(1, 2)).transpose(1, 2)
-
-
-torch.fx.wrap('pixel_products')
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
@@ -199,10 +188,7 @@ class ColumnLinear(nn.Linear):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         columns = tokens.flatten(0, 1).t()
-        if self.bias is None:
-            mapped = self.weight @ columns
-        else:
-            mapped = torch.addmm(self.bias[:, None], self.weight, columns)
+        mapped = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
         return mapped.t().view(tokens.shape[0], tokens.shape[1], -1)
 
 

@@ -3,7 +3,8 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, pixel_groups, pixel_products, split_heads
+from .implicit_map import ImplicitMap, pixel_products
+from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, pixel_groups, split_heads
 
 __all__ = ['Projector']
 
@@ -77,6 +78,9 @@ class Projector(nn.Module):
         logits = torch.nan_to_num(self._logits(x, tokens))  # as in a tokenizer: they can leave the range of float16
         attn = self.softmax(logits)  # softmax_L((X W_Q)(T W_K)^T): (B, heads, L, H*W)
         value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
+        if not torch.jit.is_scripting():  # noqa: SIM102, a script has no such class
+            if isinstance(x, ImplicitMap):
+                return x.write(self.skip, attn[:, 0], value)
         return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads))
 
     def _logits(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

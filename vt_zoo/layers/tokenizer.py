@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from timm.layers import LayerType
 
 from .fold import fixed_affine, new_parameter
+from .implicit_map import pixel_products, pixel_sums
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, linear, matrix, pixel_groups, pixel_products
+from .linear import PixelLinear, TokenLinear, create_logit_norm, linear, matrix, pixel_groups
 from .position_code import PositionCode
 
 __all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer', 'token_grid']
@@ -52,7 +53,7 @@ class AttentionTokenizer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         groups = pixel_groups(in_chs, in_chs)
-        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd) if value_map else nn.Identity()
+        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd) if value_map else None
         self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
         self.position_code = PositionCode(norm_layer=norm_layer, **dd) if position_code else None
@@ -63,7 +64,8 @@ class AttentionTokenizer(nn.Module):
         # products of two activations can leave the range of float16, and softmax makes NaN of an infinity
         logits = torch.nan_to_num(self.logit_norm(logits))
         attn = self.softmax(_at_least_float32(logits.flatten(2)))  # A^T: (B, L, H*W)
-        tokens = _weighted_sum(attn, self.value(x).flatten(2).transpose(1, 2))
+        values = x if self.value is None else self.value(x)
+        tokens = _unscaled(pixel_sums(_in_precision_of(logits, attn), values), logits, attn)
         if self.position_code is not None:
             tokens = torch.cat([tokens, self.position_code(attn.view(logits.shape).to(tokens.dtype))], dim=-1)
         return tokens
@@ -74,18 +76,19 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
-def _weighted_sum(attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Shares (B, L, H*W) times values (B, H*W, C), in the precision of the values.
+def _in_precision_of(logits: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
+    """Shares in the logits' precision; in half precision times 16, so that they are normal numbers of float16."""
+    return attn if attn.dtype == logits.dtype else (attn * 16).to(logits.dtype)
 
-    For values of half precision the shares are scaled by a power of two, so that they are normal numbers of float16.
-    """
-    if attn.dtype == value.dtype:
-        return attn @ value
-    return (attn * 16).to(value.dtype) @ value / 16
+
+def _unscaled(sums: torch.Tensor, logits: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
+    """What `_in_precision_of` scaled, as it should be."""
+    return sums if attn.dtype == logits.dtype else sums / 16
 
 
 torch.fx.wrap('_at_least_float32')
-torch.fx.wrap('_weighted_sum')
+torch.fx.wrap('_in_precision_of')
+torch.fx.wrap('_unscaled')
 
 
 class FilterTokenizer(AttentionTokenizer):
@@ -129,7 +132,8 @@ class FilterTokenizer(AttentionTokenizer):
         Returns:
             Tokens (B, L, C).
         """
-        return self.gather(self.filters(x), x)  # X W_A
+        logits = pixel_products(self.filters.weight.flatten(1), x)  # (X W_A)^T: (B, L, H*W)
+        return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
 
 
 class RecurrentTokenizer(AttentionTokenizer):
@@ -168,7 +172,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         if isinstance(key, PixelLinear) and key.fuse() is not key and query.fuse() is not query:
             key, query = matrix(key.fuse()), query.fuse()
             self.query = linear(key.T @ query.weight.double(), key.T @ query.bias.double(), query.weight)
-            self.key = nn.Identity()
+            self.key = None
         if affine is not None:
             self.scale = new_parameter(affine[0][:, None] * self.scale, self.logit_norm.running_mean)
             self.logit_norm = nn.Identity()
@@ -189,7 +193,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
         filters = self.query(tokens) * self.scale  # W_R
-        logits = pixel_products(filters, self.key(x))  # (X W_R)^T: (B, L, H*W)
+        logits = pixel_products(filters, x if self.key is None else self.key(x))  # (X W_R)^T: (B, L, H*W)
         return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
 
 

@@ -8,7 +8,7 @@ from timm.layers import LayerType
 from .fold import fixed_affine, fold_norm
 from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, token_map
 from .projector import Projector
-from .tokenizer import FilterTokenizer
+from .tokenizer import FilterTokenizer, RecurrentTokenizer
 from .transformer import TokenTransformer
 
 __all__ = ['DynamicVTModule', 'TokenModule', 'VTModule']
@@ -75,6 +75,14 @@ class VTModule(nn.Module):
         return num_tokens
 
     @torch.jit.ignore
+    def takes_implicit_map(self) -> bool:
+        """Whether the module asks no more of a map than an `ImplicitMap` has, as most do in the inference form."""
+        maps = [getattr(self.tokenizer, 'value', None), getattr(self.tokenizer, 'key', None)]
+        if self.projector is not None:
+            maps.append(self.projector.query)
+        return isinstance(self.tokenizer, (FilterTokenizer, RecurrentTokenizer)) and maps.count(None) == len(maps)
+
+    @torch.jit.ignore
     def reparameterize(self) -> None:
         """Move the tokenizer's value map from the pixels to the tokens, into `embed`.
 
@@ -98,7 +106,7 @@ class VTModule(nn.Module):
             self.embed = token_map(fold_norm(conv, *fixed_affine(self.embed.norm)))
         else:
             return
-        self.tokenizer.value = nn.Identity()
+        self.tokenizer.value = None
 
     def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
         """Make tokens (B, L, CT) from the feature map and the tokens of the module before."""
@@ -113,7 +121,7 @@ class VTModule(nn.Module):
         """Run the module.
 
         Args:
-            x: Feature map (B, C_in, H, W).
+            x: Feature map (B, C_in, H, W); also an `ImplicitMap` where the module takes one, which then comes out.
             tokens: Tokens of the module before (B, L, CT); the first module has none.
             pool: Only the mean of the tokens is asked for, see `TokenTransformer`; the map then stays as it came.
 
@@ -157,6 +165,11 @@ class TokenModule(nn.Module):
     """Module that relates tokens and does not look at pixels: what follows the first without projectors (Table 7)."""
 
     projector = None
+
+    @torch.jit.ignore
+    def takes_implicit_map(self) -> bool:
+        """It asks nothing of the map."""
+        return True
 
     def __init__(
             self,

@@ -37,6 +37,7 @@ from vt_zoo.layers import (
     DynamicVTModule,
     FilterTokenizer,
     GraphMixer,
+    ImplicitMap,
     LinearMixer,
     PoolingTokenizer,
     RecurrentTokenizer,
@@ -259,7 +260,7 @@ class VTResNet(ResNet):
         self.num_features = token_dim
         self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = token_dim * self.global_pool.feat_mult()
-        self.pool_early = False
+        self.pool_early = self.implicit_map = False
         self.reparameterizer = Reparameterizer(self)
 
     @torch.jit.ignore
@@ -269,11 +270,14 @@ class VTResNet(ResNet):
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
         too; maps of all pixels that a map of the tokens can do for them merge into that one (see the modules'
         `reparameterize`). With average pooling the last map of the last module runs once on the mean of the tokens.
+        Where only tokens are asked for, the map that the projectors refine is not written (see `ImplicitMap`).
         Where a norm or an option forbids one of these, it alone is left out.
         """
         reparameterize_model(self.vt_stage, inplace=True)
         fold_norms(self)
-        self.pool_early = len(self.vt_stage) > 0 and self.vt_stage[-1].transformer.can_pool()
+        if len(self.vt_stage):
+            self.pool_early = self.vt_stage[-1].transformer.can_pool()
+            self.implicit_map = all(module.takes_implicit_map() for module in self.vt_stage)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
@@ -299,6 +303,12 @@ class VTResNet(ResNet):
         if tokens is None:  # the stage was pruned: the pixels stand for the tokens
             tokens = x.flatten(2).transpose(1, 2)
         return x, tokens
+
+    def _forward_tokens(self, x: torch.Tensor, pool: bool = False) -> torch.Tensor:
+        """Map of stage 3 (B, C, H, W) to the tokens (B, L, CT), or with `pool` to their mean (B, 1, CT)."""
+        if self.implicit_map and not torch.jit.is_scripting():
+            x = ImplicitMap(x)
+        return self._forward_vt_stage(x, pool)[1]
 
     def forward_intermediates(
             self,
@@ -382,7 +392,7 @@ class VTResNet(ResNet):
         Raises:
             ValueError: H or W is under 32, or the channels are not in_chans.
         """
-        return self._forward_vt_stage(self._forward_trunk(x))[1]
+        return self._forward_tokens(self._forward_trunk(x))
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the map of stage 3 (B, C, H, W)."""
@@ -410,7 +420,7 @@ class VTResNet(ResNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         pool = self.pool_early and self.global_pool.pool_type == 'avg'
-        return self.forward_head(self._forward_vt_stage(self._forward_trunk(x), pool)[1])
+        return self.forward_head(self._forward_tokens(self._forward_trunk(x), pool))
 
 
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

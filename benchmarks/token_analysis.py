@@ -177,10 +177,11 @@ class ComposedModels:
 
 
 def draw_maps(pictures: List[Image.Image], rows: List[torch.Tensor], titles: List[str], path: Path) -> None:
-    """Draw a row of maps (1, L, H, W) over each picture, in 64 colours: a small file."""
+    """Draw a row of maps (1, L, H, W) over each picture; a small file, of 3/4 the usual size and 256 colours."""
     draw_token_attention(pictures, torch.cat(rows), titles, path)
     with Image.open(path) as image, whole(path) as new:
-        image.convert('RGB').quantize(64).save(new, 'PNG', optimize=True)
+        small = image.convert('RGB').resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
+        small.quantize(256, kmeans=8).save(new, 'PNG', optimize=True)
 
 
 @torch.no_grad()

@@ -72,6 +72,12 @@ def test_command(outputs, quickstart, line):
             assert len(list(folder.glob('*_overlay.png'))) == len(list(folder.glob('*_classes.png'))) == 4
         else:
             assert 'mIoU' in process.stdout.splitlines()[-1]
+    elif command == 'tokens':
+        folder = quickstart.cwd / words[words.index('--out') + 1]
+        assert len(list(folder.glob('*_tokens.png'))) == 4 and (folder / 'tokens.json').exists()
+    elif command == 'locality':
+        assert 'random weights' in process.stdout
+        assert (quickstart.cwd / words[words.index('--out') + 1]).exists()
     elif command == 'publish':
         assert all(name in process.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
     else:
@@ -79,7 +85,8 @@ def test_command(outputs, quickstart, line):
 
 
 def test_each_command_is_shown():
-    assert {line.split()[1] for line in COMMANDS} == {'finetune', 'predict', 'publish', 'models', 'segment'}
+    assert {line.split()[1] for line in COMMANDS} == {
+        'finetune', 'predict', 'publish', 'models', 'segment', 'tokens', 'locality'}
     assert 'vt-zoo quickstart' in README
 
 
@@ -107,7 +114,7 @@ def test_table_of_the_necks():
             assert cost == f'{counter.get_total_flops() / 2e9:.2f}'
 
 
-@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md'])
+@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md', 'docs/analysis.md'])
 def test_files_that_are_linked(name):
     document = ROOT / name
     targets = re.findall(r'\]\(([^)]+)\)', document.read_text())

@@ -101,11 +101,12 @@ def draw_locality(ratios: torch.Tensor, uniform: float, title: str, path: Union[
     ax.fill_between(layers, mean - std, mean + std, color='#0072b2', alpha=0.2, linewidth=0)
     ax.plot(layers, mean, 'o-', color='#0072b2', markersize=4, label='mean of the heads, ± standard deviation')
     ax.axhline(uniform, color='#d55e00', linestyle='--', label=f'uniform attention, {uniform:.4f}')
-    ax.set(xlabel='layer', ylabel='share of attention in the 3x3 neighbourhood', ylim=(0, None), title=title)
+    top = max((mean + std).max().item(), uniform)
+    ax.set(xlabel='layer', ylabel='attention in 3x3 neighbourhood', ylim=(0, 1.35 * top), title=title)
     ax.title.set_fontsize(10)
     ax.set_xticks(layers)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=9)
+    ax.legend(fontsize=9, loc='upper right')
     _save(figure, path)
 
 

@@ -1,0 +1,60 @@
+"""docs/analysis.md runs as it stands, from top to bottom, and prints the shapes that it shows."""
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+TEXT = (Path(__file__).parents[1] / 'docs' / 'analysis.md').read_text()
+SHAPE = r'\([\d, ]+\)'
+
+
+def shapes_shown(block):
+    comments = [line.split('#')[1] for line in block.splitlines() if line.lstrip().startswith('print(') and '#' in line]
+    return re.findall(SHAPE, ''.join(comments))
+
+
+def words(line, folder):
+    """Words of a command, with the files that its patterns stand for, as a shell gives them."""
+    for word in line.split():
+        if '*' in word:
+            yield from sorted(str(path.relative_to(folder)) for path in folder.glob(word))
+        else:
+            yield word
+
+
+@pytest.fixture(scope='module')
+def folder(segment_command, tmp_path_factory):
+    """Where all blocks ran; what each of Python printed is checked on the way."""
+    folder, names, printed = tmp_path_factory.mktemp('analysis'), {}, []
+    names['print'] = lambda *values: printed.append(' '.join(map(str, values)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for language, block in re.findall(r'^```(python|sh)\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL):
+            if language == 'sh':
+                for line in block.splitlines():
+                    result = segment_command(*list(words(line, folder))[1:], cwd=folder)
+                    assert result.code == 0, result.stderr
+            else:
+                printed.clear()
+                exec(compile(block, 'docs/analysis.md', 'exec'), names)
+                text = '\n'.join(printed).replace('torch.Size([', '(').replace('])', ')')
+                assert re.findall(SHAPE, text) == shapes_shown(block)
+    return folder
+
+
+@pytest.mark.parametrize('pattern, number', [
+    ('seen/*_tokens.png', 2), ('seen/tokens.png', 1), ('seen_by_module_2/*_tokens.svg', 1), ('figure6.png', 1),
+    ('tokens.png', 1), ('seen_by_level_2/*_tokens.png', 1), ('locality_random.png', 1)])
+def test_pictures(folder, pattern, number):
+    paths = list(folder.glob(pattern))
+    assert len(paths) == number
+    for path in paths:
+        if path.suffix == '.svg':
+            assert '<svg' in path.read_text()
+        else:
+            assert Image.open(path).width > 500
+
+
+def test_each_command_is_shown():
+    assert set(re.findall(r'^vt-zoo (\w+)', TEXT, re.MULTILINE)) == {'tokens', 'segment', 'locality'}

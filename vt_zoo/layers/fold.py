@@ -57,15 +57,15 @@ class _Tracer(torch.fx.Tracer):
 def fold_norms(model: nn.Module) -> None:
     """Fold each batch norm that takes a convolution's output, and nothing else does, into that convolution, in place.
 
-    Which ones these are is read from a trace of the model. One that torch.fx cannot trace keeps its norms.
+    Which ones these are is read from a trace of the model.
+
+    Raises:
+        Exception: torch.fx cannot trace the model; of which kind depends on what the model does.
     """
     traced = copy.deepcopy(model).eval()
     if hasattr(traced, 'set_grad_checkpointing'):
         traced.set_grad_checkpointing(False)
-    try:
-        nodes = _Tracer().trace(traced).nodes
-    except Exception:  # whatever a foreign encoder does with a proxy
-        return
+    nodes = _Tracer().trace(traced).nodes
     calls = Counter(node.target for node in nodes if node.op == 'call_module')
     for node in nodes:
         source = node.args[0] if node.op == 'call_module' and node.args else None

@@ -6,6 +6,7 @@ Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446
 Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
 """
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional, Type, Union
 
@@ -100,7 +101,8 @@ class PyramidModel(SegmentationModel):
         """
         reparameterize_model(self.encoder, inplace=True)
         reparameterize_model(self.decoder, inplace=True)
-        fold_norms(self.encoder)
+        with suppress(Exception):  # of whatever kind an encoder raises that torch.fx cannot trace
+            fold_norms(self.encoder)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment images.

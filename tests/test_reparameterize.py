@@ -1,17 +1,21 @@
 """The reduced form that timm's `reparameterize_model` makes: norms folded into maps, queries merged into keys."""
 import copy
+from collections import Counter
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from test_layers import stir
-from test_options import COMBINED, SINGLE, calibrated, images, name
+from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
+from timm.layers import freeze_batch_norm_2d
 from timm.models import reparameterize_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.layers import ColumnLinear, GroupedLinear, PixelLinear, Projector, TokenLinear, TokenTransformer
+from vt_zoo.layers import GroupedTokenMap, ImplicitMap, PixelLinear, Projector, TokenLinear, TokenMap, TokenTransformer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
@@ -47,8 +51,8 @@ def assert_equal(result, expected):
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('cls,in_chs,out_chs,groups,kept', [
-    (PixelLinear, 6, 8, 1, nn.Conv2d), (PixelLinear, 6, 8, 2, nn.Conv2d), (TokenLinear, 6, 8, 1, ColumnLinear),
-    (TokenLinear, 6, 8, 2, GroupedLinear)])
+    (PixelLinear, 6, 8, 1, nn.Conv2d), (PixelLinear, 6, 8, 2, nn.Conv2d), (TokenLinear, 6, 8, 1, TokenMap),
+    (TokenLinear, 6, 8, 2, GroupedTokenMap)])
 def test_norm_folds_into_its_map(cls, in_chs, out_chs, groups, kept, dtype):
     linear = build(cls, in_chs, out_chs, groups, dtype=dtype)
     x = torch.randn(2, in_chs, 3, 5) if cls is PixelLinear else torch.randn(2, 5, in_chs)
@@ -138,6 +142,110 @@ def test_vt_resnet(options, dtype):
     assert torch.equal(outputs(model, x), expected), 'the model itself is left as it was'
 
 
+@pytest.mark.parametrize(('name', 'most'), [
+    ('vt_resnet18', 1555e6), ('vt_resnet34', 3256e6), ('vt_resnet50', 3508e6), ('vt_resnet101', 7221e6)])
+def test_multiply_adds(name, most):
+    with torch.device('meta'):
+        model = reparameterize_model(timm.create_model(name).eval())
+    pooled = count_multiply_adds(model)
+    model.global_pool.pool_type = 'max'  # which needs every token
+    assert pooled < count_multiply_adds(model) <= most
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the kernels that run, and those of them that write as many numbers as a map has; views are none."""
+
+    def __init__(self, map_size):
+        super().__init__()
+        self.map_size = map_size
+        self.counts, self.of_maps = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket not in (torch.ops.aten._unsafe_view, torch.ops.aten.as_strided_):
+            self.counts[func.overloadpacket.__name__] += 1
+            result = func(*args, **(kwargs or {}))
+            self.of_maps[func.overloadpacket.__name__] += result.numel() >= self.map_size
+            return result
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', ['vt_resnet18', 'vt_resnet50'])
+@pytest.mark.parametrize('batch', [1, 16])
+def test_kernels_of_a_module(name, batch):
+    """A guard of the speed that needs no clock: few kernels, and none that writes a feature map."""
+    model = reparameterize_model(timm.create_model(name).eval(), inplace=True)
+    chs = model.feature_info[3]['num_chs']
+    x = torch.randn(batch, chs, 14, 14).to(memory_format=torch.channels_last)
+    with Kernels(x.numel()) as kernels, torch.no_grad():
+        tokens = model._forward_tokens(x, True)
+    assert tokens.shape == (batch, 1, 1024)
+    assert sum(kernels.counts.values()) <= 32 * len(model.vt_stage), kernels.counts
+    assert not kernels.of_maps.total(), kernels.of_maps
+    assert batch > 1 or not kernels.counts['clone'], 'tokens of one image need no other order in memory'
+
+
+@pytest.mark.parametrize('skips', [(None, None), ('plain', None), ('bias', 'bias')], ids=str)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_implicit_map_is_the_map(skips, memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 3, 5).double().contiguous(memory_format=memory_format)
+    written, implicit = x, ImplicitMap(x)
+    for skip, tokens in zip(skips, (4, 7)):
+        chs = written.shape[1] if skip is None else written.shape[1] + 2
+        conv = nn.Conv2d(written.shape[1], chs, 1, bias=skip == 'bias').double() if skip else nn.Identity()
+        shares, values = torch.randn(2, tokens, 15).double().softmax(1), torch.randn(2, tokens, chs).double()
+        written = conv(written) + torch.einsum('blp,blc->bcp', shares, values).unflatten(2, (3, 5))
+        implicit = implicit.write(conv, shares, values)
+    assert implicit.shape == tuple(written.shape)
+    tokens, attn = torch.randn(2, 9, written.shape[1]).double(), torch.randn(2, 9, 15).double()
+    assert_equal(implicit.products(tokens), torch.einsum('blc,bcp->blp', tokens, written.flatten(2)))
+    assert_equal(implicit.products(tokens[0]), torch.einsum('lc,bcp->blp', tokens[0], written.flatten(2)))
+    assert_equal(implicit.sums(attn), torch.einsum('blp,bcp->blc', attn, written.flatten(2)))
+
+
+@pytest.mark.parametrize('kind', ['frozen', 'synchronised', 'features', 'other pooling', 'no classes', 'checkpointing'])
+def test_other_forms_of_the_model(kind):
+    model = calibrated(last_projector=True).double()
+    if kind == 'frozen':
+        model = freeze_batch_norm_2d(model)
+    elif kind == 'synchronised':
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif kind == 'features':
+        features = timm.create_model('test_vt_resnet', features_only=True, **TINY).double().eval()
+        features.model.load_state_dict(model.state_dict(), strict=False)
+        model = features
+    elif kind == 'other pooling':
+        model.reset_classifier(7, 'max')
+        model.double()
+    elif kind == 'no classes':
+        model.reset_classifier(0)
+    else:
+        model.set_grad_checkpointing()
+    once = reparameterize_model(model)
+    x = images().double()
+    expected, result = outputs(model, x), outputs(once, x)
+    for a, b in zip(result, expected, strict=True) if kind == 'features' else [(result, expected)]:
+        assert_equal(a, b)
+    assert not norms_of(once) and not any('running_mean' in key for key in once.state_dict())
+
+
+def test_classifier_after_the_reduction():
+    model = calibrated()
+    once = reparameterize_model(model)
+    for m in (model, once):
+        torch.manual_seed(0)
+        m.reset_classifier(3, 'max')
+    assert_equal(outputs(once, images()), outputs(model, images()))
+
+
+def test_reduction_in_place():
+    model = calibrated()
+    expected = outputs(model, images())
+    model.reparameterize()
+    assert not norms_of(model)
+    assert_equal(outputs(model, images()), expected)
+
+
 @pytest.mark.parametrize('options', [{}, {'num_heads': 4}], ids=name)
 def test_state_of_the_reduced_form_is_saved_and_loaded(options, tmp_path):
     model = reparameterize_model(calibrated(**options))
@@ -150,13 +258,17 @@ def test_state_of_the_reduced_form_is_saved_and_loaded(options, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
-def test_reduced_form_is_scripted_and_compiled():
+def test_reduced_form_is_scripted_compiled_and_exported():
     model = reparameterize_model(calibrated())
     expected = outputs(model, images())
     assert_equal(outputs(torch.jit.script(model), images()), expected)
     assert_equal(outputs(torch.fx.symbolic_trace(model), images()), expected)
     torch._dynamo.reset()
     assert_equal(outputs(torch.compile(model, backend='aot_eager', fullgraph=True), images()), expected)
+    batch = torch.export.Dim('batch', min=2, max=64)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()
+    assert_equal(outputs(exported, images()), expected)
+    assert_equal(outputs(exported, images(7)), outputs(model, images(7)))
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -173,6 +285,7 @@ def test_vt_fpn(dtype, norm_layer, tmp_path):
     assert_equal(outputs(once, x), outputs(model, x))
     assert torch.equal(outputs(reparameterize_model(once), x), outputs(once, x))
     folds = norm_layer == 'batchnorm2d'
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in once.modules())
     assert all((projector.query is None) == folds for projector in projectors_of(once))
     assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == folds
 
@@ -204,3 +317,23 @@ def test_multiply_adds_of_the_reduced_neck():
     size = (800, 1216)
     merged = neck_cost(lambda chs: reduced(VTNeck(chs).eval())[0], size)
     assert merged == pytest.approx(neck_cost(VTNeck, size) - 0.33e9, rel=0.005)
+
+
+def test_encoder_that_cannot_be_traced_keeps_its_norms():
+    pytest.importorskip('segmentation_models_pytorch')
+    from test_vt_fpn import calibrated as calibrated_fpn
+
+    class Sorted(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x):
+            return self.encoder(x if x.sum() > 0 else -x)
+
+    model = calibrated_fpn()
+    norms = len([m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d)])
+    model.encoder = Sorted(model.encoder)
+    once = reparameterize_model(model)
+    assert len([m for m in once.modules() if isinstance(m, nn.BatchNorm2d)]) == norms > 0
+    assert_equal(outputs(once, images()), outputs(model, images()))

@@ -6,7 +6,6 @@ height 1 and width L, so that one class of norm, and whatever converts it (SyncB
 """
 import math
 from functools import partial
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -14,10 +13,10 @@ import torch.nn.functional as F
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
 from .fold import fixed_affine, fold_norm, new_parameter
+from .token_map import TokenAffine, create_token_map
 
 __all__ = [
-    'ColumnLinear', 'GroupedLinear', 'PixelLinear', 'TokenAffine', 'TokenLinear', 'TokenNorm', 'create_logit_norm',
-    'merge_heads', 'pixel_groups', 'split_heads']
+    'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads', 'pixel_groups', 'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -104,27 +103,9 @@ class TokenLinear(PixelLinear):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Fold the norm into the map as `PixelLinear` does, to an nn.Linear or, with groups, a `GroupedLinear`."""
+        """Fold the norm into the map as `PixelLinear` does, to a `TokenMap` or, with groups, a `GroupedTokenMap`."""
         conv = super().fuse()
-        return self if conv is self else token_map(conv)
-
-
-class GroupedLinear(nn.Module):
-    """Linear map of groups of a token's channels: (B, L, C_in) -> (B, L, C_out)."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> None:
-        """
-        Args:
-            weight: Rows of the map, as of a grouped 1x1 convolution (C_out, C_in / groups).
-            bias: Bias (C_out).
-            groups: Groups of channels.
-        """
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().unflatten(0, (groups, -1)))
-        self.bias = nn.Parameter(bias.detach())
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return _grouped_linear(tokens, self.weight, self.bias)
+        return self if conv is self else create_token_map(conv)
 
 
 class TokenNorm(nn.Module):
@@ -147,80 +128,6 @@ class TokenNorm(nn.Module):
         """Make a scale and a shift of a norm that is nothing else in eval mode."""
         affine = fixed_affine(self.norm)
         return self if affine is None else TokenAffine(*(new_parameter(x, self.norm.running_mean) for x in affine))
-
-
-class TokenAffine(nn.Module):
-    """Scale and shift of the channels of tokens: (B, L, C) -> (B, L, C)."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
-        """
-        Args:
-            weight: Scale (C).
-            bias: Shift (C).
-        """
-        super().__init__()
-        self.weight, self.bias = weight, bias
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.bias, tokens, self.weight)
-
-
-def matrix(conv: nn.Conv2d) -> torch.Tensor:
-    """A 1x1 convolution's weight as one matrix (C_out, C_in) in float64, with zeros between its groups."""
-    return torch.block_diag(*conv.weight.detach().flatten(1).double().chunk(conv.groups))
-
-
-def _in_columns(tokens: torch.Tensor) -> bool:
-    """Whether to map tokens (B, L, C) by the product W T^T, where a token is a column in memory, and not by T W^T.
-
-    On CPUs it takes half the time in float32, and less in bfloat16, for the 16 tokens of one image, and from 64 on the
-    same, when the sums of tokens in two orders that it brings take longer. Compilers pack the weights of T W^T.
-    """
-    return tokens.shape[0] * tokens.shape[1] <= 48 and not torch.compiler.is_compiling()
-
-
-def _linear(tokens: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    if not _in_columns(tokens):
-        return F.linear(tokens, weight, bias)
-    columns = tokens.flatten(0, 1).t()
-    mapped = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return mapped.t().view(tokens.shape[0], tokens.shape[1], -1)
-
-
-def _grouped_linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    groups = weight.shape[0]
-    parts = tokens.flatten(0, 1).unflatten(1, (groups, -1)).permute(1, 2, 0)  # (groups, C_in / groups, B*L)
-    bias = bias.view(groups, -1, 1)
-    if _in_columns(tokens):
-        mapped = torch.baddbmm(bias, weight, parts).flatten(0, 1).t()
-    else:
-        mapped = torch.baddbmm(bias.mT, parts.mT, weight.mT).transpose(0, 1).flatten(1)
-    return mapped.view(tokens.shape[0], tokens.shape[1], -1)
-
-
-torch.fx.wrap('_linear')
-torch.fx.wrap('_grouped_linear')
-
-
-def token_map(conv: nn.Conv2d) -> nn.Module:
-    """The map of tokens (B, L, C_in) that a 1x1 convolution is."""
-    weight = conv.weight.flatten(1)
-    return linear(weight, conv.bias, weight) if conv.groups == 1 else GroupedLinear(weight, conv.bias, conv.groups)
-
-
-class ColumnLinear(nn.Linear):
-    """Linear map of each token, (B, L, C_in) -> (B, L, C_out), with few tokens as columns in memory."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return _linear(tokens, self.weight, self.bias)
-
-
-def linear(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:
-    """An nn.Linear of the given weight (C_out, C_in) and bias (C_out), of the type of another tensor."""
-    module = ColumnLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device='meta')
-    module.weight = new_parameter(weight.detach(), like)
-    module.bias = None if bias is None else new_parameter(bias.detach(), like)
-    return module
 
 
 def create_logit_norm(num_tokens: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Module:

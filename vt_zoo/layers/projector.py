@@ -4,7 +4,8 @@ import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
 from .implicit_map import ImplicitMap, pixel_products
-from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, pixel_groups, split_heads
+from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups, split_heads
+from .token_map import matrix, merged_token_map
 
 __all__ = ['Projector']
 
@@ -105,7 +106,7 @@ class Projector(nn.Module):
             return
         back = torch.cat([matrix(query).T, query.bias.detach().double()[None]])  # C_out -> C_in and a bias
         # what the key's bias adds is the same for all tokens, so the softmax over them cancels it
-        self.query, self.key = None, linear(self.scale * back @ key.weight.double(), None, key.weight)
+        self.query, self.key = None, merged_token_map(self.scale * back @ key.weight.double(), None, key.weight)
 
 
 def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from timm.layers import LayerType
 from .fold import fixed_affine, new_parameter
 from .implicit_map import pixel_products, pixel_sums
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, linear, matrix, pixel_groups
+from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
 from .position_code import PositionCode
+from .token_map import matrix, merged_token_map
 
 __all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer', 'token_grid']
 
@@ -171,7 +172,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         key, query, affine = self.key, self.query, fixed_affine(self.logit_norm)
         if isinstance(key, PixelLinear) and key.fuse() is not key and query.fuse() is not query:
             key, query = matrix(key.fuse()), query.fuse()
-            self.query = linear(key.T @ query.weight.double(), key.T @ query.bias.double(), query.weight)
+            self.query = merged_token_map(key.T @ query.weight.double(), key.T @ query.bias.double(), query.weight)
             self.key = None
         if affine is not None:
             self.scale = new_parameter(affine[0][:, None] * self.scale, self.logit_norm.running_mean)

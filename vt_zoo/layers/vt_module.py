@@ -6,8 +6,9 @@ import torch.nn as nn
 from timm.layers import LayerType
 
 from .fold import fixed_affine, fold_norm
-from .linear import PixelLinear, TokenLinear, TokenNorm, linear, matrix, token_map
+from .linear import PixelLinear, TokenLinear, TokenNorm
 from .projector import Projector
+from .token_map import create_token_map, matrix, merged_token_map
 from .tokenizer import FilterTokenizer, RecurrentTokenizer
 from .transformer import TokenTransformer
 
@@ -101,9 +102,9 @@ class VTModule(nn.Module):
             weight = embed.weight.detach().double()
             of_pixels, of_code = weight.tensor_split([conv.out_channels], dim=1)
             merged = torch.cat([of_pixels @ matrix(conv), of_code], dim=1)
-            self.embed = linear(merged, embed.bias + of_pixels @ bias, embed.weight)
+            self.embed = merged_token_map(merged, embed.bias + of_pixels @ bias, embed.weight)
         elif self.tokenizer.position_code is None:
-            self.embed = token_map(fold_norm(conv, *fixed_affine(self.embed.norm)))
+            self.embed = create_token_map(fold_norm(conv, *fixed_affine(self.embed.norm)))
         else:
             return
         self.tokenizer.value = None

@@ -1,11 +1,12 @@
-"""docs/analysis.md runs as it stands, from top to bottom, and prints the shapes that it shows."""
+"""The documents' commands and Python run as they stand, from top to bottom, and print what they show."""
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-TEXT = (Path(__file__).parents[1] / 'docs' / 'analysis.md').read_text()
+DOCS = Path(__file__).parents[1] / 'docs'
+TEXT = (DOCS / 'analysis.md').read_text()
 SHAPE = r'\([\d, ]+\)'
 
 
@@ -58,3 +59,9 @@ def test_pictures(folder, pattern, number):
 
 def test_each_command_is_shown():
     assert set(re.findall(r'^vt-zoo (\w+)', TEXT, re.MULTILINE)) == {'tokens', 'segment', 'locality'}
+
+
+def test_inference_form(capsys):
+    (block,) = re.findall(r'^```python\n(.*?)^```$', (DOCS / 'speed.md').read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(block, 'docs/speed.md', 'exec'), {})
+    assert capsys.readouterr().out == block.splitlines()[-1].split('# ')[1] + '\n'

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.models import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from vt_zoo.analysis.count import count_multiply_adds
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +101,16 @@ def test_table_of_the_models(name, models):
         for model, entry in models.items()}
 
 
+def test_table_of_the_inference_form(models):
+    rows = re.findall(r'^\| `(\w+)` \| (\d+) M \| (\d+) M \|$', (ROOT / 'docs/speed.md').read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for name, trained, reduced in rows:
+        with torch.device('meta'):
+            model = reparameterize_model(timm.create_model(name).eval())
+        assert trained == f'{models[name]["multiply_adds"] / 1e6:.0f}'
+        assert reduced == f'{count_multiply_adds(model) / 1e6:.0f}'
+
+
 def test_table_of_the_necks():
     rows = re.findall(
         r'^\| (\S+) \| ([\d.]+) M \| ([\d.]+) G \| ([\d.]+) G \|$', (ROOT / 'MODEL_CARDS.md').read_text(), re.MULTILINE)
@@ -114,7 +127,7 @@ def test_table_of_the_necks():
             assert cost == f'{counter.get_total_flops() / 2e9:.2f}'
 
 
-@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md', 'docs/analysis.md'])
+@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md', 'docs/analysis.md', 'docs/speed.md'])
 def test_files_that_are_linked(name):
     document = ROOT / name
     targets = re.findall(r'\]\(([^)]+)\)', document.read_text())

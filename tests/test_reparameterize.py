@@ -229,6 +229,23 @@ def test_other_forms_of_the_model(kind):
     assert not norms_of(once) and not any('running_mean' in key for key in once.state_dict())
 
 
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float16, 0.02), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize('batch', [2, 40])
+@pytest.mark.parametrize('scale', [1, 1e4])
+def test_half_precision(dtype, tolerance, batch, scale):
+    """As near to float64 as the model itself is asked to be, with logits beyond float16's range too."""
+    model = calibrated().double()
+    x = images(batch).double()
+    with torch.no_grad():
+        for module in model.vt_stage:
+            module.tokenizer.logit_norm.weight *= scale
+    expected = outputs(model, x)
+    result = outputs(reparameterize_model(model).to(dtype), x.to(dtype))
+    assert result.isfinite().all()
+    if scale == 1:
+        assert (result.double() - expected).norm() < tolerance * expected.norm()
+
+
 def test_classifier_after_the_reduction():
     model = calibrated()
     once = reparameterize_model(model)

@@ -83,7 +83,7 @@ def normed(norm, x):
 
 
 def mapped(linear, x):
-    if isinstance(linear, nn.Identity):
+    if linear is None or isinstance(linear, nn.Identity):
         return x
     return normed(linear.norm, x @ matrix(linear.conv) if hasattr(linear, 'conv') else x)
 

@@ -19,6 +19,7 @@ from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = ['README.md', 'MODEL_CARDS.md']
+LINKING = DOCUMENTS + [f'docs/{name}.md' for name in ('training', 'segmentation', 'analysis', 'speed')]
 
 
 def blocks(language):
@@ -127,7 +128,7 @@ def test_table_of_the_necks():
             assert cost == f'{counter.get_total_flops() / 2e9:.2f}'
 
 
-@pytest.mark.parametrize('name', [*DOCUMENTS, 'docs/training.md', 'docs/segmentation.md', 'docs/analysis.md', 'docs/speed.md'])
+@pytest.mark.parametrize('name', LINKING)
 def test_files_that_are_linked(name):
     document = ROOT / name
     targets = re.findall(r'\]\(([^)]+)\)', document.read_text())

@@ -9,9 +9,15 @@ import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d
 from timm.layers.norm_act import FrozenBatchNorm2d
 
-__all__ = ['Reparameterizer', 'fixed_affine', 'fold_norm', 'fold_norms', 'new_parameter']
+__all__ = ['Reparameterizer', 'fixed_affine', 'fold_norm', 'fold_norms', 'in_float64', 'new_parameter']
 
 FOLDABLE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+
+def in_float64(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in float64, on the CPU where its device has none."""
+    weight = weight.detach()
+    return (weight.cpu() if weight.device.type == 'mps' else weight).double()
 
 
 def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
@@ -28,11 +34,11 @@ def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]
 
 
 def _affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    scale = (in_float64(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+        scale = scale * in_float64(norm.weight)
+    shift = -in_float64(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + in_float64(norm.bias)
 
 
 def new_parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
@@ -43,8 +49,8 @@ def new_parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 def fold_norm(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> nn.Conv2d:
     """The convolution with a scale and a shift (C_out) of its output, given in float64."""
     folded = copy.deepcopy(conv)
-    folded.weight = new_parameter(conv.weight.detach().double() * scale[:, None, None, None], conv.weight)
-    bias = shift if conv.bias is None else shift + scale * conv.bias.detach().double()
+    folded.weight = new_parameter(in_float64(conv.weight) * scale[:, None, None, None], conv.weight)
+    bias = shift if conv.bias is None else shift + scale * in_float64(conv.bias)
     folded.bias = new_parameter(bias, conv.weight)
     return folded
 

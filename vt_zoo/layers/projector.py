@@ -3,6 +3,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
+from .fold import in_float64
 from .implicit_map import ImplicitMap, pixel_products
 from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups, split_heads
 from .token_map import matrix, merged_token_map
@@ -104,9 +105,9 @@ class Projector(nn.Module):
         query, key = self.query.fuse(), self.key.fuse()
         if query is self.query or key is self.key:
             return
-        back = torch.cat([matrix(query).T, query.bias.detach().double()[None]])  # C_out -> C_in and a bias
+        back = torch.cat([matrix(query).T, in_float64(query.bias)[None]])  # C_out -> C_in and a bias
         # what the key's bias adds is the same for all tokens, so the softmax over them cancels it
-        self.query, self.key = None, merged_token_map(self.scale * back @ key.weight.double(), None, key.weight)
+        self.query, self.key = None, merged_token_map(self.scale * back @ in_float64(key.weight), None, key.weight)
 
 
 def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .fold import new_parameter
+from .fold import in_float64, new_parameter
 
 __all__ = ['GroupedTokenMap', 'TokenAffine', 'TokenMap', 'create_token_map', 'matrix', 'merged_token_map']
 
@@ -83,7 +83,7 @@ class TokenAffine(nn.Module):
 
 def matrix(conv: nn.Conv2d) -> torch.Tensor:
     """A 1x1 convolution's weight as one matrix (C_out, C_in) in float64, with zeros between its groups."""
-    return torch.block_diag(*conv.weight.detach().flatten(1).double().chunk(conv.groups))
+    return torch.block_diag(*in_float64(conv.weight).flatten(1).chunk(conv.groups))
 
 
 def create_token_map(conv: nn.Conv2d) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType
 
-from .fold import fixed_affine, new_parameter
+from .fold import fixed_affine, in_float64, new_parameter
 from .implicit_map import pixel_products, pixel_sums
 from .kmeans import KMeans
 from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
@@ -120,7 +120,7 @@ class FilterTokenizer(AttentionTokenizer):
         affine = fixed_affine(self.logit_norm)
         if affine is not None:
             weight = self.filters.weight
-            self.filters.weight = new_parameter(affine[0][:, None, None, None] * weight.detach().double(), weight)
+            self.filters.weight = new_parameter(affine[0][:, None, None, None] * in_float64(weight), weight)
             self.logit_norm = nn.Identity()
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -171,8 +171,9 @@ class RecurrentTokenizer(AttentionTokenizer):
         """
         key, query, affine = self.key, self.query, fixed_affine(self.logit_norm)
         if isinstance(key, PixelLinear) and key.fuse() is not key and query.fuse() is not query:
-            key, query = matrix(key.fuse()), query.fuse()
-            self.query = merged_token_map(key.T @ query.weight.double(), key.T @ query.bias.double(), query.weight)
+            back, query = matrix(key.fuse()).T, query.fuse()
+            weight, bias = back @ in_float64(query.weight), back @ in_float64(query.bias)
+            self.query = merged_token_map(weight, bias, query.weight)
             self.key = None
         if affine is not None:
             self.scale = new_parameter(affine[0][:, None] * self.scale, self.logit_norm.running_mean)

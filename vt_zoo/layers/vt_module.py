@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType
 
-from .fold import fixed_affine, fold_norm
+from .fold import fixed_affine, fold_norm, in_float64
 from .linear import PixelLinear, TokenLinear, TokenNorm
 from .projector import Projector
 from .token_map import create_token_map, matrix, merged_token_map
@@ -97,12 +97,12 @@ class VTModule(nn.Module):
         conv, embed = value.fuse(), self.embed.fuse()
         if conv is value or embed is self.embed:
             return
-        bias = conv.bias.detach().double()
+        bias = in_float64(conv.bias)
         if isinstance(embed, nn.Linear):
-            weight = embed.weight.detach().double()
+            weight = in_float64(embed.weight)
             of_pixels, of_code = weight.tensor_split([conv.out_channels], dim=1)
             merged = torch.cat([of_pixels @ matrix(conv), of_code], dim=1)
-            self.embed = merged_token_map(merged, embed.bias + of_pixels @ bias, embed.weight)
+            self.embed = merged_token_map(merged, in_float64(embed.bias) + of_pixels @ bias, embed.weight)
         elif self.tokenizer.position_code is None:
             self.embed = create_token_map(fold_norm(conv, *fixed_affine(self.embed.norm)))
         else:

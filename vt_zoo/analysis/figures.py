@@ -107,7 +107,7 @@ def draw_token(
         InputError: matplotlib is not installed.
     """
     maps = torch.stack([maps[token] for maps in (attention, interaction) if maps is not None])
-    figure = _figure((6.6, 3.1))
+    figure = _figure((6.6, 3.3))
     axes = figure.subplots(1, len(maps), squeeze=False)
     colors = _colors(_multiple_of_uniform(attention))
     _draw_maps(axes[0], image, _multiple_of_uniform(maps), colors)

@@ -21,7 +21,7 @@ from .subject import Subject
 
 __all__ = ['Look', 'create_app', 'look']
 
-MAX_SIDE = 1024  # of an image that a segmenter sees, which takes about 1 GB then
+MAX_SIDE = 1024  # of an image that a segmenter sees, which needs about 1 GB of memory at 1024x1024
 MAX_FILE_SIZE = '20mb'
 CLASSES = 5  # that are shown, the most likely
 THUMBNAIL = 192  # pixels, longer side
@@ -98,6 +98,33 @@ def _colors(classes: List[str]) -> Dict[str, str]:
     return {name: f'#{r:02x}{g:02x}{b:02x}' for name, (r, g, b) in zip(classes, palette(len(classes)))}
 
 
+def _draw_tokens(seen: Optional[Look], module: int) -> Optional[List[Tuple[Image.Image, str]]]:
+    """Small pictures of all tokens with their captions."""
+    if seen is None:
+        return None
+    image = seen.image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    entropy = attention_entropy(seen.attention[module][None], normalize=True)[0].tolist()
+    pictures = overlay_tokens(image, seen.attention[module])
+    return [(picture, f'{i}: {e:.2f}') for i, (picture, e) in enumerate(zip(pictures, entropy))]
+
+
+def _draw_one(seen: Optional[Look], module: int, token: int) -> Tuple[Optional[Image.Image], str]:
+    """A large picture of a token, and its entropy in words."""
+    if seen is None:
+        return None, ''
+    attention = seen.attention[module]
+    nats, share = (attention_entropy(attention[None], normalize)[0, token] for normalize in (False, True))
+    height, width = attention.shape[-2:]
+    return draw_token(seen.image, attention, seen.interaction[module], token), (
+        f'**Token {token}**: the entropy of A is **{nats:.3f}** nats, **{share:.3f}** of ln({height} · {width}), which '
+        'uniform attention has.')
+
+
+def _draw_all(seen: Optional[Look], module: int, token: int) -> Tuple:
+    return (_draw_tokens(seen, module), *_draw_one(seen, module, token))
+
+
 def create_app(subject: Subject, title: str) -> Any:
     """Build the page as an ASGI application, for uvicorn or another server.
 
@@ -134,26 +161,6 @@ def create_app(subject: Subject, title: str) -> Any:
             predicted = seen.image, [(mask, name) for name, mask in predicted.items()]
         return seen, seen.image, predicted
 
-    def draw_tokens(seen: Optional[Look], module: int) -> Optional[List[Tuple[Image.Image, str]]]:
-        if seen is None:
-            return None
-        image = seen.image.copy()
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        entropy = attention_entropy(seen.attention[module][None], normalize=True)[0].tolist()
-        pictures = overlay_tokens(image, seen.attention[module])
-        return [(picture, f'{i}: {e:.2f}') for i, (picture, e) in enumerate(zip(pictures, entropy))]
-
-    def draw_one(seen: Optional[Look], module: int, token: int) -> Tuple:
-        if seen is None:
-            return None, ''
-        attention = seen.attention[module]
-        nats, share = (attention_entropy(attention[None], normalize)[0, token] for normalize in (False, True))
-        height, width = attention.shape[-2:]
-        return draw_token(seen.image, attention, seen.interaction[module], token), (
-            f'**Token {token}** of {kind} {module}: the entropy of A is **{nats:.3f}** nats, **{share:.3f}** of '
-            f'ln({height} · {width}), which uniform attention has.')
-
-    kind = 'level' if subject.is_segmenter else 'module'
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         seen, token = gr.State(), gr.State(0)
         gr.Markdown(f'## {html.escape(title)}')
@@ -179,14 +186,15 @@ def create_app(subject: Subject, title: str) -> Any:
                 text = gr.Markdown(elem_id='entropy')
                 picture = gr.Image(show_label=False, elem_id='token', buttons=[])
 
-        def pick(event: gr.SelectData) -> int:
-            return event.index
+        def pick(seen: Optional[Look], module: int, event: gr.SelectData) -> Tuple:
+            return (event.index, *_draw_one(seen, module, event.index))
 
-        one = {'fn': draw_one, 'inputs': [seen, module, token], 'outputs': [picture, text]}
-        all_tokens = {'fn': draw_tokens, 'inputs': [seen, module], 'outputs': gallery}
-        file.change(open_image, file, [seen, image, prediction]).then(**all_tokens).then(**one)
-        module.change(**all_tokens).then(**one)
-        gallery.select(pick, None, token).then(**one)
+        # what is clicked while the page is busy is done too, one after the other in its order
+        in_order = {'trigger_mode': 'multiple', 'concurrency_id': 'page', 'concurrency_limit': 1}
+        draw_all = {'fn': _draw_all, 'inputs': [seen, module, token], 'outputs': [gallery, picture, text], **in_order}
+        file.change(open_image, file, [seen, image, prediction], **in_order).then(**draw_all)
+        module.change(**draw_all)
+        gallery.select(pick, [seen, module], [token, picture, text], **in_order)
     font = [gr.themes.Font(name) for name in ('Helvetica Neue', 'Arial', 'sans-serif')]
     mono = [gr.themes.Font('monospace')]
     return gr.mount_gradio_app(

@@ -92,6 +92,7 @@ def test_each_command_is_shown():
     assert {line.split()[1] for line in COMMANDS} == {
         'finetune', 'predict', 'publish', 'models', 'segment', 'tokens', 'locality'}
     assert 'vt-zoo quickstart' in README
+    assert 'vt-zoo explore --model test_vt_resnet' in README  # serves until Ctrl-C, as test_explorer.py runs it
 
 
 @pytest.mark.parametrize('name', DOCUMENTS)

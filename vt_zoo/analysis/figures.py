@@ -3,9 +3,12 @@
 Attention is drawn as a multiple of uniform attention 1 / (H * W) in the colour map inferno, which readers with any kind
 of colour vision can tell apart, on one square-root scale for a whole picture.
 """
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import List, Sequence, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -13,7 +16,7 @@ from PIL import Image
 from vt_zoo.checkpoint import whole
 from vt_zoo.errors import InputError
 
-__all__ = ['draw_interaction', 'draw_locality', 'draw_token_attention']
+__all__ = ['draw_interaction', 'draw_locality', 'draw_token', 'draw_token_attention', 'overlay_tokens']
 
 
 def draw_token_attention(
@@ -38,14 +41,16 @@ def draw_token_attention(
     num_tokens = attention.shape[1]
     figure = _figure((0.62 * (num_tokens + 1) + 1.4, 0.66 * len(images) + 0.8))
     axes = figure.subplots(len(images), num_tokens + 1, squeeze=False)
-    top = _top(attention)
+    colors = _colors(attention)
     for row, image, title, maps in zip(axes, images, titles, attention):
         row[0].imshow(image)
         row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=9)
-        drawn = _draw_maps(row[1:], image, maps, top)
+        _draw_maps(row[1:], image, maps, colors)
     for i, ax in enumerate(axes[0]):
         ax.set_title('image' if i == 0 else str(i), fontsize=9)
-    _finish(figure, axes, drawn, path)
+    figure.supxlabel('token', fontsize=9)
+    _finish(figure, axes, colors)
+    _save(figure, path)
 
 
 def draw_interaction(
@@ -71,15 +76,65 @@ def draw_interaction(
     num_tokens = attention.shape[0]
     figure = _figure((0.62 * (num_tokens + 1) + 1.4, 2.3))
     axes = figure.subplots(2, num_tokens + 1, squeeze=False)
-    top = _top(both)
+    colors = _colors(both)
     for row, name, maps in zip(axes, ('A', 'Â'), both):
         row[0].imshow(image)
         row[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=11)
-        drawn = _draw_maps(row[1:], image, maps, top)
+        _draw_maps(row[1:], image, maps, colors)
     for i, ax in enumerate(axes[0]):
         ax.set_title('image' if i == 0 else str(i), fontsize=9)
     figure.suptitle(title, fontsize=10)
-    _finish(figure, axes, drawn, path)
+    figure.supxlabel('token', fontsize=9)
+    _finish(figure, axes, colors)
+    _save(figure, path)
+
+
+def draw_token(
+        image: Image.Image,
+        attention: torch.Tensor,
+        interaction: Optional[torch.Tensor],
+        token: int,
+) -> Image.Image:
+    """Draw one token large: where it looks and, beside it, which pixels it then meets.
+
+    Args:
+        image: The image as the model saw it.
+        attention: A of a tokenizer (L, H, W), which gives the scale: pictures of its tokens can be compared.
+        interaction: A-hat of the same tokens (L, H, W); None leaves it out.
+        token: Index of the token.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    maps = torch.stack([maps[token] for maps in (attention, interaction) if maps is not None])
+    figure = _figure((6.6, 3.3))
+    axes = figure.subplots(1, len(maps), squeeze=False)
+    colors = _colors(_multiple_of_uniform(attention))
+    _draw_maps(axes[0], image, _multiple_of_uniform(maps), colors)
+    for ax, title in zip(axes[0], ('A: where it looks', 'Â: what it then meets')):
+        ax.set_title(title, fontsize=10)
+    _finish(figure, axes, colors)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=130)
+    return Image.open(picture)
+
+
+def overlay_tokens(image: Image.Image, attention: torch.Tensor) -> List[Image.Image]:
+    """The attention of each token over the image, as the other pictures show it, on one scale for all.
+
+    Args:
+        image: The image as the model saw it.
+        attention: A of a tokenizer (L, H, W).
+
+    Returns:
+        L pictures of the image's size.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    attention = _multiple_of_uniform(attention)
+    pictures = _overlays(image, attention, _colors(attention))
+    return [Image.fromarray((255 * picture).round().astype(np.uint8)) for picture in pictures]
 
 
 def draw_locality(ratios: torch.Tensor, uniform: float, title: str, path: Union[str, Path]) -> None:
@@ -111,43 +166,52 @@ def draw_locality(ratios: torch.Tensor, uniform: float, title: str, path: Union[
 
 
 def _figure(size: Tuple[float, float]):
-    try:
+    with _needed():
         from matplotlib.figure import Figure
+    return Figure(figsize=size, layout='constrained')
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    try:
+        yield
     except ImportError:
         raise InputError("pictures need matplotlib: pip install 'vt_zoo[figures]'") from None
-    return Figure(figsize=size, layout='constrained')
 
 
 def _multiple_of_uniform(attention: torch.Tensor) -> torch.Tensor:
     return attention.float().cpu() * attention.shape[-2] * attention.shape[-1]
 
 
-def _top(attention: torch.Tensor) -> float:
-    """End of the colour scale: all but the highest half percent is below it."""
+def _colors(attention: torch.Tensor):
+    """Colours of multiples of uniform attention; all but the highest half percent is below the end of the scale."""
+    with _needed():
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import PowerNorm
     values = attention.flatten()
-    return values.kthvalue(max(int(0.995 * values.numel()), 1)).values.item()
+    top = values.kthvalue(max(int(0.995 * values.numel()), 1)).values.item()
+    return ScalarMappable(PowerNorm(0.5, vmin=0, vmax=top), 'inferno')
 
 
-def _draw_maps(axes, image: Image.Image, maps: torch.Tensor, top: float):
-    """Draw a map (L, H, W) in each axes over the image in grey, and give what a colour bar needs."""
-    from matplotlib.colors import PowerNorm
-
-    grey = image.convert('L')
-    maps = F.interpolate(maps[None], size=(image.height, image.width), mode='bilinear')[0].numpy()
-    for ax, values in zip(axes, maps):
-        ax.imshow(grey, cmap='gray')
-        alpha = 0.2 + 0.65 * (values / top).clip(0, 1) ** 0.5  # the image shows through where attention is low
-        drawn = ax.imshow(values, cmap='inferno', norm=PowerNorm(0.5, vmin=0, vmax=top), alpha=alpha)
-    return drawn
+def _overlays(image: Image.Image, maps: torch.Tensor, colors) -> Iterator[np.ndarray]:
+    """Lay each map (L, H, W) over the image in grey: (height, width, 3), 0 to 1."""
+    grey = np.asarray(image.convert('L'))[..., None] / 255
+    for values in F.interpolate(maps[None], size=(image.height, image.width), mode='bilinear')[0].numpy():
+        alpha = 0.2 + 0.65 * colors.norm(values).clip(0, 1)[..., None]  # the image shows through where attention is low
+        yield alpha * colors.to_rgba(values)[..., :3] + (1 - alpha) * grey
 
 
-def _finish(figure, axes, drawn, path: Union[str, Path]) -> None:
+def _draw_maps(axes, image: Image.Image, maps: torch.Tensor, colors) -> None:
+    """Draw a map (L, H, W) in each axes over the image in grey."""
+    for ax, picture in zip(axes, _overlays(image, maps, colors)):
+        ax.imshow(picture)
+
+
+def _finish(figure, axes, colors) -> None:
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.01)
+    bar = figure.colorbar(colors, ax=axes, shrink=0.8, pad=0.01)
     bar.set_label('attention / uniform\n(square-root scale)', fontsize=9)
-    figure.supxlabel('token', fontsize=9)
-    _save(figure, path)
 
 
 def _save(figure, path: Union[str, Path]) -> None:

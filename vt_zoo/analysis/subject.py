@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from ..checkpoint import load_model
+from ..errors import InputError
 
 __all__ = ['Subject', 'load_subject']
 
@@ -45,21 +46,27 @@ def load_subject(name_or_dir: str) -> Subject:
 
     Args:
         name_or_dir: What `vt_zoo.checkpoint.load_model` takes, or a folder of `vt-zoo segment train`. A segmenter sees
-            images at their own size.
+            images at its eval_size, at their own where it has none.
 
     Raises:
-        InputError: As `load_model`, or `load_segmentation_model`.
+        InputError: As `load_model`, or `load_segmentation_model`; the model has not as many classes as names for them.
     """
     if _is_segmenter(Path(name_or_dir)):
+        from ..segmentation.evaluate import to_eval_size
         from ..segmentation.model_files import load_segmentation_model
         from ..segmentation.predict import prepare_image
 
         loaded = load_segmentation_model(name_or_dir)
-        return Subject(
-            loaded.model, loaded.classes, lambda image: prepare_image(loaded, image), loaded.mean, loaded.std, True)
+
+        def prepare(image: Image.Image) -> torch.Tensor:
+            return to_eval_size(prepare_image(loaded, image)[None], loaded.eval_size)[0]
+
+        return Subject(loaded.model, loaded.classes, prepare, loaded.mean, loaded.std, True)
     model = load_model(name_or_dir)
     data_config = resolve_data_config({}, model=model)
     classes = list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    if len(classes) != model.num_classes:
+        raise InputError(f'model {name_or_dir} has {model.num_classes} classes, its config.json names {len(classes)}')
     return Subject(model, classes, create_transform(**data_config), data_config['mean'], data_config['std'], False)
 
 

@@ -2,7 +2,7 @@
 import argparse
 import re
 
-__all__ = ['file_size', 'fraction', 'positive_float', 'positive_int', 'whole_number']
+__all__ = ['file_size', 'fraction', 'port', 'positive_float', 'positive_int', 'whole_number']
 
 
 def _number(text: str, kind: type, allowed: str, accept) -> float:
@@ -33,6 +33,11 @@ def positive_float(text: str) -> float:
 def fraction(text: str) -> float:
     """A number from 0 to under 1."""
     return _number(text, float, 'a number from 0 to under 1', lambda v: 0 <= v < 1)
+
+
+def port(text: str) -> int:
+    """A number of a TCP port, or 0."""
+    return _number(text, int, 'a port from 0 to 65535', lambda v: 0 <= v <= 65535)
 
 
 def file_size(text: str) -> str:

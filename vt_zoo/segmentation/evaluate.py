@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from ..errors import InputError, first_line
 from .datasets import SegmentationDataset
 
-__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment']
+__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment', 'to_eval_size']
 
 
 @dataclass
@@ -28,6 +28,16 @@ class SegmentMetrics:
     miou: float
     iou: List[Optional[float]]
     pixel_accuracy: float
+
+
+def to_eval_size(images: torch.Tensor, eval_size: Optional[Union[int, Tuple[int, int]]]) -> torch.Tensor:
+    """Images (B, C, H, W) at the size (height, width), or short side, of evaluation; None leaves them as they are."""
+    if eval_size is None:
+        return images
+    if isinstance(eval_size, int):
+        factor = eval_size / min(images.shape[-2:])
+        eval_size = (round(images.shape[-2] * factor), round(images.shape[-1] * factor))
+    return F.interpolate(images, size=eval_size, mode='bilinear', align_corners=False, antialias=True)
 
 
 def segment(
@@ -48,11 +58,7 @@ def segment(
     Raises:
         InputError: The model does not take images of this size.
     """
-    if eval_size is not None:
-        if isinstance(eval_size, int):
-            factor = eval_size / min(images.shape[-2:])
-            eval_size = (round(images.shape[-2] * factor), round(images.shape[-1] * factor))
-        images = F.interpolate(images, size=eval_size, mode='bilinear', align_corners=False, antialias=True)
+    images = to_eval_size(images, eval_size)
     try:
         logits = model(images)
     except (RuntimeError, ValueError, AssertionError) as e:  # each library its own

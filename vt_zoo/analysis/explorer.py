@@ -1,0 +1,203 @@
+"""A page for the browser in which to look at what tokens see. gradio is imported where it is built (extra `explore`).
+
+The page needs nothing from the internet: fonts are the system's, analytics are off.
+"""
+import html
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import InputError
+from ..images import load_image
+from .capture import capture
+from .figures import draw_token, overlay_tokens
+from .metrics import attention_entropy, record_interaction
+from .subject import Subject
+
+__all__ = ['Look', 'create_app', 'look']
+
+MAX_SIDE = 1024  # of an image that a segmenter sees, which needs about 1 GB of memory at 1024x1024
+MAX_FILE_SIZE = '20mb'
+CLASSES = 5  # that are shown, the most likely
+THUMBNAIL = 192  # pixels, longer side
+
+CSS = '''
+#tokens .grid-wrap {min-height: 0}
+#tokens .caption-label {font-size: 11px}
+#image img {width: 100%; height: 100%; object-fit: contain}
+'''
+
+
+@dataclass(eq=False)
+class Look:
+    """What a model made of one image.
+
+    Attributes:
+        image: As the model saw it.
+        prediction: Probability of the most likely classes; of a segmenter the mask (height, width), of 0 and 1, of each
+            class that is there.
+        attention: A (L, H, W) of each module that has one, by its number from 1; for VT-FPN that of the level.
+        interaction: A-hat (L, H, W) of the same modules, None where the module has none.
+    """
+    image: Image.Image
+    prediction: Dict[str, Union[float, np.ndarray]]
+    attention: Dict[int, torch.Tensor]
+    interaction: Dict[int, Optional[torch.Tensor]]
+
+
+@torch.inference_mode()
+def look(subject: Subject, image: Image.Image) -> Look:
+    """Run a model on an image and keep what its tokens attend to.
+
+    Args:
+        subject: The model.
+        image: RGB image. A segmenter sees one of more than 1024 pixels a side shrunk to that.
+
+    Raises:
+        InputError: The model does not take images of this size.
+        ValueError: The model has no tokens that attend to pixels.
+    """
+    if subject.is_segmenter and max(image.size) > MAX_SIDE:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    x = subject.prepare(image)
+    shown = subject.shown(x)
+    prediction = _segment(subject, x) if subject.is_segmenter else _classify(subject, x)
+    records = capture(subject.model, x[None])
+    attention = {i: r.attention[0] for i, r in enumerate(records, 1) if r.attention is not None}
+    if not attention:
+        raise ValueError('its tokenizers have no attention')
+    interaction = {i: record_interaction(records, i - 1) for i in attention}
+    return Look(shown, prediction, attention, {i: None if a is None else a[0] for i, a in interaction.items()})
+
+
+def _classify(subject: Subject, x: torch.Tensor) -> Dict[str, float]:
+    top = subject.model(x[None]).softmax(-1)[0].topk(min(CLASSES, len(subject.classes)))
+    names = [subject.classes[i] for i in top.indices]
+    unique = [name if names.count(name) == 1 else f'{name} ({i})' for name, i in zip(names, top.indices.tolist())]
+    return dict(zip(unique, top.values.tolist()))
+
+
+def _segment(subject: Subject, x: torch.Tensor) -> Dict[str, np.ndarray]:
+    from ..segmentation.evaluate import segment
+
+    classes = segment(subject.model, x[None], tuple(x.shape[-2:])).argmax(1)[0]
+    counts = classes.flatten().bincount(minlength=len(subject.classes))
+    present = [i for i in counts.argsort(descending=True) if counts[i] > 0]
+    return {subject.classes[i]: (classes == i).float().numpy() for i in present}
+
+
+def _colors(classes: List[str]) -> Dict[str, str]:
+    from ..segmentation.predict import palette
+
+    return {name: f'#{r:02x}{g:02x}{b:02x}' for name, (r, g, b) in zip(classes, palette(len(classes)))}
+
+
+def _draw_tokens(seen: Optional[Look], module: int) -> Optional[List[Tuple[Image.Image, str]]]:
+    """Small pictures of all tokens with their captions."""
+    if seen is None:
+        return None
+    image = seen.image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    entropy = attention_entropy(seen.attention[module][None], normalize=True)[0].tolist()
+    pictures = overlay_tokens(image, seen.attention[module])
+    return [(picture, f'{i}: {e:.2f}') for i, (picture, e) in enumerate(zip(pictures, entropy))]
+
+
+def _draw_one(seen: Optional[Look], module: int, token: int) -> Tuple[Optional[Image.Image], str]:
+    """A large picture of a token, and its entropy in words."""
+    if seen is None:
+        return None, ''
+    attention = seen.attention[module]
+    nats, share = (attention_entropy(attention[None], normalize)[0, token] for normalize in (False, True))
+    height, width = attention.shape[-2:]
+    return draw_token(seen.image, attention, seen.interaction[module], token), (
+        f'**Token {token}**: the entropy of A is **{nats:.3f}** nats, **{share:.3f}** of ln({height} · {width}), which '
+        'uniform attention has.')
+
+
+def _draw_all(seen: Optional[Look], module: int, token: int) -> Tuple:
+    return (_draw_tokens(seen, module), *_draw_one(seen, module, token))
+
+
+def create_app(subject: Subject, title: str) -> Any:
+    """Build the page as an ASGI application, for uvicorn or another server.
+
+    Args:
+        subject: The model to look into; one image at a time runs through it.
+        title: Heading of the page.
+
+    Raises:
+        InputError: gradio or matplotlib is not installed.
+        ValueError: The model has no tokens that attend to pixels.
+    """
+    try:
+        import gradio as gr
+        from fastapi import FastAPI
+    except ImportError:
+        raise InputError("the explorer needs gradio: pip install 'vt_zoo[explore]'") from None
+    lock = threading.Lock()  # what `capture` hooks into the model is of one image
+    blank = look(subject, Image.new('RGB', (64, 64)))
+    modules = list(blank.attention)
+    overlay_tokens(blank.image, blank.attention[modules[0]])  # says now if matplotlib is missing
+
+    def open_image(path: Optional[str]) -> Tuple:
+        if path is None:
+            return None, None, None
+        try:
+            image = load_image(path)
+            with lock:
+                seen = look(subject, image)
+        except InputError as e:
+            gr.Warning(html.escape(str(e).replace(path, Path(path).name)), duration=None)
+            return None, None, None
+        predicted = seen.prediction
+        if subject.is_segmenter:
+            predicted = seen.image, [(mask, name) for name, mask in predicted.items()]
+        return seen, seen.image, predicted
+
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+        seen, token = gr.State(), gr.State(0)
+        gr.Markdown(f'## {html.escape(title)}')
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                file = gr.File(label='Image', height=120, elem_id='file')
+                gr.Markdown('What the model sees')
+                image = gr.Image(show_label=False, height=220, elem_id='image', buttons=[])
+                if subject.is_segmenter:
+                    gr.Markdown('The mask')
+                    prediction = gr.AnnotatedImage(
+                        show_label=False, color_map=_colors(subject.classes), elem_id='prediction', buttons=[])
+                else:
+                    prediction = gr.Label(label='Prediction', elem_id='prediction')
+            with gr.Column(scale=3, min_width=480):
+                module = gr.Radio(
+                    modules, value=modules[0], elem_id='module',
+                    label='Level of VT-FPN, from fine to coarse' if subject.is_segmenter else 'VT module')
+                gr.Markdown('Where each token looks, with the entropy as a share of uniform attention. Click a token.')
+                gallery = gr.Gallery(
+                    show_label=False, columns=8, height='auto', object_fit='contain', allow_preview=False, buttons=[],
+                    interactive=False, elem_id='tokens')
+                text = gr.Markdown(elem_id='entropy')
+                picture = gr.Image(show_label=False, elem_id='token', buttons=[])
+
+        def pick(seen: Optional[Look], module: int, event: gr.SelectData) -> Tuple:
+            return (event.index, *_draw_one(seen, module, event.index))
+
+        # what is clicked while the page is busy is done too, one after the other in its order
+        in_order = {'trigger_mode': 'multiple', 'concurrency_id': 'page', 'concurrency_limit': 1}
+        draw_all = {'fn': _draw_all, 'inputs': [seen, module, token], 'outputs': [gallery, picture, text], **in_order}
+        file.change(open_image, file, [seen, image, prediction], **in_order).then(**draw_all)
+        module.change(**draw_all)
+        gallery.select(pick, [seen, module], [token, picture, text], **in_order)
+    font = [gr.themes.Font(name) for name in ('Helvetica Neue', 'Arial', 'sans-serif')]
+    mono = [gr.themes.Font('monospace')]
+    return gr.mount_gradio_app(
+        FastAPI(), blocks, '/', footer_links=[], run_history=False, ssr_mode=False, pwa=False, mcp_server=False,
+        enable_monitoring=False, max_file_size=MAX_FILE_SIZE, css=CSS,
+        theme=gr.themes.Default(font=font, font_mono=mono))

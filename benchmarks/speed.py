@@ -313,7 +313,7 @@ def measure_growth(args: argparse.Namespace) -> List[dict]:
     for size, num_tokens in cases:
         jobs = [Job('stage', twin(name), 'float32', 1, size, num_tokens), Job('stage', name, 'float32', 1, size)]
         records += time_jobs([*jobs, Job('trunk', name, 'float32', 1, size)], args.rounds or 15)
-        records += measure_all_memory(jobs[:1] if records and size == SIZE and num_tokens > TOKENS[0] else jobs)
+        records += measure_all_memory(jobs)
     return records
 
 
@@ -349,8 +349,8 @@ def main() -> None:
         records = PARTS[part](args)
         command = ' '.join([f'OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/speed.py', *sys.argv[1:]])
         results[part] = {
-            'command': command, 'machine': machine(), 'versions': versions(), 'minutes': (time.time() - start) / 60,
-            'records': records}
+            'device': DEVICE.type, 'command': command, 'machine': machine(), 'versions': versions(),
+            'minutes': (time.time() - start) / 60, 'records': records}
         with whole(path) as new:
             new.write_text(json.dumps(results).replace('{"what"', '\n{"what"') + '\n')
         write_report(results, args.out / stem)

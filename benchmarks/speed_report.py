@@ -7,12 +7,14 @@ from vt_zoo.checkpoint import whole
 
 REFERENCE = 'resnet50'
 MIB = 2 ** 20
-STAGE_GOALS = {  # times faster than layer4 at batch 1 and 16: of ResNet-18, of the others
-    'float32': {1: (1.5, 2.0), 16: (1.4, 1.8)},
-    'bfloat16': {1: (2.0, 3.0), 16: (2.0, 3.0)},
-    'float32 compile': {1: (1.1, 1.3), 16: (1.6, 2.5)},
-}
-MODEL_GOALS = {'float32': {1: 1.20, 16: 1.06}, 'bfloat16': {1: 1.28, 16: 1.14}, 'bfloat16 compile': {256: 1.15}}
+DEEP = ('resnet34', 'resnet50', 'resnet101')
+STAGE_GOALS = {  # times faster than layer4, on a CPU: of ResNet-18, of deeper ones
+    ('float32', 1): (1.5, 2.0), ('float32', 16): (1.4, 1.8),
+    ('bfloat16', 1): (2.0, 3.0), ('bfloat16', 16): (2.0, 3.0),
+    ('float32 compile', 1): (1.1, 1.3), ('float32 compile', 16): (1.6, 2.5)}
+MODEL_GOALS = {  # times faster than ResNet-50
+    'cpu': {('float32', 1): 1.20, ('float32', 16): 1.06, ('bfloat16', 1): 1.28, ('bfloat16', 16): 1.14},
+    'cuda': {('bfloat16 compile', 1): 1.0, ('bfloat16 compile', 256): 1.15}}
 LIKE_COST = 1.25  # multiply-adds differ by at most this factor
 LEVEL = 0.01  # a share that rises by no more is level
 BLUE, ORANGE, GREY = '#0072b2', '#d55e00', '#595959'
@@ -36,6 +38,7 @@ class Records:
 
     def __init__(self, part: dict) -> None:
         self.all: List[dict] = part['records']
+        self.device: str = part['device']
 
     def where(self, **fields) -> List[dict]:
         """Those that have these fields."""
@@ -60,7 +63,7 @@ def _times(base: List[float], own: List[float]) -> float:
 
 
 def _spread(base: List[float], own: List[float]) -> str:
-    low, median, high = statistics.quantiles([b / o for b, o in zip(base, own)], n=4)
+    low, median, high = statistics.quantiles([b / o for b, o in zip(base, own)], n=4, method='inclusive')
     return f'{median:.2f} ({low:.2f} to {high:.2f})'
 
 
@@ -69,16 +72,21 @@ def _ms(seconds: List[float]) -> str:
 
 
 def _verdict(value: float, goal: Optional[float]) -> str:
-    return '| |' if goal is None else f'| {goal:.2f} | {"yes" if value >= goal else "**no**"} |'
+    return '| | |' if goal is None else f'| {goal:.2f} | {"yes" if value >= goal else "**no**"} |'
 
 
 def _table(*columns: str) -> List[str]:
     return ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
 
 
-def _stage_goal(name: str, mode: str, batch: int) -> Optional[float]:
-    goals = STAGE_GOALS.get(mode, {}).get(batch)
-    return goals and goals[_base(name) != 'resnet18']
+def _stage_goal(records: Records, name: str, mode: str, batch: int) -> Optional[float]:
+    if records.device == 'cpu' and (mode, batch) in STAGE_GOALS and name in ('resnet18', *DEEP):
+        return STAGE_GOALS[mode, batch][name in DEEP]
+    return None
+
+
+def _model_goal(records: Records, name: str, mode: str, batch: int) -> Optional[float]:
+    return MODEL_GOALS[records.device].get((mode, batch)) if name == REFERENCE else None
 
 
 def report_stage(records: Records) -> List[str]:
@@ -87,8 +95,8 @@ def report_stage(records: Records) -> List[str]:
         '## The last stage', '',
         'From the map of stride 16 to the logits: VT modules and classifier against layer4, pooling and classifier of '
         "the same ResNet. *Bare products* are the VT stage's matrix products alone, each on its operands and into "
-        'memory that is there already: below their time no code gets that calls the same library for them. '
-        'torch.compile with freezing packs weights ahead, so they are no floor there. The last stages of ResNet-50 '
+        'memory that is there already: code that calls the same library for them cannot take less. torch.compile with '
+        'freezing packs weights ahead, so there they are no floor and are left out. The last stages of ResNet-50 '
         'and ResNet-101 are the same.',
         *_table('stage of', 'mode', 'batch', 'VT, ms', 'layer4, ms', 'times faster', 'goal', 'reached',
                 'bare products, ms', 'layer4 / bare products')]
@@ -99,7 +107,7 @@ def report_stage(records: Records) -> List[str]:
         key = {'mode': r['mode'], 'batch': r['batch']}
         own, base = r['seconds'], records.seconds(what='stage', name=_base(r['name']), **key)
         floor = records.seconds(what='products', name=r['name'], **key)
-        goal, times = _stage_goal(r['name'], r['mode'], r['batch']), _times(base, own)
+        goal, times = _stage_goal(records, _base(r['name']), **key), _times(base, own)
         bare = f'{_ms(floor)} | {_spread(base, floor)} |' if floor else '| |'
         lines.append(
             f'| {_base(r["name"])} | {r["mode"]} | {r["batch"]} | {_ms(own)} | {_ms(base)} | {_spread(base, own)} '
@@ -113,7 +121,7 @@ def report_stage(records: Records) -> List[str]:
                     f'would be {most:.2f} times faster than layer4, which {"misses" if most < goal else "reaches"} '
                     'the goal.')
             missed.append(f'- {text}')
-    return [*lines, '', *(['Goals that are not reached:', '', *missed] if missed else ['Every goal is reached.']), '']
+    return [*lines, '', *(['Goals that are not reached:', '', *missed, ''] if missed else [])]
 
 
 def _rate(record: dict) -> float:
@@ -146,9 +154,10 @@ def report_models(records: Records) -> List[str]:
         for name, r in sorted(about.items(), key=lambda item: item[1]['multiply_adds']):
             cells = [name, f'{r["multiply_adds"] / 1e6:.0f}', f'{r["parameters"] / 1e6:.1f}']
             for mode in modes:
-                own = records.seconds(what='model', name=name, mode=mode, batch=batch)
-                base = records.seconds(what='model', name=reference, mode=mode, batch=batch)
-                cells += [f'{batch / statistics.median(own):.1f}', _spread(base, own) if base else ''] if own else [''] * 2
+                key = {'what': 'model', 'mode': mode, 'batch': batch}
+                own, base = (records.seconds(name=n, **key) for n in (name, reference))
+                cells.append(f'{batch / statistics.median(own):.1f}' if own else '')
+                cells.append(_spread(base, own) if own and base else '')
             lines.append(f'| {" | ".join(cells)} |')
     lines += [
         '', '### Against the same ResNet', '',
@@ -162,7 +171,7 @@ def report_models(records: Records) -> List[str]:
             trunk = records.seconds(what='trunk', name=_base(name), **key)
             if not own:
                 continue
-            goal = MODEL_GOALS.get(mode, {}).get(batch) if name == twin(REFERENCE) else None
+            goal = _model_goal(records, _base(name), **key)
             floor = [
                 _spread(base, trunk), *(f'{100 * (1 - _times(trunk, s)):.0f} %' for s in (own, base))] if trunk else []
             lines.append(
@@ -206,8 +215,7 @@ def growth_cases(records: Records) -> Iterator[dict]:
         yield {
             'name': vt['name'], 'size': vt['size'], 'num_tokens': vt['num_tokens'],
             'seconds': (vt['seconds'], base['seconds']),
-            'mib': (
-                records.mib(name=vt['name'], num_tokens=vt['num_tokens'], **key), records.mib(name=base['name'], **key)),
+            'mib': tuple(records.mib(name=r['name'], num_tokens=r['num_tokens'], **key) for r in (vt, base)),
             'share': tuple(
                 statistics.median(s / (s + t) for s, t in zip(r['seconds'], trunk)) for r in (vt, base))}
 
@@ -290,11 +298,11 @@ def _losses_of_training(records: Records) -> Iterator[str]:
             base = next(
                 b for b in records.where(what='training', name=_base(r['name'])) if b.keys() == r.keys())
             if 'seconds' in r and _times(base['seconds'], r['seconds']) < 1:
-                yield (f'A training step of {r["name"]} takes {1 / _times(base["seconds"], r["seconds"]):.2f} times '
-                       f'that of {base["name"]}.')
+                yield (f'A training step of {r["name"]} takes {_times(r["seconds"], base["seconds"]):.2f} times the '
+                       f'time of one of {base["name"]}.')
             elif 'bytes' in r and r['bytes'] > base['bytes']:
-                yield (f'Its training needs {r["bytes"] / base["bytes"]:.2f} times the memory of that of '
-                       f'{base["name"]} ({r["name"]}).')
+                yield (f'A training step of {r["name"]} needs {r["bytes"] / base["bytes"]:.2f} times the memory of '
+                       f'one of {base["name"]}.')
 
 
 def _losses_of_growth(records: Records) -> Iterator[str]:
@@ -313,50 +321,57 @@ PARTS = {
 
 
 def draw_models(records: Records, path: Path) -> None:
-    """Images a second against multiply-adds."""
+    """Images a second against multiply-adds, in eager float32."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
-    costs = {r['name']: r['multiply_adds'] / 1e6 for r in records.where(what='about')}
-    settings = [(mode, batch) for mode, batch in records.settings('model') if mode in ('float32', 'bfloat16')]
-    modes = list(dict.fromkeys(mode for mode, _ in settings))
-    batches = sorted({batch for _, batch in settings})
-    figure = Figure(figsize=(11, 4.6 * len(modes)), layout='constrained')
-    axes = figure.subplots(len(modes), len(batches), squeeze=False)
-    for ax, (mode, batch) in zip(axes.flat, ((m, b) for m in modes for b in batches)):
-        points = {
-            r['name']: (costs[r['name']], _rate(r)) for r in records.where(what='model', mode=mode, batch=batch)
-            if 'seconds' in r}
-        ax.set(xscale='log', yscale='log', xlabel='multiply-adds of an image, M', ylabel='images/s',
-               title=f'{mode} eager, batch {batch}')
-        for colour, marker, group in (
-                (ORANGE, 'D', [n for n in points if _is_vt(n)]),
-                (BLUE, 'o', [n for n in points if twin(n) in points and not _is_vt(n)])):
-            ax.plot(*zip(*(points[n] for n in group)), marker + '-', color=colour, markersize=6, linewidth=1)
-        rest = [n for n in points if not _is_vt(n) and twin(n) not in points]
-        ax.plot([points[n][0] for n in rest], [points[n][1] for n in rest], 's', color=GREY, markersize=5)
+    costs = {r['name']: r['multiply_adds'] / 1e9 for r in records.where(what='about')}
+    vts, bases = [n for n in costs if _is_vt(n)], [n for n in costs if not _is_vt(n) and twin(n) in costs.keys() - {n}]
+    groups = [
+        (vts, {'color': ORANGE, 'marker': 'D'}), (bases, {'color': BLUE, 'marker': 'o'}),
+        ([n for n in costs if n not in vts + bases], {'color': GREY, 'marker': 's', 'linestyle': 'none'})]
+    batches = [batch for mode, batch in records.settings('model') if mode == 'float32']
+    figure = Figure(figsize=(11, 5), layout='constrained')
+    axes = figure.subplots(1, len(batches), squeeze=False)[0]
+    for ax, batch in zip(axes, batches):
+        for names, style in groups:
+            rates = [_rate(r) for n in names for r in records.where(what='model', name=n, mode='float32', batch=batch)
+                     if 'seconds' in r]
+            ax.plot([costs[n] for n in names], rates, markersize=6, linewidth=0.8, **style)
+        ax.set(xscale='log', yscale='log', title=f'float32 eager, batch {batch}',
+               xlabel='multiply-adds of an image, G', ylabel='images a second')
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+            axis.set_major_formatter(ScalarFormatter())
+        ax.minorticks_off()
         ax.margins(0.12)
-        _label(ax, points, {n: ORANGE if _is_vt(n) else GREY if n in rest else BLUE for n in points})
+        ax.grid(alpha=0.2)
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')  # labels go where the points now are
+    for ax in axes:
+        _label(ax, {n: (point, style['color']) for (names, style), line in zip(groups, ax.lines)
+                    for n, point in zip(names, line.get_xydata())})
     with whole(path) as new:
-        figure.savefig(new, dpi=85)
+        figure.savefig(new, dpi=90)
 
 
-def _label(ax, points: Dict[str, Tuple[float, float]], colours: Dict[str, str]) -> None:
-    """Write each point's name where it covers no other name and no point."""
-    ax.figure.draw_without_rendering()
-    taken = [ax.transData.transform(p) + [[-5, -5], [5, 5]] for p in points.values()]
-    taken = [(*low, *high) for low, high in taken]
-    for name, point in points.items():
-        for dx, dy in sorted(
-                ((dx, dy) for dx in range(-90, 91, 6) for dy in range(-60, 61, 6)), key=lambda d: d[0] ** 2 + 4 * d[1] ** 2):
-            side = 'left' if dx > 0 else 'right' if dx < 0 else 'center'
+def _label(ax, points: Dict[str, tuple]) -> None:
+    """Write the names of points, each of a colour, as near as they cover no other name and no point."""
+    from matplotlib.patheffects import withStroke
+
+    inside = ax.get_window_extent()
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in (ax.transData.transform(point) for point, _ in points.values())]
+    offsets = [(dx, dy) for dx in range(-90, 91, 6) for dy in range(-90, 91, 6)]
+    for name, (point, colour) in points.items():
+        for offset in sorted(offsets, key=lambda d: d[0] ** 2 + 3 * d[1] ** 2):
             text = ax.annotate(
-                name, point, (dx, dy), textcoords='offset points', ha=side, va='center', fontsize=8,
-                color=colours[name])
-            text.draggable(False)
+                name, point, offset, textcoords='offset points', va='center', fontsize=8, color=colour,
+                ha='left' if offset[0] > 0 else 'right' if offset[0] < 0 else 'center',
+                path_effects=[withStroke(linewidth=2, foreground='white')],
+                arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.5})
             box = text.get_window_extent()
-            inside = ax.get_window_extent()
             free = all(box.x1 < x0 or box.x0 > x1 or box.y1 < y0 or box.y0 > y1 for x0, y0, x1, y1 in taken)
-            if free and inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1:
+            if free and inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1:
                 taken.append((box.x0, box.y0, box.x1, box.y1))
                 break
             text.remove()
@@ -399,17 +414,20 @@ def write_report(results: Dict[str, dict], stem: Path) -> None:
         r = results[name]
         runs.setdefault(f'`{r["command"]}`. {r["machine"]}, {r["versions"]}', []).append(
             f'{name} {r["minutes"]:.1f} min')
-    lines += [f'Command: {run}. Time: {", ".join(names)}.' for run, names in runs.items()]
+    for run, names in runs.items():
+        lines += [f'Command: {run}. Time: {", ".join(names)}.', '']
     lines += [
-        '', "Each model is in its best public form: timm's `reparameterize_model`, then batch norms folded into "
+        "Each model is in its best public form: timm's `reparameterize_model`, then batch norms folded into "
         'convolutions. Images are random. Memory format is channels_last where nothing else is said; *compile* is '
         'torch.compile with freezing, other modes are eager. What is compared takes turns; times are medians of the '
         'rounds, ratios medians of the ratios in each round, in brackets their quartiles.', '']
     for name, records in parts.items():
         lines += PARTS[name][0](records)
     losses = [f'- {loss}' for name, records in parts.items() for loss in PARTS[name][1](records)]
-    lines += ['## Where VT loses', '', f'Like cost is within {LIKE_COST} times the multiply-adds, up or down; in brackets how many times '
-              'faster the other is.', '', *(losses or ['- Nowhere, in what was measured.']), '']
+    lines += [
+        '## Where VT loses', '',
+        f'Like cost is within {LIKE_COST} times the multiply-adds, up or down; in brackets how many times faster the '
+        'other is.', '', *(losses or ['- Nowhere, in what was measured.']), '']
     if 'models' in parts:
         draw_models(parts['models'], stem.with_suffix('.png'))
         lines[-1:] = ['', f'![Images a second against multiply-adds]({stem.name}.png)', '']

@@ -323,7 +323,7 @@ PARTS = {
 def draw_models(records: Records, path: Path) -> None:
     """Images a second against multiply-adds, in eager float32."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     costs = {r['name']: r['multiply_adds'] / 1e9 for r in records.where(what='about')}
     vts, bases = [n for n in costs if _is_vt(n)], [n for n in costs if not _is_vt(n) and twin(n) in costs.keys() - {n}]
@@ -331,7 +331,7 @@ def draw_models(records: Records, path: Path) -> None:
         (vts, {'color': ORANGE, 'marker': 'D'}), (bases, {'color': BLUE, 'marker': 'o'}),
         ([n for n in costs if n not in vts + bases], {'color': GREY, 'marker': 's', 'linestyle': 'none'})]
     batches = [batch for mode, batch in records.settings('model') if mode == 'float32']
-    figure = Figure(figsize=(11, 5), layout='constrained')
+    figure = Figure(figsize=(11, 5), dpi=90, layout='constrained')
     axes = figure.subplots(1, len(batches), squeeze=False)[0]
     for ax, batch in zip(axes, batches):
         for names, style in groups:
@@ -342,7 +342,7 @@ def draw_models(records: Records, path: Path) -> None:
                xlabel='multiply-adds of an image, G', ylabel='images a second')
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
-            axis.set_major_formatter(ScalarFormatter())
+            axis.set_major_formatter(StrMethodFormatter('{x:g}'))
         ax.minorticks_off()
         ax.margins(0.12)
         ax.grid(alpha=0.2)
@@ -352,29 +352,28 @@ def draw_models(records: Records, path: Path) -> None:
         _label(ax, {n: (point, style['color']) for (names, style), line in zip(groups, ax.lines)
                     for n, point in zip(names, line.get_xydata())})
     with whole(path) as new:
-        figure.savefig(new, dpi=90)
+        figure.savefig(new)
 
 
 def _label(ax, points: Dict[str, tuple]) -> None:
     """Write the names of points, each of a colour, as near as they cover no other name and no point."""
     from matplotlib.patheffects import withStroke
 
-    inside = ax.get_window_extent()
+    frame = ax.get_window_extent()
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in (ax.transData.transform(point) for point, _ in points.values())]
-    offsets = [(dx, dy) for dx in range(-90, 91, 6) for dy in range(-90, 91, 6)]
+    offsets = sorted(  # in pixels, of the middle of the text
+        ((dx, dy) for dx in range(-150, 151, 3) for dy in range(-120, 121, 3)), key=lambda d: d[0] ** 2 + 9 * d[1] ** 2)
     for name, (point, colour) in points.items():
-        for offset in sorted(offsets, key=lambda d: d[0] ** 2 + 3 * d[1] ** 2):
-            text = ax.annotate(
-                name, point, offset, textcoords='offset points', va='center', fontsize=8, color=colour,
-                ha='left' if offset[0] > 0 else 'right' if offset[0] < 0 else 'center',
-                path_effects=[withStroke(linewidth=2, foreground='white')],
-                arrowprops={'arrowstyle': '-', 'color': colour, 'linewidth': 0.5})
-            box = text.get_window_extent()
-            free = all(box.x1 < x0 or box.x0 > x1 or box.y1 < y0 or box.y0 > y1 for x0, y0, x1, y1 in taken)
-            if free and inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1:
-                taken.append((box.x0, box.y0, box.x1, box.y1))
+        text = ax.text(0, 0, name, fontsize=8, color=colour, ha='center', va='center', transform=None)
+        size, (x, y) = text.get_window_extent(), ax.transData.transform(point)
+        for dx, dy in offsets:
+            x0, x1 = x + dx - size.width / 2, x + dx + size.width / 2
+            y0, y1 = y + dy - size.height / 2, y + dy + size.height / 2
+            if (frame.x0 < x0 and x1 < frame.x1 and frame.y0 < y0 and y1 < frame.y1
+                    and all(x1 < a0 or x0 > a1 or y1 < b0 or y0 > b1 for a0, b0, a1, b1 in taken)):
                 break
-            text.remove()
+        taken.append((x0, y0, x1, y1))
+        text.set(position=(x + dx, y + dy), path_effects=[withStroke(linewidth=2, foreground='white')])
 
 
 def draw_growth(records: Records, path: Path) -> None:
@@ -382,7 +381,7 @@ def draw_growth(records: Records, path: Path) -> None:
     from matplotlib.figure import Figure
 
     by_size, by_tokens = _by_size_and_tokens(records)
-    figure = Figure(figsize=(10, 6), layout='constrained')
+    figure = Figure(figsize=(10, 6), dpi=90, layout='constrained')
     panels = {
         'time, ms': lambda c, i: 1000 * statistics.median(c['seconds'][i]),
         "share of the whole model's time, %": lambda c, i: 100 * c['share'][i],
@@ -402,7 +401,7 @@ def draw_growth(records: Records, path: Path) -> None:
             ax.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     with whole(path) as new:
-        figure.savefig(new, dpi=90)
+        figure.savefig(new)
 
 
 def write_report(results: Dict[str, dict], stem: Path) -> None:

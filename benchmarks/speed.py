@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -53,7 +54,6 @@ BATCHES = (1, 16, 64, 256) if CUDA else (1, 16)
 MODES = ('float32', 'bfloat16', 'float32 contiguous', 'bfloat16 compile' if CUDA else 'float32 compile')
 SIZE, SIZES = 224, (224, 384, 512, 768, 1024)
 TOKENS = (16, 32, 64, 128, 256)
-WARM_UP = 2
 CPU_FLAGS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8')
 
 
@@ -200,7 +200,8 @@ def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
     torch._dynamo.reset()
     runs, seconds = [prepare(job) for job in tqdm(jobs, 'prepare', leave=False)], [[] for _ in jobs]
     of = ', '.join(sorted({f'{job.what}, {job.mode}, batch {job.batch}, {job.size}' for job in jobs}))
-    for i in tqdm(range(WARM_UP + rounds), of[:60]):
+    warm_up = 2 if jobs[0].batch == 1 else 1
+    for i in tqdm(range(warm_up + rounds), of[:60]):
         for job, run, mine in zip(jobs, runs, seconds):
             if job.batch == 1:
                 run()
@@ -208,7 +209,7 @@ def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
             start = time.perf_counter()
             run()
             _synchronize()
-            if i >= WARM_UP:
+            if i >= warm_up:
                 mine.append(round(time.perf_counter() - start, 7))
     return [{**asdict(job), 'seconds': mine} for job, mine in zip(jobs, seconds)]
 
@@ -291,9 +292,8 @@ def measure_models(args: argparse.Namespace) -> List[dict]:
             if 'compile' not in mode:
                 jobs += [Job('trunk', name, mode, batch) for name in args.resnets]
             records += time_jobs(jobs, args.rounds or (20 if batch == 1 else 8))
-    eager = [mode for mode in args.modes if mode in ('float32', 'bfloat16')]
     return records + measure_all_memory([
-        Job('model', name, mode, batch, image_size(name)) for name in names for mode in eager for batch in BATCHES])
+        Job('model', name, args.modes[0], batch, image_size(name)) for name in names for batch in BATCHES])
 
 
 def measure_training(args: argparse.Namespace) -> List[dict]:
@@ -335,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='what to measure')
     parser.add_argument('--models', nargs='+', default=[*RESNETS, *RIVALS], help='beside the VT-ResNets of the ResNets')
-    parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES))
+    parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES), help='memory is that in the first')
     parser.add_argument('--rounds', type=int, help='timed runs of each; default: by part and batch')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
@@ -347,10 +347,11 @@ def main() -> None:
     for part in args.parts:
         start = time.time()
         records = PARTS[part](args)
-        command = ' '.join([f'OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/speed.py', *sys.argv[1:]])
+        command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
         results[part] = {
-            'device': DEVICE.type, 'command': command, 'machine': machine(), 'versions': versions(),
-            'minutes': (time.time() - start) / 60, 'records': records}
+            'device': DEVICE.type, 'command': f'OMP_NUM_THREADS={torch.get_num_threads()} {command}',
+            'machine': machine(), 'versions': versions(), 'minutes': (time.time() - start) / 60,
+            'records': records}
         with whole(path) as new:
             new.write_text(json.dumps(results).replace('{"what"', '\n{"what"') + '\n')
         write_report(results, args.out / stem)

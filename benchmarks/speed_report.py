@@ -142,7 +142,7 @@ def report_models(records: Records) -> List[str]:
         f'differ by at most {max(r["difference"] for r in about.values()):.0e} of the largest from those of the model '
         'as it is trained. Accuracy is not compared here. Images are 224x224'
         + (f', but for models of a fixed size: {", ".join(other_size)}' if other_size else '') + '.'
-        + (f' Batch norms that follow no convolution stayed in {", ".join(kept)}.' if kept else '')
+        + (f' Batch norms that cannot be folded stayed in {", ".join(kept)}.' if kept else '')
         + (f' timm has no {", ".join(absent)}.' if absent else '')]
     settings = records.settings('model')
     for batch in sorted({batch for _, batch in settings}):
@@ -159,6 +159,12 @@ def report_models(records: Records) -> List[str]:
                 cells.append(f'{batch / statistics.median(own):.1f}' if own else '')
                 cells.append(_spread(base, own) if own and base else '')
             lines.append(f'| {" | ".join(cells)} |')
+        rates = [
+            (records.seconds(what='model', name=name, mode=mode, batch=batch) for mode in ('bfloat16', 'float32'))
+            for name in about]
+        slower = [_times(half, single) > 1 for half, single in rates if half and single]
+        if any(slower):
+            lines += ['', f'On this device bfloat16 is slower than float32 for {sum(slower)} of {len(slower)} models.']
     lines += [
         '', '### Against the same ResNet', '',
         'The floor is the same trunk with no last stage at all: no last stage can be faster. Shares are those of the '
@@ -321,7 +327,7 @@ PARTS = {
 
 
 def draw_models(records: Records, path: Path) -> None:
-    """Images a second against multiply-adds, in eager float32."""
+    """Images a second against multiply-adds, in the first mode."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -330,15 +336,16 @@ def draw_models(records: Records, path: Path) -> None:
     groups = [
         (vts, {'color': ORANGE, 'marker': 'D'}), (bases, {'color': BLUE, 'marker': 'o'}),
         ([n for n in costs if n not in vts + bases], {'color': GREY, 'marker': 's', 'linestyle': 'none'})]
-    batches = [batch for mode, batch in records.settings('model') if mode == 'float32']
+    first = records.settings('model')[0][0]
+    batches = [batch for mode, batch in records.settings('model') if mode == first]
     figure = Figure(figsize=(11, 5), dpi=90, layout='constrained')
     axes = figure.subplots(1, len(batches), squeeze=False)[0]
     for ax, batch in zip(axes, batches):
         for names, style in groups:
-            rates = [_rate(r) for n in names for r in records.where(what='model', name=n, mode='float32', batch=batch)
+            rates = [_rate(r) for n in names for r in records.where(what='model', name=n, mode=first, batch=batch)
                      if 'seconds' in r]
             ax.plot([costs[n] for n in names], rates, markersize=6, linewidth=0.8, **style)
-        ax.set(xscale='log', yscale='log', title=f'float32 eager, batch {batch}',
+        ax.set(xscale='log', yscale='log', title=f'{first}, batch {batch}',
                xlabel='multiply-adds of an image, G', ylabel='images a second')
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))

@@ -318,7 +318,7 @@ def _losses_of_growth(records: Records) -> Iterator[str]:
         yield f'The last stage is slower than layer4 with {", ".join(slower)}.'
     more = [f'{c["num_tokens"]} tokens at {c["size"]}' for c in growth_cases(records) if c['mib'][0] > c['mib'][1]]
     if more:
-        yield f'It needs more memory than layer4 with {", ".join(more)}.'
+        yield f'The last stage needs more memory than layer4 with {", ".join(more)}.'
 
 
 PARTS = {

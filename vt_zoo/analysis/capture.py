@@ -62,21 +62,24 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
     def keep(module, inputs, output):
         outputs[module] = output
 
+    def mean_of_heads(part):
+        attn = outputs.pop(getattr(part, 'softmax', None), None)  # (B * heads, L, ...)
+        return None if attn is None else attn.unflatten(0, (-1, getattr(part, 'num_heads', 1))).mean(1)
+
     def all_tokens(module, inputs):
         return inputs[:2]  # and not their mean alone, as the inference form asks its last module for
 
     def record_module(module, inputs, output):
-        parts = (getattr(module, name, None) for name in ('tokenizer', 'transformer', 'projector'))
-        attention, relation, projection = (outputs.pop(getattr(part, 'softmax', None), None) for part in parts)
-        relation = None if relation is None else relation.mean(1)
+        attention, relation, projection = (
+            mean_of_heads(getattr(module, name, None)) for name in ('tokenizer', 'transformer', 'projector'))
         records.append(_record(attention, relation, projection, inputs[0].shape[-2:], output[1]))
 
     def record_neck(neck, inputs, output):
-        relation = outputs.pop(neck.transformer.softmax).mean(1)
+        relation = mean_of_heads(neck.transformer)
         tokens = outputs.pop(neck.transformer).split(neck.num_tokens, dim=1)
         for tokenizer, projector, x, t in zip(neck.tokenizers, neck.projectors, inputs[0], tokens):
             records.append(_record(
-                outputs.pop(tokenizer.softmax), relation, outputs.pop(projector.softmax), x.shape[-2:], t))
+                mean_of_heads(tokenizer), relation, mean_of_heads(projector), x.shape[-2:], t))
 
     handles = []
     try:
@@ -103,7 +106,7 @@ def _record(attention, relation, projection, size, tokens) -> VTRecord:
     return VTRecord(
         attention=None if attention is None else attention.unflatten(-1, size),
         relation=relation,
-        projection=None if projection is None else projection.mean(1).unflatten(-1, size),
+        projection=None if projection is None else projection.unflatten(-1, size),
         tokens=tokens,
     )
 

@@ -60,7 +60,7 @@ class ImplicitMap:
         products = _products(tokens if self.skip is None else tokens @ self.skip, self.x)
         if self.shares is None:
             return products
-        return torch.baddbmm(products, tokens @ self.values.transpose(1, 2), self.shares)
+        return torch.baddbmm(products, _row_products(self.values, tokens).transpose(1, 2), self.shares)
 
     def sums(self, attn: torch.Tensor) -> torch.Tensor:
         """As `pixel_sums`."""
@@ -69,7 +69,7 @@ class ImplicitMap:
             sums = F.linear(sums, self.skip)
         if self.shares is None:
             return sums
-        return torch.baddbmm(sums, attn @ self.shares.transpose(1, 2), self.values)
+        return torch.baddbmm(sums, torch.bmm(attn, self.shares.transpose(1, 2)), self.values)
 
 
 def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -108,11 +108,17 @@ def _products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     pixels = x.flatten(2)
     if x.is_contiguous():
         return tokens @ pixels
-    return (pixels.transpose(1, 2) @ tokens.transpose(-2, -1)).transpose(1, 2)
+    return _row_products(pixels.transpose(1, 2), tokens).transpose(1, 2)
+
+
+def _row_products(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, C) and (B, L, C) or (L, C) -> (B, N, L)."""
+    return F.linear(rows, tokens) if tokens.ndim == 2 else torch.bmm(rows, tokens.transpose(1, 2))
 
 
 def _sums(attn: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return attn @ x.flatten(2).transpose(1, 2)
+    return torch.bmm(attn, x.flatten(2).transpose(1, 2))
 
 
 torch.fx.wrap('_products')
+torch.fx.wrap('_row_products')

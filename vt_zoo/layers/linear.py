@@ -16,7 +16,8 @@ from .fold import fixed_affine, fold_norm, new_parameter
 from .token_map import TokenAffine, create_token_map
 
 __all__ = [
-    'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'merge_heads', 'pixel_groups', 'split_heads']
+    'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'finite', 'merge_heads', 'pixel_groups',
+    'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -43,13 +44,23 @@ def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(B, N, C) -> (B, heads, N, C / heads)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """(B, N, C) -> (B * heads, N, C / heads)."""
+    if num_heads == 1:
+        return x
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def merge_heads(x: torch.Tensor) -> torch.Tensor:
-    """(B, heads, N, C / heads) -> (B, N, C)."""
-    return x.transpose(1, 2).flatten(2)
+def merge_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B * heads, N, C / heads) -> (B, N, C)."""
+    if num_heads == 1:
+        return x
+    return x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Logits within float16's range: products of two activations can leave it, and softmax makes NaN of an infinity."""
+    return torch.nan_to_num(logits) if logits.dtype == torch.float16 else logits
+
 
 
 class PixelLinear(nn.Module):

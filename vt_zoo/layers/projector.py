@@ -5,7 +5,7 @@ from timm.layers import DropPath, LayerType
 
 from .fold import in_float64
 from .implicit_map import ImplicitMap, pixel_products
-from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups, split_heads
+from .linear import PixelLinear, TokenLinear, TokenNorm, finite, pixel_groups, split_heads
 from .token_map import matrix, merged_token_map
 
 __all__ = ['Projector']
@@ -77,21 +77,20 @@ class Projector(nn.Module):
         Returns:
             Feature map X_out (B, C_out, H, W).
         """
-        logits = torch.nan_to_num(self._logits(x, tokens))  # as in a tokenizer: they can leave the range of float16
-        attn = self.softmax(logits)  # softmax_L((X W_Q)(T W_K)^T): (B, heads, L, H*W)
+        attn = self.softmax(finite(self._logits(x, tokens)))  # softmax_L((X W_Q)(T W_K)^T): (B * heads, L, H*W)
         value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
         if not torch.jit.is_scripting():  # noqa: SIM102, a script has no such class
             if isinstance(x, ImplicitMap):
-                return x.write(self.skip, attn[:, 0], value)
-        return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads))
+                return x.write(self.skip, attn, value)
+        return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads), self.num_heads)
 
     def _logits(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (B, heads, L, H*W) of the pixels, for each token."""
+        """Logits (B * heads, L, H*W) of the pixels, for each token."""
         key = self.key(tokens)
         if self.query is None:
-            return (pixel_products(key[..., :-1], x) + key[..., -1:]).unsqueeze(1)
-        query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, C / heads, H*W)
-        return split_heads(key * self.scale, self.num_heads) @ query
+            return pixel_products(key[..., :-1], x) + key[..., -1:]
+        query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
+        return torch.bmm(split_heads(key * self.scale, self.num_heads), query)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -110,20 +109,19 @@ class Projector(nn.Module):
         self.query, self.key = None, merged_token_map(self.scale * back @ in_float64(key.weight), None, key.weight)
 
 
-def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Add values (B, heads, L, C / heads), mixed by attn (B, heads, L, H*W), to a map x (B, C, H, W).
+def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Add values (B * heads, L, C / heads), mixed by attn (B * heads, L, H*W), to a map x (B, C, H, W).
 
     One product that writes the sum, in the memory format of x: a map of its own for the mixture costs more time than
     the arithmetic.
     """
-    batch, heads = attn.shape[:2]
-    if heads == 1 and not x.is_contiguous():
-        mixed = torch.baddbmm(x.flatten(2).transpose(1, 2), attn[:, 0].transpose(1, 2), value[:, 0]).transpose(1, 2)
+    if num_heads == 1 and not x.is_contiguous():
+        mixed = torch.baddbmm(x.flatten(2).transpose(1, 2), attn.transpose(1, 2), value).transpose(1, 2)
     else:
-        parts = x.flatten(2).unflatten(1, (heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
-        mixed = torch.baddbmm(parts, value.flatten(0, 1).transpose(1, 2), attn.flatten(0, 1))
-        mixed = mixed.unflatten(0, (batch, heads)).flatten(1, 2)
+        parts = x.flatten(2).unflatten(1, (num_heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
+        mixed = torch.baddbmm(parts, value.transpose(1, 2), attn).unflatten(0, (-1, num_heads)).flatten(1, 2)
     return mixed.unflatten(2, (x.shape[2], x.shape[3]))
 
 
+torch.fx.wrap('finite')
 torch.fx.wrap('_add_mixed')

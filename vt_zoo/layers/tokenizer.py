@@ -14,7 +14,7 @@ from timm.layers import LayerType
 from .fold import fixed_affine, in_float64, new_parameter
 from .implicit_map import pixel_products, pixel_sums
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
+from .linear import PixelLinear, TokenLinear, create_logit_norm, finite, pixel_groups
 from .position_code import PositionCode
 from .token_map import matrix, merged_token_map
 
@@ -62,8 +62,7 @@ class AttentionTokenizer(nn.Module):
 
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H, W)."""
-        # products of two activations can leave the range of float16, and softmax makes NaN of an infinity
-        logits = torch.nan_to_num(self.logit_norm(logits))
+        logits = finite(self.logit_norm(logits))
         attn = self.softmax(_at_least_float32(logits.flatten(2)))  # A^T: (B, L, H*W)
         values = x if self.value is None else self.value(x)
         tokens = _unscaled(pixel_sums(_in_precision_of(logits, attn), values), logits, attn)
@@ -87,6 +86,7 @@ def _unscaled(sums: torch.Tensor, logits: torch.Tensor, attn: torch.Tensor) -> t
     return sums if attn.dtype == logits.dtype else sums / 16
 
 
+torch.fx.wrap('finite')
 torch.fx.wrap('_at_least_float32')
 torch.fx.wrap('_in_precision_of')
 torch.fx.wrap('_unscaled')

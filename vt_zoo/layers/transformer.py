@@ -6,9 +6,11 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType, get_act_layer
 
-from .linear import TokenLinear, TokenNorm, merge_heads, split_heads
+from .linear import TokenLinear, TokenNorm, finite, merge_heads, split_heads
 
 __all__ = ['TokenTransformer']
+
+torch.fx.wrap('finite')
 
 
 class TokenTransformer(nn.Module):
@@ -88,9 +90,8 @@ class TokenTransformer(nn.Module):
         """
         key = split_heads(self.key(tokens) * self.scale, self.num_heads)
         query = split_heads(self.query(tokens), self.num_heads)
-        logits = torch.nan_to_num(key @ query.transpose(-2, -1))  # as in a tokenizer: they can leave float16's range
-        attn = self.softmax(logits)  # softmax_L((T K)(T Q)^T): (B, heads, L, L)
-        mixed = merge_heads(attn @ split_heads(self.value(tokens), self.num_heads))
+        attn = self.softmax(finite(torch.bmm(key, query.transpose(1, 2))))  # softmax_L((T K)(T Q)^T): (B * heads, L, L)
+        mixed = merge_heads(torch.bmm(attn, split_heads(self.value(tokens), self.num_heads)), self.num_heads)
         tokens = tokens + self.drop_path(self.norm(mixed))
         hidden = self.act(self.fc1(tokens))
         if pool:

@@ -63,7 +63,7 @@ class AttentionTokenizer(nn.Module):
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H, W)."""
         logits = finite(self.logit_norm(logits))
-        attn = self.softmax(_at_least_float32(logits.flatten(2)))  # A^T: (B, L, H*W)
+        attn = self.softmax(_beyond_float16(logits.flatten(2)))  # A^T: (B, L, H*W)
         values = x if self.value is None else self.value(x)
         tokens = _unscaled(pixel_sums(_in_precision_of(logits, attn), values), logits, attn)
         if self.position_code is not None:
@@ -71,13 +71,13 @@ class AttentionTokenizer(nn.Module):
         return tokens
 
 
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """x, in float32 where it has half precision: shares of tens of thousands of pixels are below its normal numbers."""
-    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+def _beyond_float16(x: torch.Tensor) -> torch.Tensor:
+    """x, in float32 where it has float16, of whose normal numbers shares of tens of thousands of pixels are below."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def _in_precision_of(logits: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-    """Shares in the logits' precision; in half precision times 16, so that they are normal numbers of float16."""
+    """Shares in the logits' precision; in float16 times 16, so that they are normal numbers of it."""
     return attn if attn.dtype == logits.dtype else (attn * 16).to(logits.dtype)
 
 
@@ -87,7 +87,7 @@ def _unscaled(sums: torch.Tensor, logits: torch.Tensor, attn: torch.Tensor) -> t
 
 
 torch.fx.wrap('finite')
-torch.fx.wrap('_at_least_float32')
+torch.fx.wrap('_beyond_float16')
 torch.fx.wrap('_in_precision_of')
 torch.fx.wrap('_unscaled')
 

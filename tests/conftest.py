@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +21,11 @@ TIMEOUT = 600
 MAX_SENTENCE = 400  # characters, paths among them
 SEGMENT_MODULES = ['vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train', 'vt_zoo.segmentation.predict']
 
-# Imports torch once and forks a process a command, each as it is after the imports of `python -m vt_zoo`, which ends
-# without tearing the interpreter down: that saves seconds a command. A job's `before` is code that the process runs
-# first, to put it into bad circumstances.
+# Imports modules once and forks a process a job, which runs code as `python -c` would and ends without tearing the
+# interpreter down: that saves seconds a job. The hub's client, which reads its variables when it is imported, reads
+# those of the job.
 FORKS = '''
-import atexit, importlib, json, os, runpy, signal, sys, traceback
+import atexit, importlib, json, os, signal, sys, traceback
 for name in sys.argv[1:]:
     importlib.import_module(name)
 for line in sys.stdin:
@@ -39,13 +39,16 @@ else:
 for descriptor, path, flags in (0, os.devnull, os.O_RDONLY), (1, job['out'], os.O_WRONLY), (2, job['err'], os.O_WRONLY):
     os.dup2(os.open(path, flags), descriptor)
 os.chdir(job['cwd'])
+if job['environment']:
+    os.environ.update(job['environment'])
+    importlib.reload(importlib.import_module('huggingface_hub.constants'))
 signal.setitimer(signal.ITIMER_REAL, job['timeout'])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
-exec(job['before'])
 sys.argv[1:] = job['args']
 code = 1
 try:
-    runpy.run_module('vt_zoo', run_name='__main__', alter_sys=True)
+    exec(job['code'], {'__name__': '__main__'})
+    code = 0
 except SystemExit as e:
     code = e.code or 0
 except BaseException:
@@ -81,27 +84,27 @@ def lines_of(text):
     return [line for line in lines if line.strip()]
 
 
-class CommandLine:
-    """Runs commands: `python -m vt_zoo` in forks of a process that has imported it already.
+class Forks:
+    """Runs Python code in forks of a process that has imported modules.
 
     Args:
-        folder: Of the files to which commands print.
-        modules: What is imported too.
+        folder: Of the files to which the code prints.
+        modules: What is imported.
     """
 
     def __init__(self, folder, *modules):
         self.folder = folder
         self.server = subprocess.Popen(
-            [sys.executable, '-c', FORKS, 'vt_zoo.cli', *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True)
+            [sys.executable, '-c', FORKS, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, *args, cwd=None, before='', out=None, timeout=TIMEOUT):
-        """Run a command.
+    def run(self, code, *args, cwd=None, environment=None, out=None, timeout=TIMEOUT):
+        """Run code as `python -c` would.
 
         Args:
-            args: Its words.
+            code: Python.
+            args: Words for it.
             cwd: Folder to run it in.
-            before: Python code that the process runs first.
+            environment: Variables beside those of this process.
             out: File to take standard output; not read back where given.
             timeout: Seconds until SIGALRM ends it at once, as SIGKILL would.
 
@@ -109,14 +112,20 @@ class CommandLine:
             Exit code, standard output, standard error as text and its lines that stay on a terminal.
         """
         job = {
-            'args': [str(a) for a in args], 'cwd': str(cwd or self.folder), 'before': before, 'timeout': timeout,
-            'out': str(out or self.folder / 'out'), 'err': str(self.folder / 'err')}
+            'code': code, 'args': [str(a) for a in args], 'cwd': str(cwd or self.folder),
+            'environment': environment or {}, 'timeout': timeout, 'out': str(out or self.folder / 'out'),
+            'err': str(self.folder / 'err')}
         (self.folder / 'out').write_bytes(b'')
         (self.folder / 'err').write_bytes(b'')
         print(json.dumps(job), file=self.server.stdin, flush=True)
         code = int(self.server.stdout.readline())
         stdout, stderr = ((self.folder / n).read_bytes().decode(errors='surrogateescape') for n in ('out', 'err'))
         return SimpleNamespace(code=code, stdout=stdout, stderr=stderr, lines=lines_of(stderr))
+
+    def command(self, *args, module='vt_zoo', before='', **kwargs):
+        """Run `python -m vt_zoo` with these words, or another module; `before` is Python code that runs first."""
+        run = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return self.run(f'{before}\n{run}', *args, **kwargs)
 
     def close(self):
         self.server.stdin.close()
@@ -125,19 +134,23 @@ class CommandLine:
 
 
 @pytest.fixture(scope='session')
-def command(tmp_path_factory):
+def forks(tmp_path_factory):
+    """Forks of a process that has imported what `vt-zoo` imports."""
+    with closing(Forks(tmp_path_factory.mktemp('command'), 'vt_zoo.cli')) as forks:
+        yield forks
+
+
+@pytest.fixture(scope='session')
+def command(forks):
     """Runs a command of vt-zoo: `command('models', '--json').stdout`."""
-    command_line = CommandLine(tmp_path_factory.mktemp('command'))
-    yield command_line
-    command_line.close()
+    return forks.command
 
 
 @pytest.fixture(scope='session')
 def segment_command(tmp_path_factory):
     """As `command`, with what `vt-zoo segment` imports."""
-    command_line = CommandLine(tmp_path_factory.mktemp('segment_command'), *SEGMENT_MODULES)
-    yield command_line
-    command_line.close()
+    with closing(Forks(tmp_path_factory.mktemp('segment_command'), 'vt_zoo.cli', *SEGMENT_MODULES)) as forks:
+        yield forks.command
 
 
 @pytest.fixture(scope='session')

@@ -1,5 +1,6 @@
 """The documents' commands and Python run as they stand, from top to bottom, and print what they show."""
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,10 @@ def shapes_shown(block):
     return re.findall(SHAPE, ''.join(comments))
 
 
-def words(line, folder):
+def shell_words(line, folder):
     """Words of a command, with the files that its patterns stand for, as a shell gives them."""
-    for word in line.split():
-        if '*' in word:
-            yield from sorted(str(path.relative_to(folder)) for path in folder.glob(word))
-        else:
-            yield word
+    shell = f'{line.split()[0]}() {{ printf "%s\\n" "$@"; }}; {line}'
+    return subprocess.run(['bash', '-c', shell], cwd=folder, capture_output=True, text=True).stdout.splitlines()
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +32,7 @@ def folder(segment_command, tmp_path_factory):
         for language, block in re.findall(r'^```(python|sh)\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL):
             if language == 'sh':
                 for line in block.splitlines():
-                    result = segment_command(*list(words(line, folder))[1:], cwd=folder)
+                    result = segment_command(*shell_words(line, folder), cwd=folder)
                     assert result.code == 0, result.stderr
             else:
                 printed.clear()

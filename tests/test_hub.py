@@ -84,14 +84,15 @@ def test_hub_that_went_away(hub, hub_client, model):
     assert same(load_model(NAME), model)
 
 
-def test_command_offline(hub, few_digits, tmp_path):
-    """Real processes with the client's own environment variables."""
+def test_command_offline(command, hub, few_digits, tmp_path):
+    """The client's own environment variables, the second time in a real process."""
     picture = sorted((few_digits / 'val' / '1').iterdir())[0]
-    command = [sys.executable, '-m', 'vt_zoo', 'predict', str(picture), '--model', NAME, '--json']
-    online, offline = (
-        subprocess.run(command, capture_output=True, text=True, env=environment(hub, tmp_path / 'home', **variables))
-        for variables in ({}, {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': 'http://127.0.0.1:9'}))
-    assert online.returncode == offline.returncode == 0, online.stderr + offline.stderr
+    words = ['predict', picture, '--model', NAME, '--json']
+    online = command(*words, environment=environment(hub, tmp_path / 'home'))
+    offline = subprocess.run(
+        [sys.executable, '-m', 'vt_zoo', *words], capture_output=True, text=True,
+        env=environment(hub, tmp_path / 'home', HF_HUB_OFFLINE='1', HF_ENDPOINT='http://127.0.0.1:9'))
+    assert online.code == offline.returncode == 0, online.stderr + offline.stderr
     assert json.loads(online.stdout) == json.loads(offline.stdout)
     assert len(downloads(hub)) == 2
 

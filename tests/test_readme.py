@@ -3,13 +3,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import Forks
+from test_docs import shell_words
 from timm.models import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,44 +30,46 @@ def blocks(language):
 COMMANDS = [line for block in blocks('sh') for line in block.splitlines() if line.startswith('vt-zoo ')]
 
 
+@pytest.fixture(scope='module')
+def python(tmp_path_factory):
+    """Forks of a process that has imported timm, and not vt_zoo."""
+    with closing(Forks(tmp_path_factory.mktemp('python'), 'timm')) as forks:
+        yield forks
+
+
 @pytest.mark.parametrize('block', blocks('python'), ids=lambda block: block.splitlines()[-1][:30])
-def test_python_block(checkout, block):
-    process = subprocess.run([sys.executable, '-c', block], cwd=checkout, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+def test_python_block(python, checkout, block):
+    result = python.run(block, cwd=checkout)
+    assert result.code == 0, result.stderr
     shown = [line.split('#')[1] for line in block.splitlines() if line.lstrip().startswith('print(') and '#' in line]
-    printed = process.stdout.replace('torch.Size([', '(').replace('])', ')').splitlines()
+    printed = result.stdout.replace('torch.Size([', '(').replace('])', ')').splitlines()
     for text, line in zip(shown, printed):
         assert re.findall(r'\([\d, ]+\)', line) == re.findall(r'\([\d, ]+\)', text)
     assert len(printed) >= len(shown)
 
 
 @pytest.fixture(scope='module')
-def outputs(quickstart, script):
+def outputs(quickstart, segment_command):
     """What the commands of the README print, run one after the other where the quickstart ran before."""
-    environment = {**os.environ, 'PATH': f'{script.parent}{os.pathsep}{os.environ["PATH"]}'}
-    outputs = {}
-    for line in COMMANDS:
-        outputs[line] = subprocess.run(
-            ['bash', '-c', line], cwd=quickstart.cwd, env=environment, capture_output=True, text=True)
-    yield outputs
+    yield {line: segment_command(*shell_words(line, quickstart.cwd), cwd=quickstart.cwd) for line in COMMANDS}
     for folder in quickstart.cwd.glob('my_*'):
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize('line', COMMANDS)
 def test_command(outputs, quickstart, line):
-    process = outputs[line]
-    assert process.returncode == 0, process.stderr
+    result = outputs[line]
+    assert result.code == 0, result.stderr
     sevens = [f'vt_zoo_quickstart/data/val/7/{p.name}' for p in (quickstart.out / 'data' / 'val' / '7').iterdir()]
     command, *words = line.split()[1:]
     if command == 'finetune':
         out = words[words.index('--out') + 1]
         assert sorted(os.listdir(quickstart.cwd / out)) == ['history.csv', 'model']
     elif command == 'predict' and '--json' in words:
-        assert {prediction['image'] for prediction in json.loads(process.stdout)} == set(sevens)
+        assert {prediction['image'] for prediction in json.loads(result.stdout)} == set(sevens)
     elif command == 'predict':
-        assert set(sevens) <= set(process.stdout.splitlines())
-        assert len(process.stdout.splitlines()) == (1 + int(words[words.index('--top') + 1])) * len(sevens)
+        assert set(sevens) <= set(result.stdout.splitlines())
+        assert len(result.stdout.splitlines()) == (1 + int(words[words.index('--top') + 1])) * len(sevens)
     elif command == 'segment':
         folder = quickstart.cwd / words[words.index('--out') + 1 if '--out' in words else 1]
         contents = {'digits': ['classes.txt', 'images', 'masks'], 'train': ['best', 'history.csv', 'last']}
@@ -75,17 +78,17 @@ def test_command(outputs, quickstart, line):
         elif words[0] == 'predict':
             assert len(list(folder.glob('*_overlay.png'))) == len(list(folder.glob('*_classes.png'))) == 4
         else:
-            assert 'mIoU' in process.stdout.splitlines()[-1]
+            assert 'mIoU' in result.stdout.splitlines()[-1]
     elif command == 'tokens':
         folder = quickstart.cwd / words[words.index('--out') + 1]
         assert len(list(folder.glob('*_tokens.png'))) == 4 and (folder / 'tokens.json').exists()
     elif command == 'locality':
-        assert 'random weights' in process.stdout
+        assert 'random weights' in result.stdout
         assert (quickstart.cwd / words[words.index('--out') + 1]).exists()
     elif command == 'publish':
-        assert all(name in process.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
+        assert all(name in result.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
     else:
-        assert 'vt_resnet50' in process.stdout
+        assert 'vt_resnet50' in result.stdout
 
 
 def test_each_command_is_shown():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -33,18 +34,25 @@ def write_script(tmp_path):
     return write
 
 
-def run(*args, launcher=(), **kwargs):
+def run_process(*args, launcher=(), **kwargs):
     command = [sys.executable, *launcher, '-m', 'vt_zoo.run', *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **kwargs)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **kwargs)
+    return SimpleNamespace(code=process.returncode, stdout=process.stdout, stderr=process.stderr)
+
+
+@pytest.fixture
+def run(command):
+    """As run_process, in a fork of a process that has imported timm."""
+    return partial(command, module='vt_zoo.run')
 
 
 def report(process):
-    assert process.returncode == 0, process.stderr
+    assert process.code == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{')]
 
 
 def check_refused(process, *words):
-    assert process.returncode == 2, process.stderr
+    assert process.code == 2, process.stderr
     assert 'Traceback' not in process.stderr
     *_, sentence = process.stderr.splitlines()
     assert sentence.startswith('vt_zoo.run: error: ')
@@ -54,13 +62,13 @@ def check_refused(process, *words):
 
 def test_what_a_script_sees(write_script, tmp_path):
     script = write_script(REPORT)
-    seen, = report(run(script, '--model', 'vt_resnet50', '-b', 8, cwd=tmp_path))
+    seen, = report(run_process(script, '--model', 'vt_resnet50', '-b', 8, cwd=tmp_path))
     assert seen == {
         'name': '__main__', 'file': str(script), 'argv': [str(script), '--model', 'vt_resnet50', '-b', '8'],
         'path': str(script.parent), 'timm': timm.__file__, 'registered': True, 'rank': None}
 
 
-def test_relative_path(write_script):
+def test_relative_path(run, write_script):
     script = write_script(REPORT)
     seen, = report(run('folder/script.py', cwd=script.parents[1]))
     assert seen['argv'] == ['folder/script.py']
@@ -76,19 +84,19 @@ def test_timm_beside_the_script_is_taken(write_script):
         __path__ = [os.path.join(os.path.dirname(__file__), os.pardir, 'linked')]
         exec(open(os.path.join(__path__[0], '__init__.py')).read())
     ''', 'folder/timm/__init__.py')
-    seen, = report(run(script, 'word'))
+    seen, = report(run_process(script, 'word'))
     assert seen['timm'] == str(script.parent / 'timm' / '__init__.py')
     assert seen['registered']
     assert seen['argv'] == [str(script), 'word']
 
 
-def test_exit_code(write_script):
-    assert run(write_script('import sys; sys.exit(7)')).returncode == 7
+def test_exit_code(run, write_script):
+    assert run(write_script('import sys; sys.exit(7)')).code == 7
 
 
-def test_exception(write_script):
+def test_exception(run, write_script):
     process = run(write_script('raise KeyError("my own")'))
-    assert process.returncode == 1
+    assert process.code == 1
     assert process.stderr.splitlines()[-1] == "KeyError: 'my own'"
 
 
@@ -104,13 +112,13 @@ def test_signal(write_script, number):
         assert process.returncode == -number
 
 
-def test_signal_that_the_script_handles(write_script):
+def test_signal_that_the_script_handles(run, write_script):
     script = write_script('''
         import os, signal, sys
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
         os.kill(os.getpid(), signal.SIGTERM)
     ''')
-    assert run(script).returncode == 5
+    assert run(script).code == 5
 
 
 def test_workers_of_a_data_loader(write_script):
@@ -121,14 +129,14 @@ def test_workers_of_a_data_loader(write_script):
             loader = torch.utils.data.DataLoader(torch.arange(4), num_workers=1, multiprocessing_context='spawn')
             print([x.item() for x in loader])
     ''')
-    process = run(script)
+    process = run_process(script)
     assert process.stdout == '[0, 1, 2, 3]\n', process.stderr
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this torch has no torch.distributed')
 def test_torchrun(write_script, tmp_path):
     script = write_script(REPORT)
-    process = run(
+    process = run_process(
         script, 'word', cwd=tmp_path,
         launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
     seen = report(process)
@@ -143,7 +151,7 @@ def main(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', ['vt_zoo.run', *map(str, args)])
         code = vt_zoo.run.main()
         out = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out.out, stderr=out.err)
+        return SimpleNamespace(code=code, stdout=out.out, stderr=out.err)
     return call
 
 
@@ -160,22 +168,22 @@ def test_no_words(main):
 
 def test_help(main):
     process = main('--help')
-    assert process.returncode == 0
+    assert process.code == 0
     assert 'torchrun' in process.stdout
 
 
-def test_script_of_another_timm(write_script):
+def test_script_of_another_timm(run, write_script):
     script = write_script('from timm.utils import no_such_name')
     check_refused(run(script), script, timm.__version__, 'no_such_name')
 
 
-def test_import_error_of_the_script(write_script):
+def test_import_error_of_the_script(run, write_script):
     process = run(write_script('import no_such_module'))
-    assert process.returncode == 1
+    assert process.code == 1
     assert process.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
 
 
 def test_timm_that_does_not_fit(write_script):
     script = write_script(REPORT)
     write_script('__version__ = "0.1"', 'folder/timm/__init__.py')
-    check_refused(run(script), script.parent, 'timm')
+    check_refused(run_process(script), script.parent, 'timm')

@@ -374,11 +374,11 @@ def test_missing_package(command, composed, picture, segment_model, segment_argu
     assert files(tmp_path) == []
 
 
-def test_optional_packages_are_imported_where_they_are_used():
+def test_optional_packages_are_imported_where_they_are_used(forks):
     code = 'import vt_zoo.cli; vt_zoo.cli.main(["models", "--json"]); import sys; print(*sys.modules, file=sys.stderr)'
-    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert process.returncode == 0
-    imported = process.stderr.split()
+    result = forks.run(code)
+    assert result.code == 0
+    imported = result.stderr.split()
     assert 'vt_zoo' in imported
     assert not {*OPTIONAL, 'matplotlib', 'sklearn', 'vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train'} & set(imported)
 

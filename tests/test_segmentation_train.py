@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEGMENT_MODULES, CommandLine
+from conftest import SEGMENT_MODULES, Forks
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -527,9 +527,8 @@ def test_mixed_precision(segment_command, composed, segment_arguments, segment_r
 
 @pytest.fixture(scope='module')
 def two_command_lines(segment_command, tmp_path_factory):
-    other = CommandLine(tmp_path_factory.mktemp('other_command'), *SEGMENT_MODULES)
-    yield [segment_command, other]
-    other.close()
+    with closing(Forks(tmp_path_factory.mktemp('other_command'), 'vt_zoo.cli', *SEGMENT_MODULES)) as other:
+        yield [segment_command, other.command]
 
 
 @pytest.fixture
@@ -544,8 +543,8 @@ def two_processes(two_command_lines):
             environment = {
                 'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': 2, 'LOCAL_WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1',
                 'MASTER_PORT': port, 'ACCELERATE_USE_CPU': 'true'}
-            update = f'import os; os.environ.update({ {k: str(v) for k, v in environment.items()} })\n'
-            return two_command_lines[rank](*words, before=update + before, timeout=120)
+            environment = {name: str(value) for name, value in environment.items()}
+            return two_command_lines[rank](*words, before=before, environment=environment, timeout=120)
 
         with ThreadPoolExecutor() as pool:
             return list(pool.map(one, range(2)))

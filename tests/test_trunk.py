@@ -1,10 +1,7 @@
 """Weights of timm's ResNets as trunks: what is taken, what stays new, and what is refused."""
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -137,15 +134,13 @@ def hub(resnet18, tmp_path):
 
 
 @pytest.fixture
-def run_finetune(few_digits, tiny_arguments, tmp_path):
+def run_finetune(command, few_digits, tiny_arguments, tmp_path):
     """`vt-zoo finetune` into tmp_path/run, with other settings of the hub's client than this process has."""
     def run(*words, out='run', before='', **environment):
-        words = ['finetune', few_digits, *tiny_arguments[2:], '--out', tmp_path / out, *words]
-        code = f'{before}\nimport sys, vt_zoo.cli; sys.exit(vt_zoo.cli.main())'
-        return subprocess.run(
-            [sys.executable, '-c', code, *map(str, words)], capture_output=True, text=True,
-            env={**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
-                 'HF_HUB_DISABLE_TELEMETRY': '1', **environment})
+        return command(
+            'finetune', few_digits, *tiny_arguments[2:], '--out', tmp_path / out, *words, before=before, environment={
+                'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+                **environment})
     return run
 
 
@@ -155,24 +150,24 @@ def tag_of(out):
 
 
 def test_finetune_takes_the_trunk_from_the_hub(run_finetune, hub, tmp_path):
-    process = run_finetune('--epochs', 1, '--model', 'vt_resnet18.trunk_a1_in1k', HF_ENDPOINT=hub.url)
-    assert process.returncode == 0, process.stderr
+    result = run_finetune('--epochs', 1, '--model', 'vt_resnet18.trunk_a1_in1k', HF_ENDPOINT=hub.url)
+    assert result.code == 0, result.stderr
     assert ('GET', '/timm/resnet18.a1_in1k/resolve/main/model.safetensors') in hub.requests
-    assert 'Only the trunk is pretrained' in process.stderr
+    assert 'Only the trunk is pretrained' in result.stderr
 
 
 def test_finetune_takes_the_trunk_by_default(run_finetune, hub, tmp_path):
     for environment in ({'HF_ENDPOINT': hub.url}, {'HF_HUB_OFFLINE': '1'}):  # then from the client's cache
-        process = run_finetune('--epochs', 1, '--overwrite', **environment)
-        assert process.returncode == 0, process.stderr
-        assert 'starting from vt_resnet18.trunk_a1_in1k' in process.stderr
-        assert 'Only the trunk is pretrained' in process.stderr
+        result = run_finetune('--epochs', 1, '--overwrite', **environment)
+        assert result.code == 0, result.stderr
+        assert 'starting from vt_resnet18.trunk_a1_in1k' in result.stderr
+        assert 'Only the trunk is pretrained' in result.stderr
         assert tag_of(tmp_path / 'run') == 'trunk_a1_in1k'
 
 
 def test_finetune_that_is_to_begin_new(run_finetune, hub, tmp_path):
-    process = run_finetune('--epochs', 1, '--model', 'vt_resnet18.untrained', HF_ENDPOINT=hub.url)
-    assert process.returncode == 0, process.stderr
+    result = run_finetune('--epochs', 1, '--model', 'vt_resnet18.untrained', HF_ENDPOINT=hub.url)
+    assert result.code == 0, result.stderr
     assert hub.requests == []
     assert tag_of(tmp_path / 'run') == 'untrained'
 
@@ -180,20 +175,20 @@ def test_finetune_that_is_to_begin_new(run_finetune, hub, tmp_path):
 @pytest.mark.parametrize(
     'environment', [{'HF_HUB_OFFLINE': '1'}, {'HF_ENDPOINT': 'http://127.0.0.1:9'}], ids=['offline', 'refused'])
 def test_finetune_begins_new_without_the_hub(run_finetune, tmp_path, environment):
-    process = run_finetune('--epochs', 1, **environment)
-    assert process.returncode == 0, process.stderr
-    sentence, = (line for line in process.stderr.splitlines() if line.startswith('vt-zoo: WARNING'))
+    result = run_finetune('--epochs', 1, **environment)
+    assert result.code == 0, result.stderr
+    sentence, = (line for line in result.stderr.splitlines() if line.startswith('vt-zoo: WARNING'))
     assert 'vt_resnet18 begins new, the hub does not give the trunk timm/resnet18.a1_in1k: ' in sentence
-    assert 'Retrying' not in process.stderr  # the client's waits would be 23 seconds
+    assert 'Retrying' not in result.stderr  # the client's waits would be 23 seconds
     assert tag_of(tmp_path / 'run') == 'untrained'
 
 
 def test_finetune_without_the_hub_that_is_named(run_finetune, tmp_path):
-    process = run_finetune('--model', 'vt_resnet18.trunk_a1_in1k', HF_HUB_OFFLINE='1')
-    assert process.returncode == 2
-    sentence = process.stderr.splitlines()[-1]
+    result = run_finetune('--model', 'vt_resnet18.trunk_a1_in1k', HF_HUB_OFFLINE='1')
+    assert result.code == 2
+    sentence = result.stderr.splitlines()[-1]
     assert sentence.startswith('vt-zoo: error: model vt_resnet18.trunk_a1_in1k cannot be loaded: ')
-    assert 'Traceback' not in process.stderr
+    assert 'Traceback' not in result.stderr
     assert not (tmp_path / 'run').exists()
 
 
@@ -203,12 +198,12 @@ def test_resuming_needs_no_hub(run_finetune, signal_at, hub, tmp_path, begun_wit
     there, gone = {'HF_ENDPOINT': hub.url}, {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'empty')}
     first, then = (there, gone) if begun_with_hub else (gone, there)
     in_second_epoch = signal_at('timm.task.ClassificationTask.update_ema', 6, signal.SIGKILL)
-    assert run_finetune(out='whole', **first).returncode == 0
-    assert run_finetune(before=in_second_epoch, **first).returncode == -signal.SIGKILL
+    assert run_finetune(out='whole', **first).code == 0
+    assert run_finetune(before=in_second_epoch, **first).code == -signal.SIGKILL
     hub.requests.clear()
-    process = run_finetune('--resume', **then)
-    assert process.returncode == 0, process.stderr
-    assert 'resuming after epoch 1 of 2' in process.stderr
+    result = run_finetune('--resume', **then)
+    assert result.code == 0, result.stderr
+    assert 'resuming after epoch 1 of 2' in result.stderr
     assert hub.requests == []
     assert tag_of(tmp_path / 'run') == ('trunk_a1_in1k' if begun_with_hub else 'untrained')
     for file in ('model.safetensors', 'config.json'):

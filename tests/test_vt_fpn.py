@@ -1,11 +1,8 @@
 """VT-FPN and the panoptic FPN: against NumPy with float64, and as models of segmentation_models_pytorch."""
 import copy
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import timm.layers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hub_server import WRITER, hub_server
+from hub_server import WRITER, environment, hub_server
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_layers import (
@@ -35,7 +32,6 @@ from test_layers import (
 from test_options import bilinear
 from test_vt_resnet import exports_max_pooling_of_any_size
 
-import vt_zoo
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
 from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
 from vt_zoo.models.vt_fpn import VTFPN, FPNNeck, PanopticFPN, VTNeck
@@ -695,7 +691,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.fixture(scope='module')
-def loaded_from_hub(saved, tmp_path_factory):
+def loaded_from_hub(forks, saved, tmp_path_factory):
     """Models loaded from a hub on the loopback: the folder with their outputs, the paths that were asked for."""
     folder = tmp_path_factory.mktemp('hub')
     for name, weights in (('true', True), ('name', 'imagenet'), ('pickle', None)):
@@ -706,13 +702,9 @@ def loaded_from_hub(saved, tmp_path_factory):
     pickle_weights(folder / 'me' / 'pickle', folder / 'out' / 'unpickled')
     (folder / 'out').mkdir()
     with hub_server(folder) as server:
-        env = {
-            **os.environ, 'PYTHONPATH': str(Path(vt_zoo.__file__).parents[1]), 'HF_ENDPOINT': server.url,
-            'HF_HOME': str(folder / 'home'), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
-        process = subprocess.run(
-            [sys.executable, '-c', LOAD, 'true', 'name', 'pickle'], cwd=folder / 'out', env=env, capture_output=True,
-            text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
+        result = forks.run(
+            LOAD, 'true', 'name', 'pickle', cwd=folder / 'out', environment=environment(server, folder / 'home'))
+    assert result.code == 0, result.stderr
     return folder / 'out', {path for _, path in server.requests}
 
 

@@ -312,6 +312,26 @@ def test_vt_fpn(dtype, norm_layer, tmp_path):
     assert torch.equal(outputs(other, x), outputs(once, x))
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
+def test_reduced_vt_fpn_is_scripted_compiled_and_exported():
+    pytest.importorskip('segmentation_models_pytorch')
+    from vt_zoo.models.vt_fpn import VTFPN
+
+    torch.manual_seed(0)
+    model = stir(VTFPN('tu-resnet18', classes=5, pyramid_channels=32, token_dim=64, head_channels=32)).double()
+    once = reparameterize_model(model)
+    x = images(2, 64, 96, dtype=torch.float64)
+    expected = outputs(model, x)
+    assert_equal(outputs(once, x), expected)
+    assert_equal(outputs(torch.jit.script(once), x), expected)
+    torch._dynamo.reset()
+    assert_equal(outputs(torch.compile(once, backend='aot_eager', fullgraph=True), x), expected)
+    batch = torch.export.Dim('batch', min=2, max=64)
+    exported = torch.export.export(once, (x,), dynamic_shapes=({0: batch},)).module()
+    x = images(5, 64, 96, dtype=torch.float64)
+    assert_equal(outputs(exported, x), outputs(model, x))
+
+
 def test_statistics_of_the_batch_in_the_neck():
     pytest.importorskip('segmentation_models_pytorch')
     from vt_zoo.models.vt_fpn import VTNeck

@@ -37,10 +37,11 @@ def statuses(records):
 
 
 @pytest.fixture(scope='module')
-def written(tmp_path_factory):
+def written(forks, tmp_path_factory):
     out = tmp_path_factory.mktemp('tables') / 'new'
-    result = run(BENCHMARKS / 'paper_tables.py', '--out', str(out))
-    assert result.returncode == 0, result.stderr
+    before = f'import sys; sys.path.insert(0, {str(BENCHMARKS)!r})'
+    result = forks.command('--out', out, module='paper_tables', before=before)
+    assert result.code == 0, result.stderr
     return out
 
 

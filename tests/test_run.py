@@ -60,9 +60,9 @@ def check_refused(process, *words):
         assert str(word) in sentence
 
 
-def test_what_a_script_sees(write_script, tmp_path):
+def test_what_a_script_sees(run, write_script, tmp_path):
     script = write_script(REPORT)
-    seen, = report(run_process(script, '--model', 'vt_resnet50', '-b', 8, cwd=tmp_path))
+    seen, = report(run(script, '--model', 'vt_resnet50', '-b', 8, cwd=tmp_path))
     assert seen == {
         'name': '__main__', 'file': str(script), 'argv': [str(script), '--model', 'vt_resnet50', '-b', '8'],
         'path': str(script.parent), 'timm': timm.__file__, 'registered': True, 'rank': None}
@@ -75,7 +75,7 @@ def test_relative_path(run, write_script):
     assert seen['path'] == str(script.parent)
 
 
-def test_timm_beside_the_script_is_taken(write_script):
+def test_timm_beside_the_script_is_taken(run, write_script):
     """As in a clone of timm, whose scripts need not fit another version."""
     script = write_script(REPORT)
     os.symlink(os.path.dirname(timm.__file__), script.parent / 'linked')
@@ -84,7 +84,7 @@ def test_timm_beside_the_script_is_taken(write_script):
         __path__ = [os.path.join(os.path.dirname(__file__), os.pardir, 'linked')]
         exec(open(os.path.join(__path__[0], '__init__.py')).read())
     ''', 'folder/timm/__init__.py')
-    seen, = report(run_process(script, 'word'))
+    seen, = report(run(script, 'word'))
     assert seen['timm'] == str(script.parent / 'timm' / '__init__.py')
     assert seen['registered']
     assert seen['argv'] == [str(script), 'word']
@@ -183,7 +183,7 @@ def test_import_error_of_the_script(run, write_script):
     assert process.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
 
 
-def test_timm_that_does_not_fit(write_script):
+def test_timm_that_does_not_fit(run, write_script):
     script = write_script(REPORT)
     write_script('__version__ = "0.1"', 'folder/timm/__init__.py')
-    check_refused(run_process(script), script.parent, 'timm')
+    check_refused(run(script), script.parent, 'timm')

@@ -54,7 +54,10 @@ class VTNeck(nn.Module):
 
     def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
         """Turn the encoder's maps (B, C_i, H_i, W_i), from fine to coarse, into levels (B, C, H_i, W_i)."""
-        maps = [lateral(x) for lateral, x in zip(self.laterals, features)]
-        tokens = [embed(tokenizer(x)) for embed, tokenizer, x in zip(self.embeds, self.tokenizers, maps)]
-        tokens = self.transformer(torch.cat(tokens, dim=1)).split(self.num_tokens, dim=1)
-        return [projector(x, t) for projector, x, t in zip(self.projectors, maps, tokens)]
+        maps: List[torch.Tensor] = []
+        gathered: List[torch.Tensor] = []
+        for i, (lateral, tokenizer, embed) in enumerate(zip(self.laterals, self.tokenizers, self.embeds)):
+            maps.append(lateral(features[i]))
+            gathered.append(embed(tokenizer(maps[i])))
+        tokens = self.transformer(torch.cat(gathered, dim=1)).split(self.num_tokens, dim=1)
+        return [projector(maps[i], tokens[i]) for i, projector in enumerate(self.projectors)]

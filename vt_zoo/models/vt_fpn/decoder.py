@@ -30,10 +30,10 @@ class FPNNeck(nn.Module):
 
     def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
         """Turn the encoder's maps (B, C_i, H_i, W_i), from fine to coarse, into levels (B, C, H_i, W_i)."""
-        maps = [lateral(x) for lateral, x in zip(self.laterals, features)]
+        maps = [lateral(features[i]) for i, lateral in enumerate(self.laterals)]
         for i in range(len(maps) - 1, 0, -1):
             maps[i - 1] = maps[i - 1] + F.interpolate(maps[i], size=maps[i - 1].shape[-2:], mode='nearest')
-        return [output(x) for output, x in zip(self.outputs, maps)]
+        return [output(maps[i]) for i, output in enumerate(self.outputs)]
 
 
 class PanopticDecoder(nn.Module):
@@ -75,10 +75,12 @@ class PanopticDecoder(nn.Module):
         """
         levels = self.neck(features[-self.num_levels:])
         sizes = [x.shape[-2:] for x in levels]
-        out = self.heads[0][0](levels[0])
-        for level in range(1, self.num_levels):
+        out = levels[0]  # until the first head has run; a script must know its type
+        for level, head in enumerate(self.heads):
             x = levels[level]
-            for i, block in enumerate(self.heads[level]):
-                x = F.interpolate(block(x), size=sizes[level - 1 - i], mode='bilinear', align_corners=False)
-            out = out + x
+            for i, block in enumerate(head):
+                x = block(x)
+                if level > 0:
+                    x = F.interpolate(x, size=sizes[level - 1 - i], mode='bilinear', align_corners=False)
+            out = x if level == 0 else out + x
         return out

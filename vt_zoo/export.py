@@ -1,4 +1,5 @@
 """Trained models as files for other runtimes, in their inference form and checked before they get their name."""
+import io
 import json
 import logging
 import warnings
@@ -107,11 +108,15 @@ def _load_onnx(path: Path) -> Loaded:
 
 
 def _write_torchscript(job: _Job, path: Path) -> None:
-    torch.jit.save(torch.jit.script(job.model), path, _extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    content = io.BytesIO()  # torch's own writing to a file ends the process where the disk is full
+    torch.jit.save(torch.jit.script(job.model), content, _extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    path.write_bytes(content.getbuffer())
 
 
 def _write_pt2(job: _Job, path: Path) -> None:
-    torch.export.save(_trace(job), path, extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    content = io.BytesIO()
+    torch.export.save(_trace(job), content, extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_pt2(path: Path) -> Loaded:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vt_zoo.export import FORMATS
+
 DOCS = Path(__file__).parents[1] / 'docs'
 TEXT = (DOCS / 'analysis.md').read_text()
 SHAPE = r'\([\d, ]+\)'
@@ -22,23 +24,29 @@ def shell_words(line, folder):
     return subprocess.run(['bash', '-c', shell], cwd=folder, capture_output=True, text=True).stdout.splitlines()
 
 
-@pytest.fixture(scope='module')
-def folder(segment_command, tmp_path_factory):
-    """Where all blocks ran; what each of Python printed is checked on the way."""
-    folder, names, printed = tmp_path_factory.mktemp('analysis'), {}, []
+def run_blocks(text, folder, command):
+    """Run the blocks of a document in a folder; the shapes that each of Python prints are those that it shows."""
+    names, printed = {}, []
     names['print'] = lambda *values: printed.append(' '.join(map(str, values)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for language, block in re.findall(r'^```(python|sh)\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL):
+        for language, block in re.findall(r'^```(python|sh)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
             if language == 'sh':
                 for line in block.splitlines():
-                    result = segment_command(*shell_words(line, folder), cwd=folder)
+                    result = command(*shell_words(line, folder), cwd=folder)
                     assert result.code == 0, result.stderr
             else:
                 printed.clear()
-                exec(compile(block, 'docs/analysis.md', 'exec'), names)
+                exec(compile(block, 'a document', 'exec'), names)
                 text = '\n'.join(printed).replace('torch.Size([', '(').replace('])', ')')
                 assert re.findall(SHAPE, text) == shapes_shown(block)
+
+
+@pytest.fixture(scope='module')
+def folder(segment_command, tmp_path_factory):
+    """Where all blocks of docs/analysis.md ran."""
+    folder = tmp_path_factory.mktemp('analysis')
+    run_blocks(TEXT, folder, segment_command)
     return folder
 
 
@@ -63,3 +71,17 @@ def test_inference_form(capsys):
     (block,) = re.findall(r'^```python\n(.*?)^```$', (DOCS / 'speed.md').read_text(), re.MULTILINE | re.DOTALL)
     exec(compile(block, 'docs/speed.md', 'exec'), {})
     assert capsys.readouterr().out == block.splitlines()[-1].split('# ')[1] + '\n'
+
+
+EXPORT, COMPILED = (DOCS / 'export.md').read_text().split('## AOTInductor\n')
+
+
+def test_export(segment_command, tmp_path):
+    run_blocks(EXPORT, tmp_path, segment_command)
+    formats = set(re.findall(r'--format (\w+)', EXPORT + COMPILED))
+    assert formats == set(FORMATS) == set(re.findall(r'^\| `(\w+)`', EXPORT, re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_compiled_export(segment_command, tmp_path):
+    run_blocks(COMPILED, tmp_path, segment_command)

@@ -20,7 +20,7 @@ from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = ['README.md', 'MODEL_CARDS.md']
-LINKING = DOCUMENTS + [f'docs/{name}.md' for name in ('training', 'segmentation', 'analysis', 'speed')]
+LINKING = DOCUMENTS + [f'docs/{name}.md' for name in ('training', 'segmentation', 'analysis', 'speed', 'export')]
 
 
 def blocks(language):
@@ -52,8 +52,8 @@ def test_python_block(python, checkout, block):
 def outputs(quickstart, segment_command):
     """What the commands of the README print, run one after the other where the quickstart ran before."""
     yield {line: segment_command(*shell_words(line, quickstart.cwd), cwd=quickstart.cwd) for line in COMMANDS}
-    for folder in quickstart.cwd.glob('my_*'):
-        shutil.rmtree(folder)
+    for path in quickstart.cwd.glob('my_*'):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize('line', COMMANDS)
@@ -85,6 +85,8 @@ def test_command(outputs, quickstart, line):
     elif command == 'locality':
         assert 'random weights' in result.stdout
         assert (quickstart.cwd / words[words.index('--out') + 1]).exists()
+    elif command == 'export':
+        assert (quickstart.cwd / words[words.index('--out') + 1]).exists()
     elif command == 'publish':
         assert all(name in result.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
     else:
@@ -93,7 +95,7 @@ def test_command(outputs, quickstart, line):
 
 def test_each_command_is_shown():
     assert {line.split()[1] for line in COMMANDS} == {
-        'finetune', 'predict', 'publish', 'models', 'segment', 'tokens', 'locality'}
+        'finetune', 'predict', 'publish', 'models', 'segment', 'tokens', 'locality', 'export'}
     assert 'vt-zoo quickstart' in README
     assert 'vt-zoo explore --model test_vt_resnet' in README  # serves until Ctrl-C, as test_explorer.py runs it
 

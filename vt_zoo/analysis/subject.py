@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn as nn
@@ -23,20 +23,19 @@ class Subject:
         model: In eval mode.
         classes: Names of its classes.
         prepare: PIL image to a normalised tensor (C, H, W).
-        mean: Of the normalisation.
-        std: Of the normalisation.
+        preprocessing: What `prepare` does, in timm's terms: `input_size` (C, H, W), with H and W None where images keep
+            their own or get a `short_side`; `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`.
         is_segmenter: Whether it gives a class for each pixel.
     """
     model: nn.Module
     classes: List[str]
     prepare: Callable[[Image.Image], torch.Tensor]
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
+    preprocessing: Dict[str, Any]
     is_segmenter: bool
 
     def shown(self, x: torch.Tensor) -> Image.Image:
         """The image that a prepared tensor (C, H, W) stands for: what the model sees."""
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (torch.tensor(self.preprocessing[key])[:, None, None] for key in ('mean', 'std'))
         pixels = ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
@@ -61,13 +60,18 @@ def load_subject(name_or_dir: str) -> Subject:
         def prepare(image: Image.Image) -> torch.Tensor:
             return to_eval_size(prepare_image(loaded, image)[None], loaded.eval_size)[0]
 
-        return Subject(loaded.model, loaded.classes, prepare, loaded.mean, loaded.std, True)
+        fixed = isinstance(loaded.eval_size, tuple)
+        preprocessing = {
+            'input_size': (len(loaded.mean), *(loaded.eval_size if fixed else (None, None))),
+            'short_side': None if fixed else loaded.eval_size, 'interpolation': 'bilinear', 'crop_pct': 1.0,
+            'crop_mode': 'squash', 'mean': loaded.mean, 'std': loaded.std}
+        return Subject(loaded.model, loaded.classes, prepare, preprocessing, True)
     model = load_model(name_or_dir)
     data_config = resolve_data_config({}, model=model)
     classes = list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
     if len(classes) != model.num_classes:
         raise InputError(f'model {name_or_dir} has {model.num_classes} classes, its config.json names {len(classes)}')
-    return Subject(model, classes, create_transform(**data_config), data_config['mean'], data_config['std'], False)
+    return Subject(model, classes, create_transform(**data_config), data_config, False)
 
 
 def _is_segmenter(folder: Path) -> bool:

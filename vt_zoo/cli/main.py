@@ -8,14 +8,27 @@ from typing import List, Optional
 from vt_zoo import __version__
 from vt_zoo.errors import InputError
 
-from . import convert, explore, finetune, locality, models, predict, publish, quickstart, recipe, segment, tokens
+from . import (
+    convert,
+    explore,
+    export,
+    finetune,
+    locality,
+    models,
+    predict,
+    publish,
+    quickstart,
+    recipe,
+    segment,
+    tokens,
+)
 
 __all__ = ['main']
 
 COMMANDS = {
     'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe,
     'convert': convert, 'publish': publish, 'segment': segment, 'tokens': tokens, 'locality': locality,
-    'explore': explore}
+    'explore': explore, 'export': export}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,319 @@
+"""Trained models as files for other runtimes, in their inference form and checked before they get their name."""
+import io
+import json
+import logging
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.models import reparameterize_model
+
+from ._version import __version__
+from .analysis.subject import Subject, load_subject
+from .checkpoint import whole
+from .errors import InputError, first_line
+
+__all__ = ['DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'export']
+
+_logger = logging.getLogger(__name__)
+
+OPSETS = range(18, 26)  # torch's exporter makes 18 and converts upwards; 25 is the newest that was tried
+DEFAULT_OPSET = 18  # the oldest: the most runtimes read it
+TOLERANCE = 1e-4  # of the largest output
+METADATA_FILE = 'metadata.json'  # in TorchScript and .pt2 files
+EXAMPLE_SIZE = (224, 224)  # of a model for images of any size
+AOTI_STRIDE = 32  # VT-FPN compiled for free sizes computes other things at sizes that are no multiples (torch 2.15)
+SMALLEST_SIDE = 64  # of the images that a file is checked with: two pixels of the coarsest map
+
+Loaded = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        inputs: Name and shape, a name in place of a number that is free.
+        outputs: As inputs.
+        difference: Largest difference from PyTorch, as a share of the largest output.
+        shapes: Shapes of the images that were compared.
+    """
+    inputs: Dict[str, List[Union[int, str]]]
+    outputs: Dict[str, List[Union[int, str]]]
+    difference: float
+    shapes: List[Tuple[int, ...]]
+
+
+@dataclass
+class _Job:
+    """One export: a model in its inference form, and what a file says of it.
+
+    Attributes:
+        model: Inference form.
+        x: Images to trace it with.
+        free: Dimensions of x that are free in the file, with their names.
+        stride: Free sizes are multiples of it.
+        metadata: Texts by name.
+        opset: Of ONNX.
+    """
+    model: nn.Module
+    x: torch.Tensor
+    free: Dict[int, str]
+    stride: int
+    metadata: Dict[str, str]
+    opset: int
+
+
+def _trace(job: _Job) -> torch.export.ExportedProgram:
+    free = {dim: torch.export.Dim.DYNAMIC for dim in job.free}
+    if job.stride > 1:
+        free.update({dim: job.stride * torch.export.Dim(f'cells_{dim}', min=2) for dim in job.free if dim > 0})
+    return torch.export.export(job.model, (job.x,), dynamic_shapes=(free,))
+
+
+def _write_onnx(job: _Job, path: Path) -> None:
+    import onnx
+
+    program = torch.onnx.export(
+        _trace(job), (job.x,), dynamo=True, input_names=['image'], output_names=['logits'], opset_version=job.opset,
+        verbose=False)
+    proto = program.model_proto
+    made = {entry.domain: entry.version for entry in proto.opset_import}['']
+    if made != job.opset:
+        raise InputError(f'opset {job.opset} cannot be made of this model, torch gives {made}')
+    _name_dimensions(proto.graph, job.free)
+    onnx.helper.set_model_props(proto, job.metadata)
+    onnx.save(proto, path)  # one file: a model of more than 2 GB raises
+
+
+def _name_dimensions(graph: Any, names: Dict[int, str]) -> None:
+    """Give the free dimensions of the input, which torch calls s77 and the like, their names wherever they stand."""
+    dims = graph.input[0].type.tensor_type.shape.dim
+    renamed = {dims[i].dim_param: name for i, name in names.items()}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in renamed:
+                dim.dim_param = renamed[dim.dim_param]
+
+
+def _load_onnx(path: Path) -> Loaded:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'image': x.numpy()})[0])
+
+
+def _write_torchscript(job: _Job, path: Path) -> None:
+    content = io.BytesIO()  # torch's own writing to a file ends the process where the disk is full
+    torch.jit.save(torch.jit.script(job.model), content, _extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    path.write_bytes(content.getbuffer())
+
+
+def _write_pt2(job: _Job, path: Path) -> None:
+    content = io.BytesIO()
+    torch.export.save(_trace(job), content, extra_files={METADATA_FILE: json.dumps(job.metadata)})
+    path.write_bytes(content.getbuffer())
+
+
+def _load_pt2(path: Path) -> Loaded:
+    return torch.export.load(path).module()
+
+
+def _write_aoti(job: _Job, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(
+        _trace(job), package_path=str(path), inductor_configs={'aot_inductor.metadata': job.metadata})
+
+
+def _load_aoti(path: Path) -> Loaded:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: the end of its files' names, and how one is written and loaded."""
+    suffix: str
+    write: Callable[[_Job, Path], None]
+    load: Callable[[Path], Loaded]
+
+
+FORMATS = {
+    'onnx': Format('.onnx', _write_onnx, _load_onnx),
+    'torchscript': Format('.pt', _write_torchscript, torch.jit.load),
+    'pt2': Format('.pt2', _write_pt2, _load_pt2),
+    'aoti': Format('.pt2', _write_aoti, _load_aoti),
+}
+
+
+def export(
+        name_or_dir: str,
+        file_format: str,
+        out: Union[str, Path],
+        dynamic_size: bool = False,
+        opset: Optional[int] = None,
+) -> Exported:
+    """Write a model, in its inference form, as a file of another runtime.
+
+    The file is loaded again by its runtime and compared with the model as it was trained, on noise of several batch
+    sizes and, where they are free, image sizes. Only if no output differs by more than `TOLERANCE` of the largest one
+    does it get its name. The batch is free in every format.
+
+    Every file has the same metadata: architecture, preprocessing (of `Subject`), class names, inputs, outputs, and the
+    versions of vt_zoo and torch, each as JSON. ONNX has it in metadata_props, AOTInductor in `get_metadata()`,
+    TorchScript and torch.export in the extra file `METADATA_FILE`.
+
+    Args:
+        name_or_dir: What `load_subject` takes.
+        file_format: 'onnx'; 'torchscript'; 'pt2', of torch.export; or 'aoti', compiled by AOTInductor for this
+            machine's CPU.
+        out: File to write, which must not be there, in a folder that is.
+        dynamic_size: Leave height and width free. TorchScript does without being asked.
+        opset: Of ONNX, one of `OPSETS`; `DEFAULT_OPSET` where None.
+
+    Raises:
+        InputError: An argument cannot be used, the model cannot be loaded or is none that the format can hold, what the
+            format needs is not installed, or the file does not compute what the model does.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    _check(file_format, out, dynamic_size, opset)
+    _check_installed(file_format)
+    subject = load_subject(name_or_dir)
+    any_size = dynamic_size or file_format == 'torchscript'
+    channels, *size = subject.preprocessing['input_size']
+    if None in size:
+        if not any_size:
+            raise InputError(f'model {name_or_dir} is for images of any size: add --dynamic-size')
+        size = EXAMPLE_SIZE
+    stride = AOTI_STRIDE if any_size and file_format == 'aoti' and subject.is_segmenter else 1
+    x = torch.randn(
+        2, channels, *(_multiple(side, stride) for side in size), generator=torch.Generator().manual_seed(0))
+    free = {0: 'batch'}
+    if any_size:
+        free.update({2: 'height', 3: 'width'} if stride == 1 else {2: f'{stride}*height', 3: f'{stride}*width'})
+    inputs, outputs = _describe(subject, x, free)
+    model = reparameterize_model(subject.model).requires_grad_(False)
+    metadata = _metadata(subject, inputs, outputs)
+    form = FORMATS[file_format]
+    with whole(out) as new:
+        _logger.info(f'writing {file_format}')
+        with _quiet(), _sentence(f'model {name_or_dir} cannot be written as {file_format}'):
+            form.write(_Job(model, x, free, stride, metadata, opset or DEFAULT_OPSET), new)
+        shapes = _shapes(x.shape, any_size, stride)
+        _logger.info(f'comparing it with PyTorch on {len(shapes)} batches')
+        with _quiet(), _sentence(f'the file that {file_format} made of model {name_or_dir} does not run'):
+            difference = largest_difference(subject.model, form.load(new), shapes)
+        if not difference <= TOLERANCE:  # nor NaN
+            raise InputError(
+                f'the file that {file_format} made of model {name_or_dir} differs from PyTorch by {difference:.1e} of '
+                f'the largest output, allowed is {TOLERANCE:.0e}: nothing was written')
+    return Exported(inputs, outputs, difference, shapes)
+
+
+def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]) -> None:
+    if file_format not in FORMATS:
+        raise InputError(f'format must be one of {", ".join(FORMATS)}, got {file_format!r}')
+    suffix = FORMATS[file_format].suffix
+    if out.suffix != suffix:
+        raise InputError(f'out must end in {suffix} for format {file_format}, got {out}')
+    if out.exists():
+        raise InputError(f'{out} is there already: choose another --out')
+    if not out.parent.is_dir():
+        raise InputError(f'folder {out.parent} of --out does not exist')
+    if opset is not None and file_format != 'onnx':
+        raise InputError(f'opset is for format onnx, got format {file_format}')
+    if opset is not None and opset not in OPSETS:
+        raise InputError(f'opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}')
+    if dynamic_size and file_format == 'torchscript':
+        raise InputError('format torchscript takes images of any size as it is: leave --dynamic-size out')
+
+
+def _check_installed(file_format: str) -> None:
+    if file_format != 'torchscript' and not hasattr(torch.export.Dim, 'DYNAMIC'):
+        raise InputError(f'format {file_format} needs torch 2.6 or newer, this is {torch.__version__}')
+    if file_format == 'onnx':
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as e:
+            raise InputError(f"format onnx needs {e.name}: pip install 'vt_zoo[export]'") from None
+    if file_format == 'aoti':
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InputError('format aoti needs a C++ compiler: install g++, or name one in CXX') from None
+
+
+def _describe(subject: Subject, x: torch.Tensor, free: Dict[int, str]) -> Tuple[Dict[str, List], Dict[str, List]]:
+    """Names and shapes of the inputs and of the outputs."""
+    image = [free.get(i, n) for i, n in enumerate(x.shape)]
+    logits = [image[0], len(subject.classes), *(image[2:] if subject.is_segmenter else [])]
+    return {'image': image}, {'logits': logits}
+
+
+def _metadata(subject: Subject, inputs: Dict[str, List], outputs: Dict[str, List]) -> Dict[str, str]:
+    model = subject.model
+    return {name: json.dumps(value) for name, value in {
+        'architecture': model.name if subject.is_segmenter else model.pretrained_cfg['architecture'],
+        'preprocessing': subject.preprocessing, 'class_names': subject.classes, 'inputs': inputs, 'outputs': outputs,
+        'vt_zoo_version': __version__, 'torch_version': torch.__version__}.items()}
+
+
+def _multiple(side: int, stride: int) -> int:
+    return -(-side // stride) * stride
+
+
+def _shapes(shape: Tuple[int, ...], any_size: bool, stride: int) -> List[Tuple[int, ...]]:
+    """Shapes of images to compare with."""
+    channels, height, width = shape[1:]
+    shapes = [(1, channels, height, width), (3, channels, height, width)]
+    if any_size:
+        smaller = max(SMALLEST_SIDE, 3 * height // 4 + 1), max(SMALLEST_SIDE, 2 * width // 3 + 1)
+        sizes = [(2, *smaller), (1, height + 13, width + 30), (3, height + 32, width)]
+        shapes += [(batch, channels, *(_multiple(side, stride) for side in size)) for batch, *size in sizes]
+    return shapes
+
+
+@torch.no_grad()
+def largest_difference(model: nn.Module, other: Loaded, shapes: List[Tuple[int, ...]]) -> float:
+    """Largest difference between the outputs of two models on noise, as a share of the largest output of the first."""
+    generator = torch.Generator().manual_seed(1)
+    differences = []
+    for shape in shapes:
+        x = torch.randn(shape, generator=generator)
+        expected, result = model(x), other(x)
+        if result.shape != expected.shape:
+            raise ValueError(f'its output is of shape {list(result.shape)}, not {list(expected.shape)}')
+        differences.append((result - expected).abs().max() / expected.abs().max())
+    return torch.stack(differences).max().item()  # NaN where one is
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings: the exporters', of deprecations and of each other, are not for those who use the file."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _sentence(what: str) -> Iterator[None]:
+    """Make an InputError of the errors of exporters and runtimes, of which each has its own."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as e:
+        raise InputError(f'{what}: {first_line(e)[:200]}') from e

@@ -108,7 +108,8 @@ def test_classifier_of_images_of_any_size(files, file_format):
 
 
 @pytest.mark.parametrize('file_format', TRACED)
-def test_size_is_fixed_unless_it_is_asked_to_be_free(files, file_format):
+def test_size_is_fixed_unless_it_is_asked_to_be_free(files, monkeypatch, file_format):
+    monkeypatch.setenv('AOTI_RUNTIME_CHECK_INPUTS', '1')  # without it AOTInductor does not look at shapes
     path, _ = files('test_vt_resnet', file_format)
     with pytest.raises(Exception, match=r'64|[Dd]imension'):
         load(path, file_format)(torch.randn(1, 3, 96, 64))
@@ -132,7 +133,8 @@ def test_vt_fpn(files, segment_model, file_format):
     assert said['preprocessing']['input_size'] == [3, None, None]
 
 
-@pytest.mark.parametrize('file_format', ['onnx', *(pytest.param(f, marks=pytest.mark.slow) for f in ('pt2', 'aoti'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('file_format', ['onnx', 'pt2', 'aoti'])
 def test_vt_fpn_of_a_fixed_size(segment_model, tmp_path, file_format):
     saved = load_segmentation_model(segment_model)
     saved.eval_size = (40, 61)

@@ -8,7 +8,6 @@ runs both on maps as a ResNet-50 makes them of an image of 512x512, the VT neck 
 import argparse
 import multiprocessing
 import platform
-import re
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Dict, List, Tuple
 
 import torch
 import torch.nn as nn
+from peak_memory import peak_bytes, reset_peak
 from timm.models import reparameterize_model
 from tqdm import tqdm
 from versions import versions
@@ -61,11 +61,6 @@ def time_necks(memory_format: torch.memory_format, rounds: int) -> Dict[str, Lis
     return {name: s[WARM_UP:] for name, s in seconds.items()}
 
 
-def _peak_bytes() -> int:
-    """The most memory that this process has had in use since it was last reset."""
-    return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
-
-
 def measure_memory(job: Tuple[str, str, bool]) -> int:
     """Bytes that a pass needs at its peak beyond weights and maps, in a process that has done nothing before."""
     name, memory_format, training = job
@@ -75,13 +70,13 @@ def measure_memory(job: Tuple[str, str, bool]) -> int:
     neck.train(training)
     for x in maps:
         x.requires_grad_(training)  # the encoder learns too
-    Path('/proc/self/clear_refs').write_text('5')  # resets the peak to what is in use
-    before = _peak_bytes()
+    reset_peak()
+    before = peak_bytes()
     with torch.inference_mode(not training):
         levels = neck(maps)
         if training:
             sum(level.sum() for level in levels).backward()
-    return _peak_bytes() - before
+    return peak_bytes() - before
 
 
 def measure_all_memory() -> Dict[Tuple[str, str, bool], List[int]]:

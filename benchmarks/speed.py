@@ -31,6 +31,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from peak_memory import peak_bytes, reset_peak
 from speed_report import REFERENCE, twin, write_report
 from timm.models import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -220,7 +221,7 @@ def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
 def _peak_bytes() -> int:
     if CUDA:
         return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
+    return peak_bytes()
 
 
 def measure_memory(job: Job) -> dict:
@@ -232,7 +233,7 @@ def measure_memory(job: Job) -> dict:
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path('/proc/self/clear_refs').write_text('5')  # resets the peak to what is in use
+        reset_peak()
     before = _peak_bytes()
     run()
     _synchronize()

@@ -463,9 +463,8 @@ def test_reader_that_goes_away(picture, tiny_model):
     assert process.wait() == 1
 
 
-def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path):
-    out = tmp_path / 'run'
-    words = ['finetune', few_digits, *tiny_arguments, '--epochs', '5', '--out']
+def interrupt_at_checkpoint(words, out):
+    """Run a training command in a process of its own until its first checkpoint, then Ctrl-C: what it says of it."""
     process = subprocess.Popen(
         [sys.executable, '-m', 'vt_zoo', *words, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -476,6 +475,13 @@ def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path)
     stderr = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
     assert 'Traceback' not in stderr
+    return stderr
+
+
+def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path):
+    out = tmp_path / 'run'
+    words = ['finetune', few_digits, *tiny_arguments, '--epochs', '5', '--out']
+    stderr = interrupt_at_checkpoint(words, out)
     assert stderr.endswith('vt-zoo: interrupted\n')
     assert os.listdir(out) == ['checkpoint.safetensors']
 

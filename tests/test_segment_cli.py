@@ -4,14 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_cli import check_interrupted, check_refused, files, tree
+from test_cli import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
 from torch.utils.data import DataLoader
 
 from vt_zoo.segmentation.composed_digits import CLASSES
@@ -227,17 +225,8 @@ def test_ctrl_c_with_workers(segment_command, signal_at, train_words, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_with_workers_in_a_real_process(segment_command, train_words, tmp_path):
     out = tmp_path / 'run'
-    words = [*train_words, '--workers', '2', '--iterations', '10000', '--out', out]
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'vt_zoo', *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not (out / 'checkpoint.safetensors').exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130
-    assert 'Traceback' not in stderr
+    words = [*train_words, '--workers', '2', '--iterations', '10000', '--out']
+    stderr = interrupt_at_checkpoint(words, out)
     assert stderr.endswith(f'the last checkpoint is kept in {out}, go on with --resume\nvt-zoo: interrupted\n')
     assert {'checkpoint.safetensors'} <= set(os.listdir(out)) <= {'checkpoint.safetensors', 'best'}
 

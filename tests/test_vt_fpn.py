@@ -30,7 +30,7 @@ from test_layers import (
     transformer_reference,
 )
 from test_options import bilinear
-from test_vt_resnet import exports_max_pooling_of_any_size
+from test_vt_resnet import exports_max_pooling_of_any_size, run_in_precision
 
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
 from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
@@ -425,13 +425,7 @@ def test_low_precision(cls, precision, scale):
     x = images(2) * scale
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
-        if precision == 'autocast':
-            with torch.autocast('cpu', torch.bfloat16):
-                result = model(x)
-        else:
-            dtype = getattr(torch, precision)
-            result = model.to(dtype)(x.to(dtype))
-            assert result.dtype == dtype
+        result = run_in_precision(model, x, precision)
     assert result.isfinite().all()
     # logits grow with the activations, so that sharp softmaxes magnify the rounding of inputs and weights
     tolerance = (0.02, 0.15) if precision == 'float16' else (0.12, 0.3)

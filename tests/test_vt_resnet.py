@@ -623,6 +623,17 @@ def test_sync_batch_norm_conversion_keeps_outputs(convert):
         assert_close(converted(images()), model(images()), tol=1e-5)
 
 
+def run_in_precision(model, x, precision):
+    """Outputs of a model that is turned to a half precision, or runs in autocast to bfloat16."""
+    if precision == 'autocast':
+        with torch.autocast('cpu', torch.bfloat16):
+            return model(x)
+    dtype = getattr(torch, precision)
+    result = model.to(dtype)(x.to(dtype))
+    assert result.dtype == dtype
+    return result
+
+
 @pytest.mark.parametrize('precision', ['float16', 'bfloat16', 'autocast'])
 @pytest.mark.parametrize('scale', [1, 10])
 def test_low_precision(precision, scale):
@@ -630,13 +641,7 @@ def test_low_precision(precision, scale):
     x = images(4) * scale
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(x.double())
-        if precision == 'autocast':
-            with torch.autocast('cpu', torch.bfloat16):
-                result = model(x)
-        else:
-            dtype = getattr(torch, precision)
-            result = model.to(dtype)(x.to(dtype))
-            assert result.dtype == dtype
+        result = run_in_precision(model, x, precision)
     assert result.isfinite().all()
     tolerance = (0.02 if scale == 1 else 0.1) * (1 if precision == 'float16' else 5)
     assert (result.double() - expected).norm() < tolerance * expected.norm()

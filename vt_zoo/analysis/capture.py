@@ -89,7 +89,6 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
                     handles.append(module.register_forward_hook(keep))
             if isinstance(owner, VTNeck):
                 handles.append(owner.transformer.register_forward_hook(keep))
-            if isinstance(owner, VTNeck):
                 handles.append(owner.register_forward_hook(record_neck))
             else:
                 handles.append(owner.register_forward_pre_hook(all_tokens))

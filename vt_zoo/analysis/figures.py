@@ -37,20 +37,8 @@ def draw_token_attention(
     Raises:
         InputError: matplotlib is not installed.
     """
-    attention = _multiple_of_uniform(attention)
-    num_tokens = attention.shape[1]
-    figure = _figure((0.62 * (num_tokens + 1) + 1.4, 0.66 * len(images) + 0.8))
-    axes = figure.subplots(len(images), num_tokens + 1, squeeze=False)
-    colors = _colors(attention)
-    for row, image, title, maps in zip(axes, images, titles, attention):
-        row[0].imshow(image)
-        row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=9)
-        _draw_maps(row[1:], image, maps, colors)
-    for i, ax in enumerate(axes[0]):
-        ax.set_title('image' if i == 0 else str(i), fontsize=9)
-    figure.supxlabel('token', fontsize=9)
-    _finish(figure, axes, colors)
-    _save(figure, path)
+    maps = _multiple_of_uniform(attention)
+    _save(_draw_grid(images, maps, titles, 9, 0.66 * len(images) + 0.8), path)
 
 
 def draw_interaction(
@@ -73,19 +61,8 @@ def draw_interaction(
         InputError: matplotlib is not installed.
     """
     both = _multiple_of_uniform(torch.stack([attention, interaction]))
-    num_tokens = attention.shape[0]
-    figure = _figure((0.62 * (num_tokens + 1) + 1.4, 2.3))
-    axes = figure.subplots(2, num_tokens + 1, squeeze=False)
-    colors = _colors(both)
-    for row, name, maps in zip(axes, ('A', 'Â'), both):
-        row[0].imshow(image)
-        row[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=11)
-        _draw_maps(row[1:], image, maps, colors)
-    for i, ax in enumerate(axes[0]):
-        ax.set_title('image' if i == 0 else str(i), fontsize=9)
+    figure = _draw_grid([image, image], both, ['A', 'Â'], 11, 2.3)
     figure.suptitle(title, fontsize=10)
-    figure.supxlabel('token', fontsize=9)
-    _finish(figure, axes, colors)
     _save(figure, path)
 
 
@@ -205,6 +182,23 @@ def _draw_maps(axes, image: Image.Image, maps: torch.Tensor, colors) -> None:
     """Draw a map (L, H, W) in each axes over the image in grey."""
     for ax, picture in zip(axes, _overlays(image, maps, colors)):
         ax.imshow(picture)
+
+
+def _draw_grid(images: Sequence[Image.Image], maps: torch.Tensor, titles: Sequence[str], font: int, height: float):
+    """A figure with a row for each image: the image, then each of its maps (B, L, H, W) over it."""
+    num_tokens = maps.shape[1]
+    figure = _figure((0.62 * (num_tokens + 1) + 1.4, height))
+    axes = figure.subplots(len(images), num_tokens + 1, squeeze=False)
+    colors = _colors(maps)
+    for row, image, title, of_image in zip(axes, images, titles, maps):
+        row[0].imshow(image)
+        row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=font)
+        _draw_maps(row[1:], image, of_image, colors)
+    for i, ax in enumerate(axes[0]):
+        ax.set_title('image' if i == 0 else str(i), fontsize=9)
+    figure.supxlabel('token', fontsize=9)
+    _finish(figure, axes, colors)
+    return figure
 
 
 def _finish(figure, axes, colors) -> None:

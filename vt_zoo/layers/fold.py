@@ -27,13 +27,13 @@ def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]
         None where it is not one and the same affine map for every input: a group norm, a batch norm without running
         statistics, a norm with an activation.
     """
-    acts = not isinstance(getattr(norm, 'act', None), (nn.Identity, type(None)))
-    if not isinstance(norm, FOLDABLE) or norm.running_mean is None or acts:
+    return _affine(norm) if isinstance(getattr(norm, 'act', None), (nn.Identity, type(None))) else None
+
+
+def _affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """As `fixed_affine`, of what comes before an activation."""
+    if not isinstance(norm, FOLDABLE) or norm.running_mean is None:
         return None
-    return _affine(norm)
-
-
-def _affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     scale = (in_float64(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * in_float64(norm.weight)
@@ -78,10 +78,9 @@ def fold_norms(model: nn.Module) -> None:
         if not isinstance(source, torch.fx.Node) or source.op != 'call_module' or len(source.users) > 1:
             continue
         conv, norm = model.get_submodule(source.target), model.get_submodule(node.target)
-        if type(conv) is not nn.Conv2d or not isinstance(norm, FOLDABLE) or norm.running_mean is None:
-            continue
-        if calls[source.target] == calls[node.target] == 1:
-            _replace(model, source.target, fold_norm(conv, *_affine(norm)))
+        affine = _affine(norm)
+        if type(conv) is nn.Conv2d and affine is not None and calls[source.target] == calls[node.target] == 1:
+            _replace(model, source.target, fold_norm(conv, *affine))
             _replace(model, node.target, getattr(norm, 'act', nn.Identity()))
 
 

@@ -169,12 +169,13 @@ class RecurrentTokenizer(AttentionTokenizer):
         scale goes onto the filters. What has a norm that is no fixed affine map stays. timm's `reparameterize_model`
         calls it.
         """
-        key, query, affine = self.key, self.query, fixed_affine(self.logit_norm)
-        if isinstance(key, PixelLinear) and key.fuse() is not key and query.fuse() is not query:
-            back, query = matrix(key.fuse()).T, query.fuse()
-            weight, bias = back @ in_float64(query.weight), back @ in_float64(query.bias)
-            self.query = merged_token_map(weight, bias, query.weight)
-            self.key = None
+        if isinstance(self.key, PixelLinear):
+            key, query = self.key.fuse(), self.query.fuse()
+            if key is not self.key and query is not self.query:
+                back = matrix(key).T
+                weight, bias = back @ in_float64(query.weight), back @ in_float64(query.bias)
+                self.query, self.key = merged_token_map(weight, bias, query.weight), None
+        affine = fixed_affine(self.logit_norm)
         if affine is not None:
             self.scale = new_parameter(affine[0][:, None] * self.scale, self.logit_norm.running_mean)
             self.logit_norm = nn.Identity()

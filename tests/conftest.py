@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vt_zoo.digits import write_digits
 from vt_zoo.errors import InputError
@@ -76,6 +77,14 @@ def send_signal(owner, name, call, number, after):
     setattr(owner, name, replacement)
 os.setpgrp()
 '''
+
+
+def pytest_configure(config):
+    """Each process of pytest-xdist, with all that it starts, takes its share of the cores."""
+    if hasattr(config, 'workerinput'):
+        threads = max(1, os.cpu_count() // config.workerinput['workercount'])
+        torch.set_num_threads(threads)
+        os.environ['OMP_NUM_THREADS'] = str(threads)
 
 
 def lines_of(text):

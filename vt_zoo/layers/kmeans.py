@@ -40,9 +40,9 @@ class KMeans(nn.Module):
             centroids = F.normalize(cells[:, :, self.cells].transpose(1, 2), dim=-1)
             pixels = F.normalize(x.flatten(2), dim=1)  # (B, C, H*W)
             for _ in range(self.iterations):
-                nearest = (centroids @ pixels).argmax(dim=1, keepdim=True)  # (B, 1, H*W)
-                index = torch.arange(centroids.shape[1], device=x.device)[None, :, None]
-                members = (nearest == index).to(pixels.dtype)  # (B, L, H*W)
+                products = centroids @ pixels
+                nearest = products.argmax(dim=1, keepdim=True)  # (B, 1, H*W)
+                members = torch.zeros_like(products).scatter(1, nearest, 1.)  # (B, L, H*W)
                 sums = (members @ pixels.transpose(1, 2)).to(centroids.dtype)
                 some = sums.abs().amax(-1, keepdim=True) > 0  # neither empty nor of black pixels only
                 centroids = torch.where(some, F.normalize(sums, dim=-1), centroids)

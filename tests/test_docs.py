@@ -96,6 +96,7 @@ def test_libraries(segment_command, tmp_path):
     """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
     sections = re.split('^(?=## )', (DOCS / 'libraries.md').read_text(), flags=re.MULTILINE)
     names = run_blocks(''.join(s for s in sections if not s.startswith('## torch.hub')), tmp_path, segment_command)
+    assert names['answers'][0]['label'] == '3'
     of_new, pixels, of_known = sorted(names['accuracy'].values())
     assert [names['accuracy'][k] for k in ('pixels', 'embeddings, trained on 0 to 4')] == [pixels, of_new]
     assert of_known > 0.97 and of_new > 0.4

@@ -126,7 +126,7 @@ def file_server(folder):
 
 @pytest.fixture(scope='module')
 def github(checkout, tmp_path_factory):
-    """What torch.hub asks of GitHub, with a zip of the repository as GitHub makes it: one folder, named by commit."""
+    """What torch.hub asks of GitHub, with a zip of the checkout as GitHub makes it: one folder, named by commit."""
     root = tmp_path_factory.mktemp('github')
     repo = root / 'github.com' / 'owner' / 'vt_zoo'
     (repo / 'tree' / 'main').mkdir(parents=True)
@@ -136,13 +136,8 @@ def github(checkout, tmp_path_factory):
     branches.parent.mkdir(parents=True)
     branches.write_text(json.dumps([{'name': 'main', 'commit': {'sha': commit}}]))
     prefix = f'owner-vt_zoo-{commit[:7]}'
-    if (ROOT / '.git').exists():
-        subprocess.run(
-            ['git', 'archive', '--format=zip', f'--prefix={prefix}/', '-o', repo / 'zipball' / 'main', 'HEAD'],
-            cwd=ROOT, check=True)
-    else:
-        shutil.copytree(checkout, root / prefix)
-        os.rename(shutil.make_archive(repo / 'zipball' / 'main', 'zip', root, prefix), repo / 'zipball' / 'main')
+    shutil.copytree(checkout, root / prefix)
+    os.rename(shutil.make_archive(repo / 'zipball' / 'main', 'zip', root, prefix), repo / 'zipball' / 'main')
     return root
 
 

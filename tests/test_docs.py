@@ -25,7 +25,11 @@ def shell_words(line, folder):
 
 
 def run_blocks(text, folder, command):
-    """Run the blocks of a document in a folder; the shapes that each of Python prints are those that it shows."""
+    """Run the blocks of a document in a folder; the shapes that each of Python prints are those that it shows.
+
+    Returns:
+        The variables that its Python leaves.
+    """
     names, printed = {}, []
     names['print'] = lambda *values: printed.append(' '.join(map(str, values)))
     with pytest.MonkeyPatch.context() as patch:
@@ -40,6 +44,7 @@ def run_blocks(text, folder, command):
                 exec(compile(block, 'a document', 'exec'), names)
                 text = '\n'.join(printed).replace('torch.Size([', '(').replace('])', ')')
                 assert re.findall(SHAPE, text) == shapes_shown(block)
+    return names
 
 
 @pytest.fixture(scope='module')
@@ -85,3 +90,13 @@ def test_export(segment_command, tmp_path):
 @pytest.mark.slow
 def test_compiled_export(segment_command, tmp_path):
     run_blocks(COMPILED, tmp_path, segment_command)
+
+
+def test_libraries(segment_command, tmp_path):
+    """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
+    sections = re.split('^(?=## )', (DOCS / 'libraries.md').read_text(), flags=re.MULTILINE)
+    names = run_blocks(''.join(s for s in sections if not s.startswith('## torch.hub')), tmp_path, segment_command)
+    assert names['answers'][0]['label'] == '3'
+    of_new, pixels, of_known = sorted(names['accuracy'].values())
+    assert [names['accuracy'][k] for k in ('pixels', 'embeddings, trained on 0 to 4')] == [pixels, of_new]
+    assert of_known > 0.97 and of_new > 0.4

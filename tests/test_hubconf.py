@@ -1,24 +1,55 @@
-"""torch.hub finds and builds every model from a checkout alone."""
+"""torch.hub finds and builds every model from a checkout or a zip alone, in a Python that has no vt_zoo."""
+import functools
 import json
+import os
+import re
+import shutil
+import site
 import subprocess
 import sys
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import timm
+import torch
 from timm_plugin import registered_models
 
 import vt_zoo
 
+ROOT = Path(__file__).parents[1]
+SECTION = (ROOT / 'docs' / 'libraries.md').read_text().split('## torch.hub\n')[1].split('\n## ')[0]
+FROM_CLONE, FROM_GITHUB = re.findall('^```python\n(.*?)^```$', SECTION, re.MULTILINE | re.DOTALL)
+
+# Begins each program: the packages of this environment without vt_zoo are all that there is.
+START = '''
+import importlib.util, json, sys
+sys.path.append(sys.argv[1])
+assert importlib.util.find_spec('vt_zoo') is None
+'''
+
+# Ends a program that made `model`.
+REPORT = '''
+import timm
+print(json.dumps({
+    'files': sorted({m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'vt_zoo'}),
+    'weights': model.pretrained_cfg['file'],
+    'logits': model.eval()(torch.ones(1, 3, 64, 64)).tolist(),
+    'registered': timm.list_models('*vt_resnet*'),
+    'path': sys.path,
+}))
+'''
+
 # torch.hub.list and help take no local folder: they find it in the cache, where an earlier download would be
 SCRIPT = '''
-import json, sys, torch
-hub_dir, checkout = sys.argv[1:]
+import torch
+hub_dir, checkout = sys.argv[2:]
 torch.hub.set_dir(hub_dir)
 names = torch.hub.list('owner/vt_zoo:main', trust_repo=True, verbose=False)
 docs = {name: torch.hub.help('owner/vt_zoo:main', name, trust_repo=True) for name in names}
 model = torch.hub.load(checkout, 'vt_resnet50', source='local', num_classes=10, pretrained=False).eval()
-digits = torch.hub.load(checkout, 'test_vt_resnet', source='local', pretrained=True)
 assert checkout not in sys.path
 
 import timm
@@ -35,19 +66,98 @@ print(json.dumps({
     'same_type': type(model) is type(twin),
     'shape': list(outputs.shape),
     'same_outputs': torch.equal(outputs, twin_outputs),
-    'weights': digits.pretrained_cfg['file'],
-    'digits': {name: tensor.tolist() for name, tensor in digits.state_dict().items() if name.startswith('fc.')},
 }))
+'''
+
+# Every https://HOST/PATH is asked of our server as /HOST/PATH.
+REDIRECT = '''
+import urllib.request
+
+class Redirect(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return urllib.request.urlopen(f'{sys.argv[3]}/{request.host}{request.selector}')
+
+urllib.request.install_opener(urllib.request.build_opener(Redirect))
+import torch
+torch.hub.set_dir(sys.argv[2])
 '''
 
 
 @pytest.fixture(scope='module')
-def hub(checkout, tmp_path_factory):
-    """What torch.hub makes of the checkout in an interpreter that looks neither at PYTHONPATH nor at the folder."""
-    command = [sys.executable, '-I', '-c', SCRIPT, checkout.parent, checkout]
-    run = subprocess.run(command, cwd=tmp_path_factory.mktemp('elsewhere'), stdout=subprocess.PIPE, text=True)
-    assert run.returncode == 0
-    return json.loads(run.stdout.splitlines()[-1])
+def packages(tmp_path_factory):
+    """A folder with the packages of this environment but vt_zoo and what `pip install -e` left of it."""
+    folder = tmp_path_factory.mktemp('packages')
+    for path in (path for root in site.getsitepackages() if Path(root).is_dir() for path in Path(root).iterdir()):
+        if 'vt_zoo' not in path.name and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def python(packages):
+    """Runs a program by an interpreter that looks at none of PYTHONPATH, its folder and .pth files; its last line."""
+    def run(code, *args, cwd):
+        command = [sys.executable, '-I', '-S', '-c', START + code, packages, *args]
+        result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+    return run
+
+
+@contextmanager
+def file_server(folder):
+    """Serve the files of a folder; gives the address and the list of the paths that were asked for."""
+    paths = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            paths.append(self.path)
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=folder))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f'http://127.0.0.1:{server.server_port}', paths
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope='module')
+def github(checkout, tmp_path_factory):
+    """What torch.hub asks of GitHub, with a zip of the checkout as GitHub makes it: one folder, named by commit."""
+    root = tmp_path_factory.mktemp('github')
+    repo = root / 'github.com' / 'owner' / 'vt_zoo'
+    (repo / 'tree' / 'main').mkdir(parents=True)
+    (repo / 'zipball').mkdir()
+    commit = '0123456789abcdef0123456789abcdef01234567'
+    branches = root / 'api.github.com' / 'repos' / 'owner' / 'vt_zoo' / 'branches'
+    branches.parent.mkdir(parents=True)
+    branches.write_text(json.dumps([{'name': 'main', 'commit': {'sha': commit}}]))
+    prefix = f'owner-vt_zoo-{commit[:7]}'
+    shutil.copytree(checkout, root / prefix)
+    os.rename(shutil.make_archive(repo / 'zipball' / 'main', 'zip', root, prefix), repo / 'zipball' / 'main')
+    return root
+
+
+@pytest.fixture(scope='module')
+def hub(python, checkout, tmp_path_factory):
+    """What torch.hub makes of the checkout."""
+    return python(SCRIPT, checkout.parent, checkout, cwd=tmp_path_factory.mktemp('elsewhere'))
+
+
+def logits_of_the_weights():
+    return timm.create_model('test_vt_resnet', pretrained=True).eval()(torch.ones(1, 3, 64, 64))
+
+
+def check_shipped_model(report, folder):
+    """The model is that of the package, its code and its weights those of the folder."""
+    assert report['files']
+    assert all(Path(file).is_relative_to(folder) for file in [*report['files'], report['weights']])
+    assert not any(Path(path).is_relative_to(folder) for path in report['path'])
+    torch.testing.assert_close(torch.tensor(report['logits']), logits_of_the_weights())
+    assert report['registered'] == timm.list_models('*vt_resnet*')
 
 
 def test_list_holds_the_registered_models_only(hub):
@@ -65,14 +175,23 @@ def test_load_imports_the_checkout(hub, checkout):
     assert not Path(vt_zoo.__file__).is_relative_to(checkout)
 
 
-def test_load_finds_the_weights_in_the_checkout(hub, checkout):
-    assert Path(hub['weights']).is_relative_to(checkout)
-    shipped = timm.create_model('test_vt_resnet', pretrained=True)
-    assert hub['digits'] == {'fc.weight': shipped.fc.weight.tolist(), 'fc.bias': shipped.fc.bias.tolist()}
-
-
 def test_load_gives_the_model_of_timm(hub):
     assert hub['architecture'] == 'vt_resnet50'
     assert hub['same_type']
     assert hub['shape'] == [2, 10]
     assert hub['same_outputs']
+
+
+def test_document_from_a_clone(python, checkout, tmp_path):
+    (tmp_path / 'clone').symlink_to(checkout)
+    check_shipped_model(python(FROM_CLONE + REPORT, cwd=tmp_path), tmp_path / 'clone')
+
+
+def test_document_from_a_zip(python, github, tmp_path):
+    """Asked of the default branch, which torch.hub finds and checks first; then again, from its cache."""
+    cache = tmp_path / 'cache'
+    with file_server(github) as (url, paths):
+        report = python(REDIRECT + FROM_GITHUB + FROM_GITHUB + REPORT, cache, url, cwd=tmp_path)
+    check_shipped_model(report, cache / 'owner_vt_zoo_main')
+    assert [path for path in paths if 'zipball' in path] == ['/github.com/owner/vt_zoo/zipball/main']
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == ['owner_vt_zoo_main']

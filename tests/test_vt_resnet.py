@@ -730,19 +730,7 @@ def test_layer_decay_reaches_every_group():
         1., 0.5, 0.5 ** 6]
 
 
-# --- other libraries and training
-
-
-@pytest.mark.parametrize('name', ['test_vt_resnet', 'vt_resnet50'])
-@pytest.mark.parametrize('depth', [5, 4])
-def test_segmentation_models_pytorch(name, depth):
-    smp = pytest.importorskip('segmentation_models_pytorch')
-    model = smp.Unet(
-        f'tu-{name}', encoder_depth=depth, encoder_weights=None, decoder_channels=(24, 20, 16, 12, 8)[-depth:],
-        in_channels=3, classes=4).eval()
-    with torch.no_grad():
-        assert model(images(1)).shape == (1, 4, 64, 64)
-    assert any('vt_stage' in n for n, _ in model.encoder.named_parameters()) == (depth == 5)
+# --- training
 
 
 @pytest.mark.parametrize('opt', ['momentum', 'rmsproptf'])

@@ -56,7 +56,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Its words; those of the process where None.
 
     Returns:
-        Exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+        The exit code, 0, 2 for input that cannot be used, 130 after Ctrl-C.
     """
     args = _create_parser().parse_args(argv)
     logging.basicConfig(format='vt-zoo: %(levelname)s: %(message)s', level=logging.WARNING)

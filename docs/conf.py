@@ -1,0 +1,47 @@
+"""The site: `sphinx-build -W --keep-going -n -c docs . build/site`, which leaves everything in build/.
+
+Sphinx, as it reads Google docstrings by its own napoleon, takes Markdown and notebooks by myst-nb, treats a reference
+that leads nowhere as an error and comes with a check of external links. The source folder is the repository, so that a
+relative link means the same here and on GitHub.
+"""
+import re
+
+from vt_zoo import __version__
+
+project = 'vt_zoo'
+author = 'The vt_zoo authors'
+version = release = __version__
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode', 'sphinxarg.ext']
+
+root_doc = 'docs/index'
+include_patterns = [
+    'docs/**.md', 'docs/**.rst', 'docs/*.ipynb', 'benchmarks/results/*.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'MODEL_CARDS.md']
+exclude_patterns = ['.*', 'build', 'dist', 'tests', 'vt_zoo']
+
+myst_heading_anchors = 3  # as GitHub makes them
+nb_execution_mode = 'off'  # a notebook shows the outputs that were committed
+
+autoclass_content = 'both'  # arguments stand in the docstring of __init__
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'description'
+autodoc_typehints_description_target = 'documented'
+default_role = 'code'  # docstrings write `name` as Markdown does
+
+# names of other libraries: their pages are not asked for where they are, the build needs no internet
+nitpick_ignore_regex = [('py:.*', r'(PIL|huggingface_hub|numpy|pathlib|timm|torch)\..*')]
+
+html_theme = 'furo'
+html_title = f'vt_zoo {release}'
+html_copy_source = False
+html_additional_pages = {'index': 'front.html'}
+templates_path = ['_templates']
+
+
+def from_the_root(app, path, document, text):
+    """Write the relative links of an included document so that they mean the same wherever it is included."""
+    text[0] = re.sub(r'\]\((?!/|#|\w+:)', '](/', text[0])
+
+
+def setup(app):
+    """Sphinx calls this."""
+    app.connect('include-read', from_the_root)

@@ -23,6 +23,7 @@ nb_execution_mode = 'off'  # a notebook shows the outputs that were committed
 
 autoclass_content = 'both'  # arguments stand in the docstring of __init__
 autodoc_member_order = 'bysource'
+autodoc_preserve_defaults = True
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 default_role = 'code'  # docstrings write `name` as Markdown does
@@ -33,6 +34,9 @@ nitpick_ignore_regex = [('py:.*', r'(PIL|huggingface_hub|numpy|pathlib|timm|torc
 html_theme = 'furo'
 html_title = f'vt_zoo {release}'
 html_copy_source = False
+html_css_files = ['site.css']
+html_show_copyright = False
+html_static_path = ['_static']
 html_additional_pages = {'index': 'front.html'}
 templates_path = ['_templates']
 

@@ -4,14 +4,20 @@ Sphinx, as it reads Google docstrings by its own napoleon, takes Markdown and no
 that leads nowhere as an error and comes with a check of external links. The source folder is the repository, so that a
 relative link means the same here and on GitHub.
 """
+import argparse
+import os
 import re
 
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
 from vt_zoo import __version__
+from vt_zoo.cli.main import create_parser
 
 project = 'vt_zoo'
 author = 'The vt_zoo authors'
 version = release = __version__
-extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode', 'sphinxarg.ext']
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
 
 root_doc = 'docs/index'
 include_patterns = [
@@ -46,6 +52,30 @@ def from_the_root(app, path, document, text):
     text[0] = re.sub(r'\]\((?!/|#|\w+:)', '](/', text[0])
 
 
+def with_subparsers(parser):
+    """A parser and all below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from with_subparsers(subparser)
+
+
+class CommandLine(SphinxDirective):
+    """A section for each command, with what its --help prints."""
+
+    def run(self):
+        os.environ.update(COLUMNS='100', NO_COLOR='1')  # argparse reads them
+        sections = []
+        for parser in with_subparsers(create_parser()):
+            section = nodes.section(ids=[nodes.make_id(parser.prog)])
+            section += nodes.title(text=parser.prog)
+            section += nodes.literal_block(text=parser.format_help(), language='none')
+            sections.append(section)
+        return sections
+
+
 def setup(app):
     """Sphinx calls this."""
+    app.add_directive('command-line', CommandLine)
     app.connect('include-read', from_the_root)

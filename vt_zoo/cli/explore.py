@@ -1,6 +1,6 @@
 """Look into a model in the browser: drop an image, see what its tokens attend to.
 
-Serves one page on this machine only, at `http://127.0.0.1:PORT`, until Ctrl-C. The page needs no internet.
+Serves one page on this machine only, at http://127.0.0.1:PORT, until Ctrl-C. The page needs no internet.
 """
 import argparse
 import os

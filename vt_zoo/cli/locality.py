@@ -1,7 +1,7 @@
 """Measure how local the attention of a Vision Transformer is, layer by layer (Figure 5 of the paper).
 
 The ratio is the share of a patch's attention that stays in its 3x3 neighbourhood. A model without pretrained weights,
-or one that cannot be fetched, can be measured with `--random`, which the table and the picture say.
+or one that cannot be fetched, can be measured with --random, which the table and the picture say.
 """
 import argparse
 from pathlib import Path

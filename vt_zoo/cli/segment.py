@@ -1,6 +1,6 @@
 """Train, measure and use models for semantic segmentation: VT-FPN and the panoptic FPN.
 
-Needs the extra `segmentation`. On several GPUs: `accelerate launch -m vt_zoo segment train --config ...`
+Needs the extra `segmentation`. On several GPUs: accelerate launch -m vt_zoo segment train --config ...
 """
 import argparse
 import json

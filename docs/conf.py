@@ -10,6 +10,7 @@ import re
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import signature, stringify_signature
 
 from vt_zoo import __version__
 from vt_zoo.cli.main import create_parser
@@ -21,7 +22,8 @@ extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ex
 
 root_doc = 'docs/index'
 include_patterns = [
-    'docs/**.md', 'docs/**.rst', 'docs/*.ipynb', 'benchmarks/results/*.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'MODEL_CARDS.md']
+    'docs/**.md', 'docs/**.rst', 'docs/*.ipynb', 'benchmarks/results/*.md', 'CHANGELOG.md', 'CONTRIBUTING.md',
+    'MODEL_CARDS.md']
 exclude_patterns = ['.*', 'build', 'dist', 'tests', 'vt_zoo']
 
 myst_heading_anchors = 3  # as GitHub makes them
@@ -30,8 +32,7 @@ nb_execution_mode = 'off'  # a notebook shows the outputs that were committed
 autoclass_content = 'both'  # arguments stand in the docstring of __init__
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
-autodoc_typehints = 'description'
-autodoc_typehints_description_target = 'documented'
+python_maximum_signature_line_length = 100  # longer ones get a line for each argument
 default_role = 'code'  # docstrings write `name` as Markdown does
 
 # names of other libraries: their pages are not asked for where they are, the build needs no internet
@@ -61,6 +62,14 @@ def with_subparsers(parser):
                 yield from with_subparsers(subparser)
 
 
+def readable_arguments(app, what, name, obj, options, arguments, returns):
+    """Those of __init__ where a __new__ of huggingface_hub takes any, and no <factory>, which is not Python."""
+    if what == 'class' and arguments == '(*args, **kwargs)':
+        arguments = stringify_signature(
+            signature(obj.__init__, bound_method=True), show_return_annotation=False, unqualified_typehints=True)
+    return arguments and arguments.replace('<factory>', '...'), returns
+
+
 class CommandLine(SphinxDirective):
     """A section for each command, with what its --help prints."""
 
@@ -78,4 +87,5 @@ class CommandLine(SphinxDirective):
 def setup(app):
     """Sphinx calls this."""
     app.add_directive('command-line', CommandLine)
+    app.connect('autodoc-process-signature', readable_arguments)
     app.connect('include-read', from_the_root)

@@ -1,8 +1,7 @@
 """The site: `sphinx-build -W --keep-going -n -c docs . build/site`, which leaves everything in build/.
 
-Sphinx, as it reads Google docstrings by its own napoleon, takes Markdown and notebooks by myst-nb, treats a reference
-that leads nowhere as an error and comes with a check of external links. The source folder is the repository, so that a
-relative link means the same here and on GitHub.
+The source folder is the repository, so that a relative link means the same here and on GitHub. CONTRIBUTING.md says why
+it is Sphinx.
 """
 import argparse
 import os

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip('myst_nb')
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = [path for path in (ROOT / 'vt_zoo').rglob('*.py') if 'cli' not in path.parts and '__all__ =' in path.read_text()]
+LIBRARY = [
+    path for path in (ROOT / 'vt_zoo').rglob('*.py') if 'cli' not in path.parts and '__all__ =' in path.read_text()]
 
 
 class Page(HTMLParser):
@@ -73,9 +74,9 @@ def test_reference_has_what_is_public(pages, path):
     name = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
     module = importlib.import_module(name)
     anchors = set().union(*(page.anchors for path, page in pages.items() if path.parent.name == 'api'))
-    public = {x for x in module.__all__ if inspect.isclass(getattr(module, x)) or inspect.isfunction(getattr(module, x))}
+    public = [x for x in module.__all__ if inspect.isroutine(getattr(module, x)) or inspect.isclass(getattr(module, x))]
     assert {f'{name}.{x}' for x in public} - anchors == set()
 
 
 def test_no_option_became_a_dash(pages):
-    assert [path.name for path in pages if re.search('[ >]–[a-z]', path.read_text())] == []
+    assert [path.name for path in pages if re.search('[ >]\u2013[a-z]', path.read_text())] == []

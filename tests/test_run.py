@@ -108,8 +108,9 @@ def test_signal(write_script, number):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         assert process.stdout.readline() == b'here\n'
         process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode == -number
+        _, stderr = process.communicate(timeout=60)
+        # torch imports tabulate at exit, and where that is installed Python exits with 1 after a KeyboardInterrupt
+        assert process.returncode == -number or stderr.endswith(b'KeyboardInterrupt\n')
 
 
 def test_signal_that_the_script_handles(run, write_script):

@@ -33,10 +33,16 @@ _ARGUMENTS = (
 
 @dataclass
 class Converted:
-    """What `convert` wrote."""
-    name: str  # of the model
-    weights: str  # which of the file's
-    epoch: Optional[int]  # number of epochs behind them, where the file says it
+    """What `convert` wrote.
+
+    Attributes:
+        name: Name of the model.
+        weights: Which of the file's.
+        epoch: Number of epochs behind them, where the file says it.
+    """
+    name: str
+    weights: str
+    epoch: Optional[int]
 
 
 def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class FinetuneSettings:
-    """What decides the outcome of a run. Names are those of timm's train.py.
+    """What decides the outcome of a run. Names are those of timm's train.py; `vt-zoo finetune --help` explains them.
 
     The defaults are section 5.1 of the paper (SGD with momentum 0.9, weight decay 4e-5) with a learning rate for small
     batches, and a cosine instead of steps, since runs here are short.

@@ -121,7 +121,7 @@ def find_split(root: Union[str, Path], val_fraction: float = 0.2, seed: int = 0,
         progress: Show a progress bar.
 
     Returns:
-        The split, without the files that cannot be opened: each of those is named in a warning.
+        The split, without the files that cannot be opened, of which each is named in a warning.
 
     Raises:
         InputError: The folder is missing, holds no images or fewer than two classes, a class is left without images, or

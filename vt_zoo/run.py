@@ -1,4 +1,4 @@
-"""Runs a script of timm with the models of vt_zoo registered.
+"""Runs a script of timm with the models of vt_zoo registered, as in::
 
     python -m vt_zoo.run validate.py --model vt_resnet50 --data-dir data ...
     torchrun --nproc_per_node=2 -m vt_zoo.run train.py ...
@@ -67,7 +67,7 @@ def main() -> int:
     """Run the script that the command line names.
 
     Returns:
-        Exit code: 0, 2 with a sentence on standard error for a script that does not exist or does not fit timm.
+        The exit code, 0, or 2 with a sentence on standard error for a script that does not exist or does not fit timm.
     """
     args = sys.argv[1:]
     if args[:1] in (['-h'], ['--help']):

@@ -103,7 +103,7 @@ def _cover(foreground: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
 def attention_spread(attention: torch.Tensor) -> torch.Tensor:
     """How far apart the pixels of a token lie: their mean distance from the centre of its attention.
 
-    D = sum_ij A_ij |(i, j) - c| with c = sum_ij A_ij (i, j), as a share of the map's diagonal.
+    `D = sum_ij A_ij |(i, j) - c|` with `c = sum_ij A_ij (i, j)`, as a share of the map's diagonal.
 
     Args:
         attention: A (B, L, H, W), sums to one over the pixels.

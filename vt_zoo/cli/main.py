@@ -23,7 +23,7 @@ from . import (
     tokens,
 )
 
-__all__ = ['main']
+__all__ = ['create_parser', 'main']
 
 COMMANDS = {
     'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe,
@@ -36,7 +36,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 
-def _create_parser() -> argparse.ArgumentParser:
+def create_parser() -> argparse.ArgumentParser:
+    """The parser of `vt-zoo`, with a subparser for each command."""
     parser = _Parser(prog='vt-zoo', description='Visual Transformers as timm models.')
     parser.add_argument('--version', action='version', version=f'vt-zoo {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
@@ -56,9 +57,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Its words; those of the process where None.
 
     Returns:
-        Exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+        The exit code, 0, 2 for input that cannot be used, 130 after Ctrl-C.
     """
-    args = _create_parser().parse_args(argv)
+    args = create_parser().parse_args(argv)
     logging.basicConfig(format='vt-zoo: %(levelname)s: %(message)s', level=logging.WARNING)
     logging.getLogger('vt_zoo').setLevel(logging.INFO)
     try:

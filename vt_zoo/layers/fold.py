@@ -24,8 +24,8 @@ def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]
     """Scale and shift (C), in float64, that a norm is in eval mode.
 
     Returns:
-        None where it is not one and the same affine map for every input: a group norm, a batch norm without running
-        statistics, a norm with an activation.
+        Both, or None where it is not one and the same affine map for every input, as with a group norm, a batch norm
+        without running statistics and a norm with an activation.
     """
     return _affine(norm) if isinstance(getattr(norm, 'act', None), (nn.Identity, type(None))) else None
 

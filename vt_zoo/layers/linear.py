@@ -89,6 +89,7 @@ class PixelLinear(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pixels (B, C_in, H, W) to (B, C_out, H, W)."""
         return self.norm(self.conv(x))
 
     @torch.jit.ignore
@@ -106,6 +107,7 @@ class TokenLinear(PixelLinear):
     """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out)."""
         if self.conv.groups > 1:
             return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
         # the same product without the change of memory layout that a convolution begins with
@@ -132,6 +134,7 @@ class TokenNorm(nn.Module):
         self.norm = get_norm_layer(norm_layer)(dim, device=device, dtype=dtype)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Normalise tokens (B, L, C)."""
         return _image_to_tokens(self.norm(_tokens_to_image(tokens)))
 
     @torch.jit.ignore

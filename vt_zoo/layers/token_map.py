@@ -46,6 +46,7 @@ class TokenMap(nn.Linear):
     """Linear map of each token: (B, L, C_in) -> (B, L, C_out)."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out)."""
         return _map(tokens, self.weight, self.bias)
 
 
@@ -62,6 +63,7 @@ class GroupedTokenMap(nn.Module):
         self.weight, self.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out)."""
         return _map_groups(tokens, self.weight, self.bias)
 
 
@@ -78,6 +80,7 @@ class TokenAffine(nn.Module):
         self.weight, self.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scale and shift tokens (B, L, C)."""
         return torch.addcmul(self.bias, tokens, self.weight)
 
 

@@ -46,7 +46,7 @@ def segment(
         size: Tuple[int, int],
         eval_size: Optional[Union[int, Tuple[int, int]]] = None,
 ) -> torch.Tensor:
-    """Logits (B, classes, *size) of images (B, C, H, W).
+    """Logits `(B, classes, *size)` of images (B, C, H, W).
 
     Args:
         model: Segmentation model.

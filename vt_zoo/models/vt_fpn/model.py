@@ -129,7 +129,8 @@ class PyramidModel(SegmentationModel):
             The model in eval mode.
         """
         kwargs.setdefault('encoder_weights', None)
-        return super().from_pretrained(pretrained_model_name_or_path, strict=strict, **kwargs)
+        model = super().from_pretrained(pretrained_model_name_or_path, strict=strict, **kwargs)
+        return model.eval()  # clients of the hub before 1.0 leave it as it is
 
     def generate_model_card(self, dataset: Optional[str] = None, metrics: Optional[dict] = None, **kwargs) -> ModelCard:
         """The README.md that `save_pretrained` writes where there is none.

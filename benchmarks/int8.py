@@ -144,7 +144,7 @@ def measure(
 ) -> Tuple[Dict[str, dict], Dict[str, onnxruntime.InferenceSession]]:
     """Files of variants, their size and speed; the sessions are for what else is to be measured."""
     prepared = file.with_suffix('.prepared.onnx')
-    quant_pre_process(file, prepared, skip_symbolic_shape=True)
+    quant_pre_process(file, prepared)  # with symbolic shapes, which quantize_dynamic needs
     paths = {FLOAT: file}
     ways = variants(onnx.load(prepared).graph)
     for i, name in enumerate(tqdm(names or ways, f'quantising {file.stem}')):
@@ -233,14 +233,13 @@ def report(digits: Dict[str, dict], by_limit: List[dict], large: Dict[str, Dict[
         '| images | difference, each seed | right, each seed |', '|---|---|---|']
     for limit in LIMITS:
         of_limit = [r for r in by_limit if r['limit'] == limit]
-        lines.append(
-            f'| {limit} | {", ".join(f"{100 * r["difference"]:.1f} %" for r in of_limit)} | '
-            f'{", ".join(str(r["correct"]) for r in of_limit)} |')
+        differences = ', '.join(f'{100 * r["difference"]:.1f} %' for r in of_limit)
+        lines.append(f'| {limit} | {differences} | {", ".join(str(r["correct"]) for r in of_limit)} |')
     for model, records in large.items():
         lines += [
             '', f'## {model}, 224x224, random weights', '',
-            'Speed and size alone: these weights have no accuracy to lose, and what trained ones lose was not measured.',
-            '', f'| file | MB | {speeds} |', '|' + '---|' * 6]
+            'Speed and size alone: what trained weights lose was not measured, and these have no accuracy.', '',
+            f'| file | MB | {speeds} |', '|' + '---|' * 6]
         for name, r in records.items():
             lines.append(
                 f'| {name} | {r["bytes"] / 1e6:.1f} | ' + ' | '.join(_speed(records, name, b) for b in ROUNDS) + ' |')

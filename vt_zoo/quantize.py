@@ -87,9 +87,9 @@ def choose_nodes(graph: Any) -> List[str]:
 def quantize_static_arguments(graph: Any) -> Dict[str, Any]:
     """Keyword arguments for onnxruntime's `quantize_static`.
 
-    Activations are uint8: on x86 int8 takes a slower way. Weights have 7 bits and a scale for each channel; with 8 bits
-    sums overflow on x86 CPUs without VNNI. Products' outputs stay in float32, which the sums, softmaxes and norms after
-    them take.
+    Activations are uint8: with int8 onnxruntime is slower than in float32 on x86. Weights have a scale for each channel
+    and 7 bits, with which no sum of two products saturates in the 16 bits that x86 CPUs without VNNI have for it. Matrix
+    products give float32, which the sums, softmaxes and norms after them take.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 

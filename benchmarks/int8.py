@@ -5,7 +5,7 @@
 quantises test_vt_resnet.digits in each way of `variants`, calibrated on training images, measures what its outputs
 differ on the other training images, which decided what `vt-zoo quantize` does, and its accuracy on the 450 held-out
 ones, which decided nothing. Speed and size, but no accuracy, are measured of VT-ResNets with random weights too. It
-writes benchmarks/results/int8.md and .json; about 4 minutes.
+writes benchmarks/results/int8.md and .json; about 5 minutes.
 
 Time is the CPU time of one thread, which others on the machine disturb less than a clock. Files take turns.
 """

@@ -85,3 +85,7 @@ def test_export(segment_command, tmp_path):
 @pytest.mark.slow
 def test_compiled_export(segment_command, tmp_path):
     run_blocks(COMPILED, tmp_path, segment_command)
+
+
+def test_int8(command, tmp_path):
+    run_blocks((DOCS / 'int8.md').read_text(), tmp_path, command)

@@ -20,7 +20,8 @@ from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = ['README.md', 'MODEL_CARDS.md']
-LINKING = DOCUMENTS + [f'docs/{name}.md' for name in ('training', 'segmentation', 'analysis', 'speed', 'export')]
+LINKING = DOCUMENTS + [
+    f'docs/{name}.md' for name in ('training', 'segmentation', 'analysis', 'speed', 'export', 'int8')]
 
 
 def blocks(language):

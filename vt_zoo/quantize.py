@@ -88,8 +88,8 @@ def quantize_static_arguments(graph: Any) -> Dict[str, Any]:
     """Keyword arguments for onnxruntime's `quantize_static`.
 
     Activations are uint8: with int8 onnxruntime is slower than in float32 on x86. Weights have a scale for each channel
-    and 7 bits, with which no sum of two products saturates in the 16 bits that x86 CPUs without VNNI have for it. Matrix
-    products give float32, which the sums, softmaxes and norms after them take.
+    and 7 bits, with which no sum of two products saturates in the 16 bits that x86 CPUs without VNNI have for it.
+    Matrix products give float32, which the sums, softmaxes and norms after them take.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 
@@ -138,10 +138,10 @@ def quantize(
 
     with whole(out) as new:
         _logger.info(f'calibrating on {len(paths)} images')
-        with quiet(), _quiet_runtime(), sentence(f'{file} cannot be quantised'):
+        with _quiet_tools(), sentence(f'{file} cannot be quantised'):
             nodes = _write(file, prepared('calibrating'), new)
         _logger.info(f'comparing with {file}')
-        with quiet(), _quiet_runtime(), sentence(f'the int8 file of {file} does not run'):
+        with _quiet_tools(), sentence(f'the int8 file of {file} does not run'):
             quantized = Quantized(nodes, len(paths), *_compare(file, new, prepared('comparing')))
             _write_metadata(new, metadata, quantized)
     return quantized
@@ -150,7 +150,7 @@ def quantize(
 def _check_installed() -> None:
     try:
         import onnx  # noqa: F401
-        import onnxruntime.quantization  # noqa: F401
+        import onnxruntime  # noqa: F401
     except ImportError as e:
         raise InputError(f"quantize needs {e.name}: pip install 'vt_zoo[export]'") from None
 
@@ -166,7 +166,9 @@ def _read_metadata(file: Path) -> Dict[str, str]:
     except OSError:
         raise
     except Exception:  # protobuf's own
-        raise InputError(f'{file} is not an ONNX file') from None
+        model = onnx.ModelProto()
+    if not model.graph.node:  # protobuf reads some files that are none
+        raise InputError(f'{file} is not an ONNX file')
     if any(node.op_type in QUANTIZED_BY for node in model.graph.node):
         raise InputError(f'{file} is quantised already')
     metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -185,13 +187,15 @@ def _draw_images(folder: Path, limit: int) -> List[str]:
 
 
 @contextmanager
-def _quiet_runtime() -> Iterator[None]:
-    """Without what onnxruntime itself prints: its errors are raised too."""
+def _quiet_tools() -> Iterator[None]:
+    """Without what onnxruntime and its tools print: their errors are raised too."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
     try:
-        yield
+        with quiet():
+            logging.disable(logging.ERROR)
+            yield
     finally:
         onnxruntime.set_default_logger_severity(2)  # its default
 

@@ -69,13 +69,19 @@ def load_subject(name_or_dir: str) -> Subject:
 
 
 def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """`Subject.prepare` of `Subject.preprocessing`."""
+    """`Subject.prepare` of `Subject.preprocessing`.
+
+    Raises:
+        InputError: It is a segmenter's, and what segmentation needs is not installed.
+    """
     if 'short_side' not in preprocessing:
         return create_transform(**preprocessing)
 
-    from ..segmentation.evaluate import to_eval_size
-    from ..segmentation.predict import prepare_image
-
+    try:
+        from ..segmentation.evaluate import to_eval_size
+        from ..segmentation.predict import prepare_image
+    except ImportError as e:
+        raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None
     size = tuple(preprocessing['input_size'][1:])
     eval_size = preprocessing['short_side'] if None in size else size
 

@@ -100,3 +100,7 @@ def test_libraries(segment_command, tmp_path):
     of_new, pixels, of_known = sorted(names['accuracy'].values())
     assert [names['accuracy'][k] for k in ('pixels', 'embeddings, trained on 0 to 4')] == [pixels, of_new]
     assert of_known > 0.97 and of_new > 0.4
+
+
+def test_int8(command, tmp_path):
+    run_blocks((DOCS / 'int8.md').read_text(), tmp_path, command)

@@ -17,7 +17,9 @@ from .analysis.subject import Subject, load_subject
 from .checkpoint import whole
 from .errors import InputError, first_line
 
-__all__ = ['DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'export']
+__all__ = [
+    'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'export', 'quiet',
+    'sentence']
 
 _logger = logging.getLogger(__name__)
 
@@ -202,11 +204,11 @@ def export(
     form = FORMATS[file_format]
     with whole(out) as new:
         _logger.info(f'writing {file_format}')
-        with _quiet(), _sentence(f'model {name_or_dir} cannot be written as {file_format}'):
+        with quiet(), sentence(f'model {name_or_dir} cannot be written as {file_format}'):
             form.write(_Job(model, x, free, stride, metadata, opset or DEFAULT_OPSET), new)
         shapes = _shapes(x.shape, any_size, stride)
         _logger.info(f'comparing it with PyTorch on {len(shapes)} batches')
-        with _quiet(), _sentence(f'the file that {file_format} made of model {name_or_dir} does not run'):
+        with quiet(), sentence(f'the file that {file_format} made of model {name_or_dir} does not run'):
             difference = largest_difference(subject.model, form.load(new), shapes)
         if not difference <= TOLERANCE:  # nor NaN
             raise InputError(
@@ -218,6 +220,17 @@ def export(
 def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]) -> None:
     if file_format not in FORMATS:
         raise InputError(f'format must be one of {", ".join(FORMATS)}, got {file_format!r}')
+    check_out(file_format, out)
+    if opset is not None and file_format != 'onnx':
+        raise InputError(f'opset is for format onnx, got format {file_format}')
+    if opset is not None and opset not in OPSETS:
+        raise InputError(f'opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}')
+    if dynamic_size and file_format == 'torchscript':
+        raise InputError('format torchscript takes images of any size as it is: leave --dynamic-size out')
+
+
+def check_out(file_format: str, out: Path) -> None:
+    """Raise InputError where a file of this format cannot be written as `out`: another ending, there, no folder."""
     suffix = FORMATS[file_format].suffix
     if out.suffix != suffix:
         raise InputError(f'out must end in {suffix} for format {file_format}, got {out}')
@@ -225,12 +238,6 @@ def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]
         raise InputError(f'{out} is there already: choose another --out')
     if not out.parent.is_dir():
         raise InputError(f'folder {out.parent} of --out does not exist')
-    if opset is not None and file_format != 'onnx':
-        raise InputError(f'opset is for format onnx, got format {file_format}')
-    if opset is not None and opset not in OPSETS:
-        raise InputError(f'opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}')
-    if dynamic_size and file_format == 'torchscript':
-        raise InputError('format torchscript takes images of any size as it is: leave --dynamic-size out')
 
 
 def _check_installed(file_format: str) -> None:
@@ -298,7 +305,7 @@ def largest_difference(model: nn.Module, other: Loaded, shapes: List[Tuple[int, 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without warnings: the exporters', of deprecations and of each other, are not for those who use the file."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -311,7 +318,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _sentence(what: str) -> Iterator[None]:
+def sentence(what: str) -> Iterator[None]:
     """Make an InputError of the errors of exporters and runtimes, of which each has its own."""
     try:
         yield

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from ..checkpoint import load_model
 from ..errors import InputError
 
-__all__ = ['Subject', 'load_subject']
+__all__ = ['Subject', 'create_prepare', 'load_subject']
 
 
 @dataclass
@@ -51,27 +51,43 @@ def load_subject(name_or_dir: str) -> Subject:
         InputError: As `load_model`, or `load_segmentation_model`; the model has not as many classes as names for them.
     """
     if _is_segmenter(Path(name_or_dir)):
-        from ..segmentation.evaluate import to_eval_size
         from ..segmentation.model_files import load_segmentation_model
-        from ..segmentation.predict import prepare_image
 
         loaded = load_segmentation_model(name_or_dir)
-
-        def prepare(image: Image.Image) -> torch.Tensor:
-            return to_eval_size(prepare_image(loaded, image)[None], loaded.eval_size)[0]
-
         fixed = isinstance(loaded.eval_size, tuple)
         preprocessing = {
             'input_size': (len(loaded.mean), *(loaded.eval_size if fixed else (None, None))),
             'short_side': None if fixed else loaded.eval_size, 'interpolation': 'bilinear', 'crop_pct': 1.0,
             'crop_mode': 'squash', 'mean': loaded.mean, 'std': loaded.std}
-        return Subject(loaded.model, loaded.classes, prepare, preprocessing, True)
+        return Subject(loaded.model, loaded.classes, create_prepare(preprocessing), preprocessing, True)
     model = load_model(name_or_dir)
     data_config = resolve_data_config({}, model=model)
     classes = list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
     if len(classes) != model.num_classes:
         raise InputError(f'model {name_or_dir} has {model.num_classes} classes, its config.json names {len(classes)}')
-    return Subject(model, classes, create_transform(**data_config), data_config, False)
+    return Subject(model, classes, create_prepare(data_config), data_config, False)
+
+
+def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """`Subject.prepare` of `Subject.preprocessing`.
+
+    Raises:
+        InputError: It is a segmenter's, and what segmentation needs is not installed.
+    """
+    if 'short_side' not in preprocessing:
+        return create_transform(**preprocessing)
+
+    try:
+        from ..segmentation.evaluate import to_eval_size
+        from ..segmentation.predict import prepare_image
+    except ImportError as e:
+        raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None
+    size = tuple(preprocessing['input_size'][1:])
+    eval_size = preprocessing['short_side'] if None in size else size
+
+    def prepare(image: Image.Image) -> torch.Tensor:
+        return to_eval_size(prepare_image(image, preprocessing['mean'], preprocessing['std'])[None], eval_size)[0]
+    return prepare
 
 
 def _is_segmenter(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from . import (
     models,
     predict,
     publish,
+    quantize,
     quickstart,
     recipe,
     segment,
@@ -28,7 +29,7 @@ __all__ = ['create_parser', 'main']
 COMMANDS = {
     'quickstart': quickstart, 'finetune': finetune, 'predict': predict, 'models': models, 'recipe': recipe,
     'convert': convert, 'publish': publish, 'segment': segment, 'tokens': tokens, 'locality': locality,
-    'explore': explore, 'export': export}
+    'explore': explore, 'export': export, 'quantize': quantize}
 
 
 class _Parser(argparse.ArgumentParser):

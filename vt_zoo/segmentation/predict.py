@@ -30,9 +30,9 @@ def palette(num_classes: int) -> List[Color]:
     return colors
 
 
-def prepare_image(loaded: LoadedModel, image: Image.Image) -> torch.Tensor:
-    """An RGB image as the model takes it, normalised, (3, H, W)."""
-    x = F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), loaded.mean, loaded.std)
+def prepare_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """An RGB image as a model of this mean and std takes it, normalised, (3, H, W)."""
+    x = F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), mean, std)
     return x.as_subclass(torch.Tensor)
 
 
@@ -40,7 +40,7 @@ def prepare_image(loaded: LoadedModel, image: Image.Image) -> torch.Tensor:
 def predict_classes(loaded: LoadedModel, image: Image.Image) -> np.ndarray:
     """Class of each pixel of an RGB image, uint8 (H, W)."""
     device = next(loaded.model.parameters()).device
-    x = prepare_image(loaded, image)[None].to(device)
+    x = prepare_image(image, loaded.mean, loaded.std)[None].to(device)
     logits = segment(loaded.model, x, tuple(x.shape[-2:]), loaded.eval_size)
     return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
 

@@ -1,0 +1,246 @@
+"""ONNX files of `vt-zoo export` in int8, by onnxruntime's own tools, calibrated on a folder of images."""
+import json
+import logging
+import random
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+import numpy as np
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from tqdm import tqdm
+
+from .analysis.subject import create_prepare
+from .checkpoint import whole
+from .errors import InputError
+from .export import check_out, quiet, sentence
+from .images import load_image
+
+__all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_LIMIT = 100  # images: on the digits more change nothing, 10 lose some (benchmarks/results/int8.md)
+WEIGHTED = ('Conv', 'Gemm', 'MatMul')  # operators of nodes that may have weights
+OF_MAPS = ('Add', 'MaxPool', 'Relu')  # operators between convolutions
+QUANTIZED_BY = ('QuantizeLinear', 'DequantizeLinear')
+
+
+@dataclass
+class Quantized:
+    """What `quantize` wrote.
+
+    Attributes:
+        nodes: Of each operator that may have weights, how many nodes are in int8, and of how many.
+        num_images: Images that the ranges were taken from, and on which the files were compared.
+        agreement: Share of these images, of a segmenter of their pixels, with the same class as in float32.
+        mean_difference: Largest difference of an output, as a share of the largest output: mean of the images.
+        largest_difference: The same in the worst image.
+    """
+    nodes: Dict[str, Tuple[int, int]]
+    num_images: int
+    agreement: float
+    mean_difference: float
+    largest_difference: float
+
+
+class _Reader:
+    """Images as onnxruntime's calibration reads them."""
+
+    def __init__(self, images: Iterator[np.ndarray]) -> None:
+        self.images = images
+
+    def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+        x = next(self.images, None)
+        return None if x is None else {'image': x}
+
+
+def choose_nodes(graph: Any) -> List[str]:
+    """Names of the nodes of a float32 graph that are computed in int8.
+
+    These are the convolutions and the matrix products with weights, where most of the time and of the file is; and
+    sums, maxima and ReLUs of what convolutions computed, which would else go to float32 and back.
+    What stays in float32:
+
+    * products of two activations, of pixels with tokens and of tokens with each other, and their softmax: onnxruntime
+      would have to round both operands, of ranges that the images decide;
+    * stacks of matrices, of the grouped products in tokenizer and transformer: onnxruntime has no product in int8 for
+      one with a scale for each channel;
+    * sums, norms and means of tokens, and resizing and norms of a decoder: little time.
+
+    Args:
+        graph: onnx.GraphProto in topological order.
+    """
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    maps, names = set(), []
+    for node in graph.node:
+        is_map = node.op_type == 'Conv' or (node.op_type in OF_MAPS and maps.issuperset(node.input))
+        if is_map:
+            maps.update(node.output)
+        if is_map or node.op_type == 'Gemm' or (node.op_type == 'MatMul' and ranks.get(node.input[1]) == 2):
+            names.append(node.name)
+    return names
+
+
+def quantize_static_arguments(graph: Any) -> Dict[str, Any]:
+    """Keyword arguments for onnxruntime's `quantize_static`.
+
+    Activations are uint8: with int8 onnxruntime is slower than in float32 on x86. Weights have a scale for each channel
+    and 7 bits, with which no sum of two products saturates in the 16 bits that x86 CPUs without VNNI have for it.
+    Matrix products give float32, which the sums, softmaxes and norms after them take.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
+
+    return {
+        'quant_format': QuantFormat.QDQ, 'calibrate_method': CalibrationMethod.MinMax, 'per_channel': True,
+        'activation_type': QuantType.QUInt8, 'weight_type': QuantType.QInt8, 'reduce_range': True,
+        'op_types_to_quantize': [*WEIGHTED, *OF_MAPS], 'nodes_to_quantize': choose_nodes(graph),
+        'extra_options': {'OpTypesToExcludeOutputQuantization': ['Gemm', 'MatMul']}}
+
+
+def quantize(
+        file: Union[str, Path],
+        images: Union[str, Path],
+        out: Union[str, Path],
+        limit: int = DEFAULT_LIMIT,
+        progress: bool = True,
+) -> Quantized:
+    """Write an int8 file of a float32 file of `vt-zoo export --format onnx`.
+
+    Ranges of activations are the least and largest values on the images. The new file is loaded, compared with the old
+    one on the same images, and gets its name if all outputs are finite. It has the metadata of the old one, and
+    `quantization`, which says how it was made.
+
+    Args:
+        file: The float32 file.
+        images: Folder with images, in subfolders or not, of the kind that the model is for.
+        out: File to write, which must not be there, in a folder that is.
+        limit: Take so many of the images, drawn with a fixed seed.
+        progress: Show progress bars.
+
+    Raises:
+        InputError: An argument cannot be used, an image cannot be read, onnxruntime is not installed or cannot quantise
+            the file, or outputs of the result are not finite.
+        OSError: `out` cannot be written.
+    """
+    file, out = Path(file), Path(out)
+    _check_installed()
+    check_out('onnx', out)
+    metadata = _read_metadata(file)
+    prepare = create_prepare(json.loads(metadata['preprocessing']))
+    paths = _draw_images(Path(images), limit)
+
+    def prepared(desc: str) -> Iterator[np.ndarray]:
+        for path in tqdm(paths, desc=desc, disable=not progress, leave=False):
+            yield prepare(load_image(path))[None].numpy()
+
+    with whole(out) as new:
+        _logger.info(f'calibrating on {len(paths)} images')
+        with _quiet_tools(), sentence(f'{file} cannot be quantised'):
+            nodes = _write(file, prepared('calibrating'), new)
+        _logger.info(f'comparing with {file}')
+        with _quiet_tools(), sentence(f'the int8 file of {file} does not run'):
+            quantized = Quantized(nodes, len(paths), *_compare(file, new, prepared('comparing')))
+            _write_metadata(new, metadata, quantized)
+    return quantized
+
+
+def _check_installed() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as e:
+        raise InputError(f"quantize needs {e.name}: pip install 'vt_zoo[export]'") from None
+
+
+def _read_metadata(file: Path) -> Dict[str, str]:
+    """Metadata of a float32 file of `vt-zoo export`."""
+    import onnx
+
+    if not file.is_file():
+        raise InputError(f'{file} {"is not a file" if file.exists() else "does not exist"}')
+    try:
+        model = onnx.load(file)
+    except OSError:
+        raise
+    except Exception:  # protobuf's own
+        model = onnx.ModelProto()
+    if not model.graph.node:  # protobuf reads some files that are none
+        raise InputError(f'{file} is not an ONNX file')
+    if any(node.op_type in QUANTIZED_BY for node in model.graph.node):
+        raise InputError(f'{file} is quantised already')
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if 'preprocessing' not in metadata:
+        raise InputError(f'{file} does not say how its images are prepared: it is not a file of vt-zoo export')
+    return metadata
+
+
+def _draw_images(folder: Path, limit: int) -> List[str]:
+    if not folder.is_dir():
+        raise InputError(f'image folder {folder} {"is not a folder" if folder.exists() else "does not exist"}')
+    paths = [path for path, _ in find_images_and_targets(str(folder))[0]]
+    if not paths:
+        raise InputError(f'image folder {folder} holds no images')
+    return random.Random(0).sample(paths, min(limit, len(paths)))
+
+
+@contextmanager
+def _quiet_tools() -> Iterator[None]:
+    """Without what onnxruntime and its tools print: their errors are raised too."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with quiet():
+            logging.disable(logging.ERROR)
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # its default
+
+
+def _write(file: Path, images: Iterator[np.ndarray], path: Path) -> Dict[str, Tuple[int, int]]:
+    """Write an int8 file; returns `Quantized.nodes`. Files that the tools need on the way lie beside it."""
+    import onnx
+    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_name('prepared.onnx')
+    quant_pre_process(file, prepared, skip_symbolic_shape=True)
+    graph = onnx.load(prepared).graph
+    arguments = quantize_static_arguments(graph)
+    quantize_static(prepared, path, _Reader(images), **arguments)
+    total = Counter(node.op_type for node in graph.node)
+    chosen = Counter(node.op_type for node in graph.node if node.name in set(arguments['nodes_to_quantize']))
+    return {op: (chosen[op], total[op]) for op in WEIGHTED if total[op]}
+
+
+def _compare(file: Path, other: Path, images: Iterator[np.ndarray]) -> Tuple[float, float, float]:
+    """Agreement, mean and largest difference of `Quantized`."""
+    import onnxruntime
+
+    sessions = [onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider']) for path in (file, other)]
+    same, differences = [], []
+    for x in images:
+        expected, result = (session.run(None, {'image': x})[0] for session in sessions)
+        if result.shape != expected.shape:
+            raise ValueError(f'its output is of shape {list(result.shape)}, not {list(expected.shape)}')
+        if not np.isfinite(result).all():
+            raise ValueError('its output is not finite')
+        same.append((result.argmax(1) == expected.argmax(1)).ravel())
+        differences.append(np.abs(result - expected).max() / np.abs(expected).max())
+    return float(np.concatenate(same).mean()), float(np.mean(differences)), float(np.max(differences))
+
+
+def _write_metadata(path: Path, metadata: Dict[str, str], quantized: Quantized) -> None:
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    said = {
+        'activations': 'uint8', 'weights': 'int8 of 7 bits, by channel', 'nodes': quantized.nodes,
+        'num_images': quantized.num_images, 'agreement': quantized.agreement,
+        'onnxruntime_version': onnxruntime.__version__}
+    onnx.helper.set_model_props(model, {**metadata, 'quantization': json.dumps(said)})
+    onnx.save(model, path)

@@ -66,8 +66,6 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
             return load_file(path)
         except SafetensorError as e:
             raise InputError(f'checkpoint {path} cannot be read: {first_line(e)}') from e
-    if not hasattr(torch.serialization, 'safe_globals'):
-        raise InputError(f'reading pickles safely needs torch 2.5 or newer, this is {torch.__version__}')
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

@@ -241,8 +241,6 @@ def check_out(file_format: str, out: Path) -> None:
 
 
 def _check_installed(file_format: str) -> None:
-    if file_format != 'torchscript' and not hasattr(torch.export.Dim, 'DYNAMIC'):
-        raise InputError(f'format {file_format} needs torch 2.6 or newer, this is {torch.__version__}')
     if file_format == 'onnx':
         try:
             import onnx  # noqa: F401

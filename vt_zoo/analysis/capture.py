@@ -1,5 +1,4 @@
 """What the tokens of a model attend to, for given images."""
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Dict, List, Optional
 
@@ -93,7 +92,7 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
             else:
                 handles.append(owner.register_forward_pre_hook(all_tokens))
                 handles.append(owner.register_forward_hook(record_module))
-        with _uncompiled():
+        with torch.compiler.set_stance('force_eager'):  # what was compiled in place runs as it is written
             model(images)
     finally:
         for handle in handles:
@@ -108,9 +107,3 @@ def _record(attention, relation, projection, size, tokens) -> VTRecord:
         projection=None if projection is None else projection.unflatten(-1, size),
         tokens=tokens,
     )
-
-
-def _uncompiled():
-    """Run what `nn.Module.compile` compiled in place as it is written, where torch can (2.6 and newer)."""
-    set_stance = getattr(torch.compiler, 'set_stance', None)
-    return nullcontext() if set_stance is None else set_stance('force_eager')

@@ -94,6 +94,7 @@ def test_compiled_export(segment_command, tmp_path):
 
 def test_libraries(segment_command, tmp_path):
     """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
+    pytest.importorskip('transformers')
     sections = re.split('^(?=## )', (DOCS / 'libraries.md').read_text(), flags=re.MULTILINE)
     names = run_blocks(''.join(s for s in sections if not s.startswith('## torch.hub')), tmp_path, segment_command)
     assert names['answers'][0]['label'] == '3'

@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import transformers
 import yaml
 from hub_server import READER, WRITER, hub_server
 from huggingface_hub import ModelCard
@@ -204,37 +203,6 @@ def test_hub_that_cannot_be_reached(hub, hub_client, release, input_error):
     hub_client('http://127.0.0.1:9')
     with input_error(f'{REPO} cannot be published at http://127.0.0.1:9: .*refused'):
         upload(release, REPO)
-
-
-@pytest.mark.parametrize('source', ['ours', 'shards', "timm's"])
-def test_transformers(tmp_path, source):
-    folder = tmp_path / 'release'
-    if source == 'shards':
-        write_model(folder, create(), ['a', 'b', 'c'], {'input_size': (3, 32, 32)}, max_shard_size='300KB')
-    else:
-        if source == 'ours':
-            write_model(tmp_path / 'model', create(), ['a', 'b', 'c'], {'input_size': (3, 32, 32)})
-        else:
-            timm.models.save_for_hf(
-                create(), str(tmp_path / 'model'), {'label_names': ['a', 'b', 'c']}, {'num_classes': 3}, True)
-        write_release(tmp_path / 'model', folder, REPO)
-    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
-    assert isinstance(model, transformers.TimmWrapperForImageClassification)
-    assert model.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
-    assert torch.equal(logits(lambda x: model(pixel_values=x).logits), logits(create()))
-
-
-def test_clash_of_num_classes(tmp_path):
-    """What write_release takes out of timm's config, where timm wrote it."""
-    timm.models.save_for_hf(create(), str(tmp_path / 'model'), model_args={'num_classes': 3}, safe_serialization=True)
-    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_classes'"):
-        transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'model')
-
-
-def test_transformers_from_the_hub(hub, release):
-    upload(release, REPO)
-    model = transformers.AutoModelForImageClassification.from_pretrained(REPO).eval()
-    assert torch.equal(logits(lambda x: model(pixel_values=x).logits), logits(load_model(str(release))))
 
 
 def of_other_classes(folder):

@@ -50,44 +50,50 @@ def test_python_block(python, checkout, block):
 
 
 @pytest.fixture(scope='module')
-def outputs(quickstart, segment_command):
-    """What the commands of the README print, run one after the other where the quickstart ran before."""
-    yield {line: segment_command(*shell_words(line, quickstart.cwd), cwd=quickstart.cwd) for line in COMMANDS}
-    for path in quickstart.cwd.glob('my_*'):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def folder(digits, tmp_path_factory):
+    """A folder with the data that `vt-zoo quickstart` leaves."""
+    folder = tmp_path_factory.mktemp('readme')
+    shutil.copytree(digits, folder / 'vt_zoo_quickstart' / 'data')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def outputs(folder, segment_command):
+    """What the commands of the README print, run one after the other."""
+    return {line: segment_command(*shell_words(line, folder), cwd=folder) for line in COMMANDS}
 
 
 @pytest.mark.parametrize('line', COMMANDS)
-def test_command(outputs, quickstart, line):
+def test_command(outputs, folder, line):
     result = outputs[line]
     assert result.code == 0, result.stderr
-    sevens = [f'vt_zoo_quickstart/data/val/7/{p.name}' for p in (quickstart.out / 'data' / 'val' / '7').iterdir()]
+    sevens = [f'vt_zoo_quickstart/data/val/7/{p.name}' for p in (folder / 'vt_zoo_quickstart/data/val/7').iterdir()]
     command, *words = line.split()[1:]
     if command == 'finetune':
         out = words[words.index('--out') + 1]
-        assert sorted(os.listdir(quickstart.cwd / out)) == ['history.csv', 'model']
+        assert sorted(os.listdir(folder / out)) == ['history.csv', 'model']
     elif command == 'predict' and '--json' in words:
         assert {prediction['image'] for prediction in json.loads(result.stdout)} == set(sevens)
     elif command == 'predict':
         assert set(sevens) <= set(result.stdout.splitlines())
         assert len(result.stdout.splitlines()) == (1 + int(words[words.index('--top') + 1])) * len(sevens)
     elif command == 'segment':
-        folder = quickstart.cwd / words[words.index('--out') + 1 if '--out' in words else 1]
+        out = folder / words[words.index('--out') + 1 if '--out' in words else 1]
         contents = {'digits': ['classes.txt', 'images', 'masks'], 'train': ['best', 'history.csv', 'last']}
         if words[0] in contents:
-            assert sorted(os.listdir(folder)) == contents[words[0]]
+            assert sorted(os.listdir(out)) == contents[words[0]]
         elif words[0] == 'predict':
-            assert len(list(folder.glob('*_overlay.png'))) == len(list(folder.glob('*_classes.png'))) == 4
+            assert len(list(out.glob('*_overlay.png'))) == len(list(out.glob('*_classes.png'))) == 4
         else:
             assert 'mIoU' in result.stdout.splitlines()[-1]
     elif command == 'tokens':
-        folder = quickstart.cwd / words[words.index('--out') + 1]
-        assert len(list(folder.glob('*_tokens.png'))) == 4 and (folder / 'tokens.json').exists()
+        out = folder / words[words.index('--out') + 1]
+        assert len(list(out.glob('*_tokens.png'))) == 4 and (out / 'tokens.json').exists()
     elif command == 'locality':
         assert 'random weights' in result.stdout
-        assert (quickstart.cwd / words[words.index('--out') + 1]).exists()
+        assert (folder / words[words.index('--out') + 1]).exists()
     elif command == 'export':
-        assert (quickstart.cwd / words[words.index('--out') + 1]).exists()
+        assert (folder / words[words.index('--out') + 1]).exists()
     elif command == 'publish':
         assert all(name in result.stdout for name in ('README.md', 'config.json', 'model.safetensors', '# digits'))
     else:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from hub_server import environment, hub_server
+from hub_server import environment, hub_server, newer_client
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import save_file
 
@@ -103,6 +103,7 @@ def test_revision(hub, client, model):
         '/someone/digits/resolve/v1.0/model.safetensors'}
 
 
+@newer_client
 def test_broken_download_is_resumed(hub, client, tmp_path):
     """The client keeps what it got in whole chunks of 10 MiB, and asks for the rest."""
     content = torch.randn(6 * MB)
@@ -114,6 +115,7 @@ def test_broken_download_is_resumed(hub, client, tmp_path):
         assert hashlib.sha256(f.read()).hexdigest() == os.path.basename(os.readlink(path))
 
 
+@newer_client
 def test_broken_download_of_less_than_a_chunk(hub, client, model):
     """It begins anew."""
     hub.fault = MB
@@ -121,6 +123,7 @@ def test_broken_download_of_less_than_a_chunk(hub, client, model):
     assert hub.starts == [0, 0]
 
 
+@newer_client
 def test_truncated_file(hub, client, model, input_error):
     hub.fault = lambda content: content[:-100]
     with input_error(f'{NAME} cannot be loaded: .*size'):
@@ -141,6 +144,7 @@ def test_altered_file(hub, client, model, input_error):
     assert same(load_model(NAME), model)
 
 
+@newer_client
 def test_altered_file_is_found_by_the_client(hub, client):
     """`hf cache verify`."""
     hub.fault = altered

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from hub_server import READER, WRITER, hub_server
+from hub_server import READER, WRITER, hub_server, newer_client
 from huggingface_hub import ModelCard
 
 import vt_zoo
@@ -155,6 +155,7 @@ def test_base_model(hub, few_digits, tiny_settings, tmp_path):
     assert not any(str(tmp_path).encode() in content for content in tree(tmp_path / 'second').values())
 
 
+@newer_client
 def test_upload(hub, release, tmp_path):
     assert upload(release, REPO) == f'{hub.url}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567'
     assert tree(tmp_path / 'hub' / REPO) == tree(release)
@@ -163,12 +164,14 @@ def test_upload(hub, release, tmp_path):
     assert model.pretrained_cfg['label_names'] == ['0', '1', '2']
 
 
+@newer_client
 @pytest.mark.parametrize('private, visibility', [(True, 'private'), (False, None)])
 def test_visibility_of_a_new_repository(hub, release, private, visibility):
     upload(release, REPO, private)
     assert hub.visibility == {REPO: visibility}
 
 
+@newer_client
 def test_upload_to_a_repository_that_is_there(hub, release, tiny_model, tmp_path):
     upload(release, REPO)
     write_release(tiny_model, tmp_path / 'second', REPO, 'mit')
@@ -176,6 +179,7 @@ def test_upload_to_a_repository_that_is_there(hub, release, tiny_model, tmp_path
     assert ModelCard.load(REPO).data.license == 'mit'
 
 
+@newer_client
 def test_hub_refuses_the_card_before_anything_is_created(hub, tiny_model, tmp_path, input_error):
     write_release(tiny_model, tmp_path / 'release', REPO, 'my own licence')
     with input_error(f'the hub refuses {REPO}: "license" must be one of'):
@@ -183,6 +187,7 @@ def test_hub_refuses_the_card_before_anything_is_created(hub, tiny_model, tmp_pa
     assert not (tmp_path / 'hub' / REPO).exists()
 
 
+@newer_client
 @pytest.mark.parametrize('token, match', [
     (READER, 'the token does not allow it'), ('hf_none', 'the hub does not know the token')])
 def test_token_that_may_not(hub, release, monkeypatch, token, match, input_error):
@@ -199,6 +204,7 @@ def test_no_token(hub, release, monkeypatch, tmp_path, input_error):
     assert hub.requests == []
 
 
+@newer_client
 def test_hub_that_cannot_be_reached(hub, hub_client, release, input_error):
     hub_client('http://127.0.0.1:9')
     with input_error(f'{REPO} cannot be published at http://127.0.0.1:9: .*refused'):
@@ -277,6 +283,7 @@ def test_dry_run(command, offline, tiny_run, tmp_path):
     assert yaml.safe_load(card.split('---')[1])['license'] == 'mit'
 
 
+@newer_client
 def test_command(command, release, tiny_model, tmp_path):
     (tmp_path / 'hub').mkdir()
     with hub_server(tmp_path / 'hub') as server:

@@ -515,7 +515,7 @@ def test_mixed_precision(segment_command, composed, segment_arguments, segment_r
     assert {t.dtype for t in saved.values()} <= {torch.float32, torch.int64}
     assert any(not torch.equal(saved[name], full[name]) for name in full)
     for ours, theirs in zip(history(tmp_path / 'run'), history(segment_run.out)):
-        assert ours['train_loss'] == pytest.approx(theirs['train_loss'], rel=0.05)
+        assert ours['train_loss'] == pytest.approx(theirs['train_loss'], rel=0.1)
 
     before = '; '.join([
         'import vt_zoo.segmentation.train as t, itertools', 'rate, calls = t.learning_rate, itertools.count()',
@@ -571,7 +571,7 @@ def test_accelerate_launch(composed, segment_settings, segment_arguments, tmp_pa
     run(composed, tmp_path / 'one', segment_settings, **WITHOUT_BATCH_NORM)
     assert weights(tmp_path / 'two' / 'last') != weights(tmp_path / 'one' / 'last'), 'there were no two processes'
     one, two = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('one', 'two'))
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)
     for row, expected in zip(history(tmp_path / 'two'), history(tmp_path / 'one'), strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
     assert sorted(os.listdir(tmp_path / 'two')) == WRITTEN

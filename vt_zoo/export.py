@@ -3,7 +3,7 @@ import io
 import json
 import logging
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -304,11 +304,11 @@ def largest_difference(model: nn.Module, other: Loaded, shapes: List[Tuple[int, 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings: the exporters', of deprecations and of each other, are not for those who use the file."""
+    """Without what exporters print, and their warnings, which are not for those who use the file."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter('ignore')
             yield
     finally:

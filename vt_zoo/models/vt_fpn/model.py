@@ -130,7 +130,7 @@ class PyramidModel(SegmentationModel):
         """
         kwargs.setdefault('encoder_weights', None)
         model = super().from_pretrained(pretrained_model_name_or_path, strict=strict, **kwargs)
-        return model.eval()  # clients of the hub before 1.0 leave it as it is
+        return model.eval()  # not every client of the hub does it
 
     def generate_model_card(self, dataset: Optional[str] = None, metrics: Optional[dict] = None, **kwargs) -> ModelCard:
         """The README.md that `save_pretrained` writes where there is none.

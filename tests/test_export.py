@@ -196,7 +196,7 @@ def runs(opset):
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', opset)], ir_version=10)
     try:
         onnxruntime.InferenceSession(model.SerializeToString())
-    except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+    except Exception:  # of a class for each reason
         return False
     return True
 

@@ -10,15 +10,13 @@ writes benchmarks/results/int8.md and .json; about 5 minutes.
 Time is the CPU time of one thread, which others on the machine disturb less than a clock. Files take turns.
 """
 import argparse
-import contextlib
 import json
-import os
 import random
 import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import onnx
@@ -36,7 +34,7 @@ from vt_zoo.checkpoint import whole, write_model
 from vt_zoo.digits import write_digits
 from vt_zoo.export import export, quiet
 from vt_zoo.images import load_image
-from vt_zoo.quantize import DEFAULT_LIMIT, OF_MAPS, quantize_static_arguments
+from vt_zoo.quantize import DEFAULT_LIMIT, OF_MAPS, Reader, quantize_static_arguments
 
 RESULTS = Path(__file__).parent / 'results'
 FLOAT, CHOSEN = 'float32', '`vt-zoo quantize`'
@@ -46,17 +44,6 @@ NUM_NOISE = 8  # images of noise that a model with random weights is calibrated 
 LIMITS, SEEDS = (1, 3, 10, 30, 100, 300, 1000), 3
 ROUNDS = {1: 60, 16: 15}  # by batch
 WARM_UP = 3
-
-
-class Reader:
-    """Images (1, C, H, W) for onnxruntime's calibration."""
-
-    def __init__(self, images: Iterator[np.ndarray]) -> None:
-        self.images = iter(images)
-
-    def get_next(self) -> Any:
-        x = next(self.images, None)
-        return None if x is None else {'image': x}
 
 
 def variants(graph: onnx.GraphProto) -> Dict[str, Dict[str, Any]]:
@@ -98,7 +85,7 @@ def variants(graph: onnx.GraphProto) -> Dict[str, Dict[str, Any]]:
 
 def write_variant(prepared: Path, path: Path, arguments: Dict[str, Any], images: List[np.ndarray]) -> None:
     """Quantise a file of `quant_pre_process`."""
-    with quiet(), open(os.devnull, 'w') as null, contextlib.redirect_stdout(null):  # calibration prints
+    with quiet():
         if arguments.get('dynamic'):
             quantize_dynamic(prepared, path, **{k: v for k, v in arguments.items() if k != 'dynamic'})
         else:

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,19 +233,6 @@ def timm_clone():
     if not folder:
         pytest.skip("VT_ZOO_TIMM_SCRIPTS does not name a folder with timm's scripts")
     return Path(folder)
-
-
-@pytest.fixture(scope='session')
-def quickstart(script, tmp_path_factory):
-    """One whole `vt-zoo quickstart`: its folder `out` in `cwd`, standard output and error, seconds."""
-    cwd = tmp_path_factory.mktemp('quickstart')
-    start = time.monotonic()
-    process = subprocess.run(
-        [script, 'quickstart'], cwd=cwd, capture_output=True, text=True, timeout=2 * TIMEOUT)
-    seconds = time.monotonic() - start
-    assert process.returncode == 0, process.stderr
-    return SimpleNamespace(
-        cwd=cwd, out=cwd / 'vt_zoo_quickstart', stdout=process.stdout, stderr=process.stderr, seconds=seconds)
 
 
 @pytest.fixture(scope='session')

@@ -224,15 +224,16 @@ def test_missing_package(command, float_file, digits, tmp_path, package):
         2, [f"vt-zoo: error: quantize needs {package}: pip install 'vt_zoo[export]'"])
 
 
-def temporary(folder):
-    """Code for `before` of a command: its temporary files are in this folder."""
-    return f'import tempfile; tempfile.tempdir = {str(folder)!r}'
+@pytest.fixture
+def temporary(tmp_path):
+    """Code for `before` of a command: its temporary files are in a folder beside what it writes."""
+    (tmp_path / 'temporary').mkdir()
+    return f"import tempfile; tempfile.tempdir = {str(tmp_path / 'temporary')!r}"
 
 
 @pytest.mark.parametrize('call', [3, 8], ids=['calibrating', 'comparing'])
-def test_nothing_is_left_after_ctrl_c(command, signal_at, float_file, digits, tmp_path, call):
-    (tmp_path / 'temporary').mkdir()
-    before = f"{temporary(tmp_path / 'temporary')}\n{signal_at('vt_zoo.quantize.load_image', call, SIGINT)}"
+def test_nothing_is_left_after_ctrl_c(command, signal_at, float_file, digits, tmp_path, temporary, call):
+    before = f"{temporary}\n{signal_at('vt_zoo.quantize.load_image', call, SIGINT)}"
     result = command(
         'quantize', float_file, '--images', digits / 'val', '--limit', '5', '--out', 'a.onnx', cwd=tmp_path,
         before=before)
@@ -241,11 +242,10 @@ def test_nothing_is_left_after_ctrl_c(command, signal_at, float_file, digits, tm
 
 
 @pytest.mark.parametrize('size', [450_000, 1_000_000])
-def test_full_disk(command, limit_file_size, float_file, digits, tmp_path, size):
-    (tmp_path / 'temporary').mkdir()
+def test_full_disk(command, limit_file_size, float_file, digits, tmp_path, temporary, size):
     result = command(
         'quantize', float_file, '--images', digits / 'val', '--limit', '3', '--out', 'a.onnx', cwd=tmp_path,
-        before=f"{temporary(tmp_path / 'temporary')}\n{limit_file_size(size)}")
+        before=f'{temporary}\n{limit_file_size(size)}')
     assert (result.code, len(result.lines)) == (2, 2), result.stderr
     # onnxruntime 1.23 leaves half a file without a word
     assert re.search('read or write a file: File too large|cannot be quantised: Unable to parse', result.lines[1])

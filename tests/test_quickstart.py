@@ -7,6 +7,9 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +30,19 @@ def printed(text):
 def history(out):
     with (out / 'history.csv').open(newline='') as f:
         return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope='module')
+def quickstart(script, tmp_path_factory):
+    """One whole `vt-zoo quickstart`: its folder `out` in `cwd`, standard output and error, seconds."""
+    cwd = tmp_path_factory.mktemp('quickstart')
+    start = time.monotonic()
+    process = subprocess.run(
+        [script, 'quickstart'], cwd=cwd, capture_output=True, text=True, timeout=1200)
+    seconds = time.monotonic() - start
+    assert process.returncode == 0, process.stderr
+    return SimpleNamespace(
+        cwd=cwd, out=cwd / 'vt_zoo_quickstart', stdout=process.stdout, stderr=process.stderr, seconds=seconds)
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,5 @@
 """Trained models as files for other runtimes, in their inference form and checked before they get their name."""
+import importlib
 import io
 import json
 import logging
@@ -240,14 +241,18 @@ def check_out(file_format: str, out: Path) -> None:
         raise InputError(f'folder {out.parent} of --out does not exist')
 
 
+def check_packages(what: str, *packages: str) -> None:
+    """Raise InputError where a package of the extra `export` cannot be imported."""
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError as e:
+        raise InputError(f"{what} needs {e.name}: pip install 'vt_zoo[export]'") from None
+
+
 def _check_installed(file_format: str) -> None:
     if file_format == 'onnx':
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as e:
-            raise InputError(f"format onnx needs {e.name}: pip install 'vt_zoo[export]'") from None
+        check_packages('format onnx', 'onnx', 'onnxruntime', 'onnxscript')
     if file_format == 'aoti':
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -303,10 +308,10 @@ def largest_difference(model: nn.Module, other: Loaded, shapes: List[Tuple[int, 
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without what exporters print, and their warnings, which are not for those who use the file."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Without what exporters print, their warnings and what they log up to a level: not for those who use the file."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter('ignore')

@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .analysis.subject import create_prepare
 from .checkpoint import whole
 from .errors import InputError
-from .export import check_out, quiet, sentence
+from .export import check_out, check_packages, quiet, sentence
 from .images import load_image
 
 __all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']
@@ -46,11 +46,11 @@ class Quantized:
     largest_difference: float
 
 
-class _Reader:
-    """Images as onnxruntime's calibration reads them."""
+class Reader:
+    """Images (1, C, H, W) as onnxruntime's calibration reads them."""
 
-    def __init__(self, images: Iterator[np.ndarray]) -> None:
-        self.images = images
+    def __init__(self, images: Iterable[np.ndarray]) -> None:
+        self.images = iter(images)
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         x = next(self.images, None)
@@ -126,7 +126,7 @@ def quantize(
         OSError: `out` cannot be written.
     """
     file, out = Path(file), Path(out)
-    _check_installed()
+    check_packages('quantize', 'onnx', 'onnxruntime')
     check_out('onnx', out)
     metadata = _read_metadata(file)
     prepare = create_prepare(json.loads(metadata['preprocessing']))
@@ -145,14 +145,6 @@ def quantize(
             quantized = Quantized(nodes, len(paths), *_compare(file, new, prepared('comparing')))
             _write_metadata(new, metadata, quantized)
     return quantized
-
-
-def _check_installed() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as e:
-        raise InputError(f"quantize needs {e.name}: pip install 'vt_zoo[export]'") from None
 
 
 def _read_metadata(file: Path) -> Dict[str, str]:
@@ -193,8 +185,7 @@ def _quiet_tools() -> Iterator[None]:
 
     onnxruntime.set_default_logger_severity(4)
     try:
-        with quiet():
-            logging.disable(logging.ERROR)
+        with quiet(logging.ERROR):
             yield
     finally:
         onnxruntime.set_default_logger_severity(2)  # its default
@@ -210,7 +201,7 @@ def _write(file: Path, images: Iterator[np.ndarray], path: Path) -> Dict[str, Tu
     quant_pre_process(file, prepared, skip_symbolic_shape=True)
     graph = onnx.load(prepared).graph
     arguments = quantize_static_arguments(graph)
-    quantize_static(prepared, path, _Reader(images), **arguments)
+    quantize_static(prepared, path, Reader(images), **arguments)
     total = Counter(node.op_type for node in graph.node)
     chosen = Counter(node.op_type for node in graph.node if node.name in set(arguments['nodes_to_quantize']))
     return {op: (chosen[op], total[op]) for op in WEIGHTED if total[op]}

@@ -16,7 +16,7 @@ from typing import Dict, List, Tuple
 import torch
 import torch.nn as nn
 from peak_memory import peak_bytes, reset_peak
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from tqdm import tqdm
 from versions import versions
 

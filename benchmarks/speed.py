@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from peak_memory import peak_bytes, reset_peak
 from speed_report import REFERENCE, twin, write_report
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from versions import versions

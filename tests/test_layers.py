@@ -55,7 +55,9 @@ def softmax(logits, axis):
 
 
 def matrix(conv):
-    """Weights of a grouped point-wise convolution as one block matrix (C_in, C_out)."""
+    """Weights of a map, which may be a grouped point-wise convolution, as one block matrix (C_in, C_out)."""
+    if isinstance(conv, nn.Linear):
+        return array(conv.weight).T
     weight = array(conv.weight)[:, :, 0, 0]
     rows, columns = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     full = np.zeros((conv.in_channels, conv.out_channels))

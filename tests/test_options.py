@@ -320,7 +320,7 @@ def test_mixers(cls, kind, dim, num_tokens):
         assert torch.equal(mixer.adjacency, torch.eye(num_tokens, dtype=torch.float64))
         mixer.adjacency.data = ragged(num_tokens, num_tokens, seed=1)
     assert {n: tuple(p.shape) for n, p in mixer.named_parameters() if p.ndim > 1} == {
-        'linear.conv.weight': (dim, dim, 1, 1), **({'adjacency': (num_tokens,) * 2} if kind == 'graph' else {})}
+        'linear.conv.weight': (dim, dim), **({'adjacency': (num_tokens,) * 2} if kind == 'graph' else {})}
     assert_each(mixer(tokens), lambda t: mixer_reference(mixer, kind, t), tokens)
 
 
@@ -332,7 +332,7 @@ def test_transformer_with_heads_and_values(dim, num_heads, values):
     assert_each(transformer(tokens), lambda t: transformer_reference(transformer, t, num_heads), tokens)
     weights = {n for n, p in transformer.named_parameters() if p.ndim > 1}
     assert ('value.conv.weight' in weights) == values
-    assert not values or transformer.value.conv.weight.shape == (dim, dim, 1, 1)
+    assert not values or transformer.value.conv.weight.shape == (dim, dim)
 
 
 @pytest.mark.parametrize('values', [False, True])

@@ -11,7 +11,7 @@ import timm
 import torch
 from conftest import Forks
 from test_docs import shell_words
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from vt_zoo.analysis.count import count_multiply_adds

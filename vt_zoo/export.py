@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from ._version import __version__
 from .analysis.subject import Subject, load_subject

@@ -8,8 +8,9 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d
 from timm.layers.norm_act import FrozenBatchNorm2d
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ['Reparameterizer', 'fixed_affine', 'fold_norm', 'fold_norms', 'in_float64', 'new_parameter']
+__all__ = ['Reparameterizer', 'fixed_affine', 'fold_norm', 'fold_norms', 'in_float64', 'is_plain', 'new_parameter']
 
 FOLDABLE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
@@ -18,6 +19,21 @@ def in_float64(weight: torch.Tensor) -> torch.Tensor:
     """A weight in float64, on the CPU where its device has none."""
     weight = weight.detach()
     return (weight.cpu() if weight.device.type == 'mps' else weight).double()
+
+
+def _runs_alone(module: nn.Module) -> bool:
+    """Whether no hook and no replaced forward, as pruning or offloading bring, acts on what a module computes."""
+    return not (module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's weights alone say what it computes, so that another map can be merged with it.
+
+    Not so with adapters, parametrizations, pruning, quantised weights, offloading or hooks: such a layer stays.
+    """
+    return (
+        type(layer) in (nn.Conv2d, nn.Linear) and _runs_alone(layer)
+        and isinstance(layer.weight, nn.Parameter) and type(layer.weight.data) is torch.Tensor)
 
 
 def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
@@ -32,7 +48,7 @@ def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]
 
 def _affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
     """As `fixed_affine`, of what comes before an activation."""
-    if not isinstance(norm, FOLDABLE) or norm.running_mean is None:
+    if not isinstance(norm, FOLDABLE) or norm.running_mean is None or not _runs_alone(norm) or is_parametrized(norm):
         return None
     scale = (in_float64(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -46,13 +62,24 @@ def new_parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(like.device, like.dtype, copy=True))
 
 
-def fold_norm(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> nn.Conv2d:
-    """The convolution with a scale and a shift (C_out) of its output, given in float64."""
-    folded = copy.deepcopy(conv)
-    folded.weight = new_parameter(in_float64(conv.weight) * scale[:, None, None, None], conv.weight)
-    bias = shift if conv.bias is None else shift + scale * in_float64(conv.bias)
-    folded.bias = new_parameter(bias, conv.weight)
-    return folded
+def fold_norm(layer: nn.Module, norm: nn.Module) -> Optional[nn.Module]:
+    """The layer, nn.Conv2d or nn.Linear, with the norm of its output folded in.
+
+    Returns:
+        A new layer, or None where the layer is not plain or the norm no fixed affine map.
+    """
+    affine = fixed_affine(norm)
+    return _scaled(layer, *affine) if affine is not None and is_plain(layer) else None
+
+
+def _scaled(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
+    """The layer with a scale and a shift (C_out) of its output, given in float64."""
+    scaled = copy.deepcopy(layer)
+    rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
+    scaled.weight = new_parameter(in_float64(layer.weight) * rows, layer.weight)
+    bias = shift if layer.bias is None else shift + scale * in_float64(layer.bias)
+    scaled.bias = new_parameter(bias, layer.weight)
+    return scaled
 
 
 class _Tracer(torch.fx.Tracer):
@@ -79,8 +106,9 @@ def fold_norms(model: nn.Module) -> None:
             continue
         conv, norm = model.get_submodule(source.target), model.get_submodule(node.target)
         affine = _affine(norm)
-        if type(conv) is nn.Conv2d and affine is not None and calls[source.target] == calls[node.target] == 1:
-            _replace(model, source.target, fold_norm(conv, *affine))
+        once = calls[source.target] == calls[node.target] == 1
+        if isinstance(conv, nn.Conv2d) and is_plain(conv) and affine is not None and once:
+            _replace(model, source.target, _scaled(conv, *affine))
             _replace(model, node.target, getattr(norm, 'act', nn.Identity()))
 
 

@@ -1,23 +1,24 @@
 """Linear maps followed by a norm: the one building block of the VT module.
 
-The paper writes every map of a VT as a matrix product and calls it a point-wise convolution. Here each is a 1x1
-convolution without bias and the norm that follows it. Pixels are (B, C, H, W); tokens (B, L, C) are seen as an image of
-height 1 and width L, so that one class of norm, and whatever converts it (SyncBatchNorm, frozen norms), serves both.
+The paper writes every map of a VT as a matrix product and calls it a point-wise convolution. Here each is a map without
+bias, `conv`, and the norm that follows it, both children that are called: hooks, adapters and parametrizations of them
+run. Pixels are (B, C, H, W) and `conv` is a 1x1 convolution. Tokens are (B, L, C) and `conv` is the same map as
+nn.Linear, which is faster on them; their norm sees an image of height 1 and width L, so that one class of norm, and
+whatever converts it (SyncBatchNorm, frozen norms), serves both.
 """
 import math
 from functools import partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
 from .fold import fixed_affine, fold_norm, new_parameter
 from .token_map import TokenAffine, create_token_map
 
 __all__ = [
-    'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'finite', 'merge_heads', 'pixel_groups',
-    'split_heads']
+    'GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'finite', 'merge_heads',
+    'pixel_groups', 'pixel_products', 'split_heads']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -62,6 +63,10 @@ def finite(logits: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(logits) if logits.dtype == torch.float16 else logits
 
 
+def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Products of tokens (B, L, C) with the pixels of a feature map (B, C, H, W): (B, L, H*W)."""
+    return torch.bmm(x.flatten(2).transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+
 
 class PixelLinear(nn.Module):
     """Linear map of each pixel and a norm: (B, C_in, H, W) -> (B, C_out, H, W)."""
@@ -99,26 +104,61 @@ class PixelLinear(nn.Module):
         Returns:
             The map alone, or this module where its norm is not the same affine map for every input.
         """
-        affine = fixed_affine(self.norm)
-        return self if affine is None else fold_norm(self.conv, *affine)
+        return fold_norm(self.conv, self.norm) or self
 
 
-class TokenLinear(PixelLinear):
-    """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
+class GroupedTokenLinear(PixelLinear):
+    """Linear map of groups of each token's channels and a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
-        if self.conv.groups > 1:
-            return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
-        # the same product without the change of memory layout that a convolution begins with
-        mapped = F.linear(tokens, self.conv.weight.flatten(1), self.conv.bias)
-        return _image_to_tokens(self.norm(_tokens_to_image(mapped)))
+        return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Fold the norm into the map as `PixelLinear` does, to a `TokenMap` or, with groups, a `GroupedTokenMap`."""
-        conv = super().fuse()
-        return self if conv is self else create_token_map(conv)
+        """Fold the norm into the map as `PixelLinear` does, to a `GroupedTokenMap`."""
+        conv = fold_norm(self.conv, self.norm)
+        return self if conv is None else create_token_map(conv)
+
+
+class TokenLinear(nn.Module):
+    """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            norm_layer: Norm over channels of an NCHW tensor.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.conv = nn.Linear(in_chs, out_chs, bias=False, **dd)
+        self.norm = get_norm_layer(norm_layer)(out_chs, **dd)
+        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out)."""
+        return _image_to_tokens(self.norm(_tokens_to_image(self.conv(tokens))))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Also take the weights of vt_zoo 0.1, where `conv` was a 1x1 convolution, (C_out, C_in, 1, 1)."""
+        weight = state_dict.get(f'{prefix}conv.weight')
+        if weight is not None and weight.ndim == 4:
+            state_dict[f'{prefix}conv.weight'] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold the norm into the map as `PixelLinear` does, to an nn.Linear."""
+        return fold_norm(self.conv, self.norm) or self
 
 
 class TokenNorm(nn.Module):

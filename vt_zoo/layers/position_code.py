@@ -24,9 +24,10 @@ class PositionCode(nn.Module):
             norm_layer: Norm after the linear map.
         """
         super().__init__()
+        self.size = (self.GRID, self.GRID)
         self.linear = TokenLinear(self.GRID ** 2, self.DIM, norm_layer=norm_layer, device=device, dtype=dtype)
 
     def forward(self, attn: torch.Tensor) -> torch.Tensor:
         """Encode token coefficients A (B, L, H, W), which sum to one over the pixels, as (B, L, 64)."""
-        cells = F.interpolate(attn, size=(8, 8), mode='bilinear', align_corners=False).flatten(2)
+        cells = F.interpolate(attn, size=self.size, mode='bilinear', align_corners=False).flatten(2)
         return self.linear(cells * (attn.shape[2] * attn.shape[3]))  # uniform A gives ones

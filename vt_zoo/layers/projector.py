@@ -4,8 +4,7 @@ import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
 from .fold import in_float64
-from .implicit_map import ImplicitMap, pixel_products
-from .linear import PixelLinear, TokenLinear, TokenNorm, finite, pixel_groups, split_heads
+from .linear import PixelLinear, TokenLinear, TokenNorm, finite, pixel_groups, pixel_products, split_heads
 from .token_map import matrix, merged_token_map
 
 __all__ = ['Projector']
@@ -53,10 +52,10 @@ class Projector(nn.Module):
         self.num_heads = num_heads
         self.scale = (out_chs // num_heads) ** -0.5
         self.query = PixelLinear(in_chs, out_chs, pixel_groups(in_chs, out_chs, query_group_width), norm_layer, **dd)
-        self.key = TokenLinear(token_dim, out_chs, 1, norm_layer, **dd)
+        self.key = TokenLinear(token_dim, out_chs, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-2)
         if token_dim != out_chs or attention_values:
-            self.value = TokenLinear(token_dim, out_chs, 1, norm_layer, **dd)
+            self.value = TokenLinear(token_dim, out_chs, norm_layer, **dd)
         else:
             self.value = TokenNorm(token_dim, norm_layer, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -79,9 +78,6 @@ class Projector(nn.Module):
         """
         attn = self.softmax(finite(self._logits(x, tokens)))  # softmax_L((X W_Q)(T W_K)^T): (B * heads, L, H*W)
         value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
-        if not torch.jit.is_scripting():  # noqa: SIM102, a script has no such class
-            if isinstance(x, ImplicitMap):
-                return x.write(self.skip, attn, value)
         return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads), self.num_heads)
 
     def _logits(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,7 +116,7 @@ def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor, num_hea
     else:
         parts = x.flatten(2).unflatten(1, (num_heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
         mixed = torch.baddbmm(parts, value.transpose(1, 2), attn).unflatten(0, (-1, num_heads)).flatten(1, 2)
-    return mixed.unflatten(2, (x.shape[2], x.shape[3]))
+    return mixed.view(x.shape)
 
 
 torch.fx.wrap('finite')

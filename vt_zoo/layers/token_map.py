@@ -3,51 +3,10 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .fold import in_float64, new_parameter
 
-__all__ = ['GroupedTokenMap', 'TokenAffine', 'TokenMap', 'create_token_map', 'matrix', 'merged_token_map']
-
-
-def _in_columns(tokens: torch.Tensor) -> bool:
-    """Whether to map tokens (B, L, C) by the product W T^T, where a token is a column in memory, and not by T W^T.
-
-    On CPUs it takes half the time in float32, and less in bfloat16, for the 16 tokens of one image, and from 64 on the
-    same, when the sums of tokens in two orders that it brings take longer. Compilers pack the weights of T W^T.
-    """
-    return not torch.compiler.is_compiling() and tokens.shape[0] * tokens.shape[1] <= 48
-
-
-def _map(tokens: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    if not _in_columns(tokens):
-        return F.linear(tokens, weight, bias)
-    columns = tokens.flatten(0, 1).t()
-    mapped = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return mapped.t().view(tokens.shape[0], tokens.shape[1], -1)
-
-
-def _map_groups(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    groups = weight.shape[0]
-    parts = tokens.flatten(0, 1).unflatten(1, (groups, -1)).permute(1, 2, 0)  # (groups, C_in / groups, B*L)
-    bias = bias.view(groups, -1, 1)
-    if _in_columns(tokens):
-        mapped = torch.baddbmm(bias, weight, parts).flatten(0, 1).t()
-    else:
-        mapped = torch.baddbmm(bias.mT, parts.mT, weight.mT).transpose(0, 1).flatten(1)
-    return mapped.view(tokens.shape[0], tokens.shape[1], -1)
-
-
-torch.fx.wrap('_map')
-torch.fx.wrap('_map_groups')
-
-
-class TokenMap(nn.Linear):
-    """Linear map of each token: (B, L, C_in) -> (B, L, C_out)."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Map tokens (B, L, C_in) to (B, L, C_out)."""
-        return _map(tokens, self.weight, self.bias)
+__all__ = ['GroupedTokenMap', 'TokenAffine', 'create_token_map', 'matrix', 'merged_token_map']
 
 
 class GroupedTokenMap(nn.Module):
@@ -60,11 +19,14 @@ class GroupedTokenMap(nn.Module):
             bias: Bias (C_out).
         """
         super().__init__()
+        self.groups = weight.shape[0]
         self.weight, self.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
-        return _map_groups(tokens, self.weight, self.bias)
+        parts = tokens.flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, B*L, C_in / groups)
+        mapped = torch.baddbmm(self.bias.view(self.groups, 1, -1), parts, self.weight.transpose(1, 2))
+        return mapped.transpose(0, 1).reshape(tokens.shape[0], tokens.shape[1], -1)
 
 
 class TokenAffine(nn.Module):
@@ -96,9 +58,9 @@ def create_token_map(conv: nn.Conv2d) -> nn.Module:
     return merged_token_map(conv.weight.flatten(1), conv.bias, conv.weight)
 
 
-def merged_token_map(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> TokenMap:
+def merged_token_map(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:
     """The map of tokens of a weight (C_out, C_in) and a bias (C_out), in the type of another tensor."""
-    token_map = TokenMap(weight.shape[1], weight.shape[0], bias=bias is not None, device='meta')
+    token_map = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device='meta')
     token_map.weight = new_parameter(weight.detach(), like)
     token_map.bias = None if bias is None else new_parameter(bias.detach(), like)
     return token_map

@@ -11,10 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType
 
-from .fold import fixed_affine, in_float64, new_parameter
-from .implicit_map import pixel_products, pixel_sums
+from .fold import fixed_affine, in_float64, is_plain, new_parameter
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, finite, pixel_groups
+from .linear import PixelLinear, TokenLinear, create_logit_norm, finite, pixel_groups, pixel_products
 from .position_code import PositionCode
 from .token_map import matrix, merged_token_map
 
@@ -61,13 +60,15 @@ class AttentionTokenizer(nn.Module):
         self.out_chs = in_chs + (PositionCode.DIM if position_code else 0)
 
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H, W)."""
-        logits = finite(self.logit_norm(logits))
-        attn = self.softmax(_beyond_float16(logits.flatten(2)))  # A^T: (B, L, H*W)
+        """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H*W)."""
+        logits = finite(self.logit_norm(logits.unsqueeze(2)).squeeze(2))  # the norm sees an image of one row
+        attn = self.softmax(_beyond_float16(logits))  # A^T: (B, L, H*W)
         values = x if self.value is None else self.value(x)
-        tokens = _unscaled(pixel_sums(_in_precision_of(logits, attn), values), logits, attn)
+        sums = torch.bmm(_in_precision_of(logits, attn), values.flatten(2).transpose(1, 2))
+        tokens = _unscaled(sums, logits, attn)
         if self.position_code is not None:
-            tokens = torch.cat([tokens, self.position_code(attn.view(logits.shape).to(tokens.dtype))], dim=-1)
+            shares = attn.to(tokens.dtype).view(x.shape[0], -1, x.shape[2], x.shape[3])
+            tokens = torch.cat([tokens, self.position_code(shares)], dim=-1)
         return tokens
 
 
@@ -118,7 +119,7 @@ class FilterTokenizer(AttentionTokenizer):
     def reparameterize(self) -> None:
         """Fold the norm of the logits into the filters; its shift is one for all pixels, so the softmax cancels it."""
         affine = fixed_affine(self.logit_norm)
-        if affine is not None:
+        if affine is not None and is_plain(self.filters):
             weight = self.filters.weight
             self.filters.weight = new_parameter(affine[0][:, None, None, None] * in_float64(weight), weight)
             self.logit_norm = nn.Identity()
@@ -133,8 +134,7 @@ class FilterTokenizer(AttentionTokenizer):
         Returns:
             Tokens (B, L, C).
         """
-        logits = pixel_products(self.filters.weight.flatten(1), x)  # (X W_A)^T: (B, L, H*W)
-        return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
+        return self.gather(self.filters(x).flatten(2), x)  # (X W_A)^T: (B, L, H*W)
 
 
 class RecurrentTokenizer(AttentionTokenizer):
@@ -157,7 +157,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer=norm_layer, **dd)
         self.scale = in_chs ** -0.5
-        self.query = TokenLinear(token_dim, in_chs, 1, norm_layer, **dd)
+        self.query = TokenLinear(token_dim, in_chs, norm_layer, **dd)
         self.key = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
 
     @torch.jit.ignore
@@ -196,8 +196,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
         filters = self.query(tokens) * self.scale  # W_R
-        logits = pixel_products(filters, x if self.key is None else self.key(x))  # (X W_R)^T: (B, L, H*W)
-        return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
+        return self.gather(pixel_products(filters, x if self.key is None else self.key(x)), x)  # (X W_R)^T
 
 
 class ClusteringTokenizer(AttentionTokenizer):
@@ -230,8 +229,7 @@ class ClusteringTokenizer(AttentionTokenizer):
         Returns:
             Tokens (B, L, C).
         """
-        logits = pixel_products(self.kmeans(x), x)  # (X W_K)^T: (B, L, H*W)
-        return self.gather(logits.unflatten(2, (x.shape[2], x.shape[3])), x)
+        return self.gather(pixel_products(self.kmeans(x), x), x)  # (X W_K)^T
 
 
 def token_grid(num_tokens: int) -> Tuple[int, int]:

@@ -1,12 +1,13 @@
 """Transformer over the tokens (section 3.2 of the paper)."""
 import math
+from functools import partial
 from typing import Optional
 
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType, get_act_layer
 
-from .linear import TokenLinear, TokenNorm, finite, merge_heads, split_heads
+from .linear import GroupedTokenLinear, TokenLinear, TokenNorm, finite, merge_heads, split_heads
 
 __all__ = ['TokenTransformer']
 
@@ -56,14 +57,15 @@ class TokenTransformer(nn.Module):
             raise ValueError(f'num_heads must divide token_dim / 2 = {key_dim}, got {num_heads}')
         self.num_heads = num_heads
         self.scale = (key_dim // num_heads) ** -0.5
-        self.key = TokenLinear(dim, key_dim, groups, norm_layer, **dd)
-        self.query = TokenLinear(dim, key_dim, groups, norm_layer, **dd)
-        self.value = TokenLinear(dim, dim, 1, norm_layer, **dd) if attention_values else nn.Identity()
+        key_map = partial(GroupedTokenLinear, groups=groups) if groups > 1 else TokenLinear
+        self.key = key_map(dim, key_dim, norm_layer=norm_layer, **dd)
+        self.query = key_map(dim, key_dim, norm_layer=norm_layer, **dd)
+        self.value = TokenLinear(dim, dim, norm_layer, **dd) if attention_values else nn.Identity()
         self.softmax = nn.Softmax(dim=-1)
         self.norm = TokenNorm(dim, norm_layer, **dd)
-        self.fc1 = TokenLinear(dim, dim, 1, norm_layer, **dd)
+        self.fc1 = TokenLinear(dim, dim, norm_layer, **dd)
         self.act = get_act_layer(act_layer)()
-        self.fc2 = TokenLinear(dim, dim, 1, norm_layer, **dd)
+        self.fc2 = TokenLinear(dim, dim, norm_layer, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def zero_init_last(self) -> None:

@@ -5,11 +5,11 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType
 
-from .fold import fixed_affine, fold_norm, in_float64
+from .fold import fold_norm, in_float64
 from .linear import PixelLinear, TokenLinear, TokenNorm
 from .projector import Projector
 from .token_map import create_token_map, matrix, merged_token_map
-from .tokenizer import FilterTokenizer, RecurrentTokenizer
+from .tokenizer import FilterTokenizer
 from .transformer import TokenTransformer
 
 __all__ = ['DynamicVTModule', 'TokenModule', 'VTModule']
@@ -76,14 +76,6 @@ class VTModule(nn.Module):
         return num_tokens
 
     @torch.jit.ignore
-    def takes_implicit_map(self) -> bool:
-        """Whether the module asks no more of a map than an `ImplicitMap` has, as most do in the inference form."""
-        maps = [getattr(self.tokenizer, 'value', None), getattr(self.tokenizer, 'key', None)]
-        if self.projector is not None:
-            maps.append(self.projector.query)
-        return isinstance(self.tokenizer, (FilterTokenizer, RecurrentTokenizer)) and maps.count(None) == len(maps)
-
-    @torch.jit.ignore
     def reparameterize(self) -> None:
         """Move the tokenizer's value map from the pixels to the tokens, into `embed`.
 
@@ -104,7 +96,7 @@ class VTModule(nn.Module):
             merged = torch.cat([of_pixels @ matrix(conv), of_code], dim=1)
             self.embed = merged_token_map(merged, in_float64(embed.bias) + of_pixels @ bias, embed.weight)
         elif self.tokenizer.position_code is None:
-            self.embed = create_token_map(fold_norm(conv, *fixed_affine(self.embed.norm)))
+            self.embed = create_token_map(fold_norm(conv, self.embed.norm))
         else:
             return
         self.tokenizer.value = None
@@ -122,7 +114,7 @@ class VTModule(nn.Module):
         """Run the module.
 
         Args:
-            x: Feature map (B, C_in, H, W); also an `ImplicitMap` where the module takes one, which then comes out.
+            x: Feature map (B, C_in, H, W).
             tokens: Tokens of the module before (B, L, CT); the first module has none.
             pool: Only the mean of the tokens is asked for, see `TokenTransformer`; the map then stays as it came.
 
@@ -166,11 +158,6 @@ class TokenModule(nn.Module):
     """Module that relates tokens and does not look at pixels: what follows the first without projectors (Table 7)."""
 
     projector = None
-
-    @torch.jit.ignore
-    def takes_implicit_map(self) -> bool:
-        """It asks nothing of the map."""
-        return True
 
     def __init__(
             self,

@@ -21,15 +21,10 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 from timm.layers import LayerType, create_classifier
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    reparameterize_model,
-)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.utils import reparameterize_model
 from torch.utils.checkpoint import checkpoint
 
 from vt_zoo.layers import (
@@ -37,7 +32,6 @@ from vt_zoo.layers import (
     DynamicVTModule,
     FilterTokenizer,
     GraphMixer,
-    ImplicitMap,
     LinearMixer,
     PoolingTokenizer,
     RecurrentTokenizer,
@@ -224,8 +218,9 @@ class VTResNet(ResNet):
             block_args=block_args,
             **dd,
         )
-        del self.global_pool, self.fc  # made again below, so that the classifier's parameters come last
+        del self.global_pool, self.fc  # made again below, so that the classifier comes last
 
+        self.in_chans = in_chans  # timm's ResNet has it since 1.0.25
         self.output_stride = output_stride
         in_chs = self.num_features
         first_tokenizer, next_tokenizer = TOKENIZERS[tokenizer]
@@ -256,12 +251,12 @@ class VTResNet(ResNet):
                 if hasattr(m, 'zero_init_last'):
                     m.zero_init_last()
 
+        self.pool_early = False
+        self.reparameterizer = Reparameterizer(self)  # before the classifier, which many tools take the last child for
         self.num_classes = num_classes
         self.num_features = token_dim
         self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = token_dim * self.global_pool.feat_mult()
-        self.pool_early = self.implicit_map = False
-        self.reparameterizer = Reparameterizer(self)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -270,14 +265,12 @@ class VTResNet(ResNet):
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
         too; maps of all pixels that a map of the tokens can do for them merge into that one (see the modules'
         `reparameterize`). With average pooling the last map of the last module runs once on the mean of the tokens.
-        Where only tokens are asked for, the map that the projectors refine is not written (see `ImplicitMap`).
         Where a norm or an option forbids one of these, it alone is left out.
         """
         reparameterize_model(self.vt_stage, inplace=True)
         fold_norms(self)
         if len(self.vt_stage):
             self.pool_early = self.vt_stage[-1].transformer.can_pool()
-            self.implicit_map = all(module.takes_implicit_map() for module in self.vt_stage)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
@@ -306,8 +299,6 @@ class VTResNet(ResNet):
 
     def _forward_tokens(self, x: torch.Tensor, pool: bool = False) -> torch.Tensor:
         """Map of stage 3 (B, C, H, W) to the tokens (B, L, CT), or with `pool` to their mean (B, 1, CT)."""
-        if self.implicit_map and not torch.jit.is_scripting():
-            x = ImplicitMap(x)
         return self._forward_vt_stage(x, pool)[1]
 
     def forward_intermediates(

@@ -20,7 +20,7 @@ from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
 from timm.layers import LayerType, get_norm_layer
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from vt_zoo.layers import Reparameterizer, VTNeck, fold_norms
 
@@ -83,6 +83,7 @@ class PyramidModel(SegmentationModel):
         if depth != 5:
             raise ValueError(f'depth must be 5, which gives maps of stride 4, 8, 16 and 32, got {depth!r}')
         self.encoder = get_encoder(encoder_name, in_channels=in_channels, weights=encoder_weights, **encoder_args)
+        self.reparameterizer = Reparameterizer(self)
         in_chs = self.encoder.out_channels[-self.num_levels:]
         self.decoder = PanopticDecoder(
             neck(in_chs, pyramid_channels, **neck_args), self.num_levels, pyramid_channels, head_channels)
@@ -91,7 +92,6 @@ class PyramidModel(SegmentationModel):
         self.classification_head = None
         self.name = f'{type(self).__name__.lower()}-{encoder_name}'
         initialize_head(self.segmentation_head)
-        self.reparameterizer = Reparameterizer(self)
 
     def reparameterize(self) -> None:
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.

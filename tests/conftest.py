@@ -64,7 +64,7 @@ os._exit(code)
 
 # A process that sends itself and its children a signal where it calls a function, in place of that call or after it.
 SIGNAL_AT = '''
-import itertools, multiprocessing.process, os, PIL.Image, timm.task, vt_zoo.cli.predict, vt_zoo.images
+import itertools, multiprocessing.process, os, PIL.Image, timm.utils, vt_zoo.cli.predict, vt_zoo.images
 def send_signal(owner, name, call, number, after):
     function, calls = getattr(owner, name), itertools.count(1)
     def replacement(*args, **kwargs):

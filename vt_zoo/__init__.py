@@ -1,3 +1,7 @@
 """Visual Transformers (Wu et al., arXiv 2006.03677) as timm models. Importing this package registers them."""
-from . import models
+from ._requirements import check_timm
 from ._version import __version__
+
+check_timm()
+
+from . import models  # noqa: E402

@@ -11,13 +11,13 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.data import create_loader, resolve_data_config
 from timm.models import create_model, get_arch_pretrained_cfgs, list_pretrained
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
-from timm.utils import random_seed
+from timm.utils import ModelEmaV3, random_seed
 from tqdm import tqdm
 
 from ._version import __version__
@@ -75,19 +75,21 @@ class FinetuneResult:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Any, device: torch.device) -> Tuple[Dict[str, float], torch.Tensor]:
-    """Run timm's evaluator over a loader, in float32.
+    """Run a model over a loader, in float32.
 
     Returns:
-        Its metrics (loss, top1, top5 in percent) and the predicted class of each image (N,).
+        The mean `loss` and the accuracy `top1` in percent; and the predicted class of each image (N,).
     """
     model.eval()
-    evaluator = ClassificationTask(model, device=device, verbose=False).create_evaluator()
-    predictions = []
+    losses, targets, predictions = [], [], []
     for x, target in loader:
-        output = model(x)
-        evaluator.update(output, target)
-        predictions.append(output.argmax(-1).cpu())
-    return evaluator.compute(), torch.cat(predictions)
+        output, target = model(x.to(device)), target.to(device)
+        losses.append(F.cross_entropy(output, target, reduction='none'))
+        targets.append(target)
+        predictions.append(output.argmax(-1))
+    predicted = torch.cat(predictions)
+    top1 = (predicted == torch.cat(targets)).double().mean()
+    return {'loss': torch.cat(losses).double().mean().item(), 'top1': 100 * top1.item()}, predicted.cpu()
 
 
 def _has_weights(name_or_dir: str) -> bool:
@@ -170,9 +172,8 @@ class _Run:
         self.data_config = resolve_data_config(size, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
         self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
-        self.task = ClassificationTask(
-            model, criterion_kwargs={'smoothing': settings.smoothing}, device=device, verbose=False)
-        self.task.setup_ema(decay=settings.model_ema_decay, use_warmup=True)
+        self.model = model
+        self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=0.9)
         self.scheduler, _ = create_scheduler_v2(
@@ -186,12 +187,8 @@ class _Run:
             'train_images': len(split.train), 'val_images': len(split.val)}
 
     @property
-    def model(self) -> nn.Module:
-        return self.task.get_trainable_module()
-
-    @property
     def ema_model(self) -> nn.Module:
-        return self.task.get_trainable_module(ema=True).module
+        return self.ema.module
 
     def train_epoch(self, epoch: int, progress: bool) -> float:
         """Train for one epoch and return the mean loss."""
@@ -204,13 +201,13 @@ class _Run:
         for x, target in bar:
             self.scheduler.step_update(update)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                loss = self.task(x, target)['loss']
+                loss = F.cross_entropy(self.model(x), target, label_smoothing=self.settings.smoothing)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             update += 1
-            self.task.update_ema(step=update)
+            self.ema.update(self.model, step=update)
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
         if not mean < float('inf'):

@@ -270,7 +270,7 @@ class VTResNet(ResNet):
         reparameterize_model(self.vt_stage, inplace=True)
         fold_norms(self)
         if len(self.vt_stage):
-            self.pool_early = self.vt_stage[-1].transformer.can_pool()
+            self.pool_early = self.vt_stage[-1].transformer.can_pool() and self.vt_stage[-1].projector is None
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:

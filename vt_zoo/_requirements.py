@@ -1,0 +1,38 @@
+"""The check of timm's version, for a timm that no package manager has chosen, as a clone that is first in the path."""
+import re
+import sys
+
+import timm
+
+__all__ = ['OLDEST_TIMM', 'check_timm']
+
+OLDEST_TIMM = '1.0.22'  # also the bound in pyproject.toml
+
+
+class OldTimmError(ImportError):
+    """The timm that Python finds is too old for this package."""
+
+
+def _numbers(version: str) -> list:
+    return [int(n) for n in re.match(r'\d+(?:\.\d+)*', version)[0].split('.')]
+
+
+def check_timm() -> None:
+    """Check that the timm that Python finds is not too old.
+
+    Raises:
+        OldTimmError: It is. Where nothing catches it, the program ends with its sentence and exit code 2.
+    """
+    if _numbers(timm.__version__) >= _numbers(OLDEST_TIMM):
+        return
+    hook = sys.excepthook
+
+    def say_sentence(kind, error, traceback):
+        if not isinstance(error, OldTimmError):
+            return hook(kind, error, traceback)
+        print(f'vt_zoo: error: {error}', file=sys.stderr)
+        raise SystemExit(2)
+
+    sys.excepthook = say_sentence
+    raise OldTimmError(
+        f'vt_zoo needs timm {OLDEST_TIMM} or newer, Python finds timm {timm.__version__} in {timm.__path__[0]}')

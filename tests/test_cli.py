@@ -493,8 +493,8 @@ def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path)
 
 @pytest.mark.parametrize('function, call, left', [
     ('vt_zoo.images.load_image', 5, []),  # while the images are checked
-    ('timm.task.ClassificationTask.update_ema', 2, []),
-    ('timm.task.ClassificationTask.update_ema', STEPS + 2, ['checkpoint.safetensors']),
+    ('timm.utils.ModelEmaV3.update', 2, []),
+    ('timm.utils.ModelEmaV3.update', STEPS + 2, ['checkpoint.safetensors']),
     ('os.replace', 1, []),
     ('os.replace', 2, ['checkpoint.safetensors']),
     ('os.replace', 4, ['checkpoint.safetensors', 'model']),
@@ -511,7 +511,7 @@ def test_ctrl_c_in_finetune(command, signal_at, few_digits, tiny_arguments, tiny
 
 
 @pytest.mark.parametrize('function, call, after', [
-    ('timm.task.ClassificationTask.update_ema', STEPS + 2, False),
+    ('timm.utils.ModelEmaV3.update', STEPS + 2, False),
     ('multiprocessing.process.BaseProcess.join', 1, False),  # while those of the first epoch end
 ])
 def test_ctrl_c_in_finetune_with_workers(
@@ -530,7 +530,7 @@ def test_ctrl_c_in_predict(command, signal_at, few_digits, tiny_model):
 
 
 @pytest.mark.parametrize('function, call', [
-    ('PIL.Image.Image.save', 500), ('timm.task.ClassificationTask.update_ema', 3)])
+    ('PIL.Image.Image.save', 500), ('timm.utils.ModelEmaV3.update', 3)])
 def test_ctrl_c_in_the_quickstart(command, signal_at, tmp_path, function, call):
     result = command('quickstart', '--out', tmp_path / 'out', before=signal_at(function, call, signal.SIGINT))
     check_interrupted(result)

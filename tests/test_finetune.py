@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import ImageDataset, create_loader, resolve_data_config
-from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
 
 from vt_zoo.checkpoint import load_model, read_tensors, write_model, write_tensors
 from vt_zoo.errors import InputError
@@ -44,7 +44,7 @@ def history(out):
 @contextmanager
 def interrupted_after(steps):
     """Ctrl-C in the step that follows so many, counted over the epochs."""
-    update_ema, calls = ClassificationTask.update_ema, []
+    update_ema, calls = ModelEmaV3.update, []
 
     def interrupt(*args, **kwargs):
         calls.append(args)
@@ -53,7 +53,7 @@ def interrupted_after(steps):
         update_ema(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClassificationTask, 'update_ema', interrupt)
+        patch.setattr(ModelEmaV3, 'update', interrupt)
         with pytest.raises(KeyboardInterrupt):
             yield
 

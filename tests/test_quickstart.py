@@ -200,7 +200,7 @@ def test_bad_accuracy_is_told_as_it_is(second):
 def test_folders_of_the_user_are_not_deleted(command, signal_at, tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'thesis.txt').write_text('mine')
-    before_training = signal_at('timm.task.ClassificationTask.update_ema', 1, signal.SIGKILL)
+    before_training = signal_at('timm.utils.ModelEmaV3.update', 1, signal.SIGKILL)
     result = command('quickstart', '--out', tmp_path, before=before_training)
     assert (tmp_path / 'data' / 'thesis.txt').exists(), result.stdout
 

@@ -197,7 +197,7 @@ def test_finetune_without_the_hub_that_is_named(run_finetune, tmp_path):
 def test_resuming_needs_no_hub(run_finetune, signal_at, hub, tmp_path, begun_with_hub):
     there, gone = {'HF_ENDPOINT': hub.url}, {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'empty')}
     first, then = (there, gone) if begun_with_hub else (gone, there)
-    in_second_epoch = signal_at('timm.task.ClassificationTask.update_ema', 6, signal.SIGKILL)
+    in_second_epoch = signal_at('timm.utils.ModelEmaV3.update', 6, signal.SIGKILL)
     assert run_finetune(out='whole', **first).code == 0
     assert run_finetune(before=in_second_epoch, **first).code == -signal.SIGKILL
     hub.requests.clear()

@@ -15,13 +15,13 @@ from typing import Any, Callable, List, Optional, Tuple, Union
 
 import numpy as np
 import torch.utils.data
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from .errors import InputError
 
-__all__ = ['ImageFolder', 'Split', 'find_split', 'load_image']
+__all__ = ['ImageFolder', 'Split', 'find_split', 'load_image', 'load_upright']
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ def load_image(path: Union[str, Path]) -> Image.Image:
         InputError: The file is missing, not an image, or damaged; or nothing says which of its values is white: they
             are floating point or signed, beyond 16 bits, or 8 bits in a file of 16 so that all would be black.
     """
+    return load_upright(path)[0]
+
+
+def load_upright(path: Union[str, Path]) -> Tuple[Image.Image, int]:
+    """As `load_image`, with the EXIF orientation, 1 to 8, by which the stored pixels were turned."""
     try:
         with Image.open(path) as image:
             return _to_rgb(image)
@@ -59,7 +64,8 @@ def load_image(path: Union[str, Path]) -> Image.Image:
         raise InputError(f'image {path} cannot be read: {reason}') from e
 
 
-def _to_rgb(opened: Image.Image) -> Image.Image:
+def _to_rgb(opened: Image.Image) -> Tuple[Image.Image, int]:
+    """The image upright in RGB, and its EXIF orientation."""
     tags = getattr(opened, 'tag_v2', {})  # of a TIFF
     bits, (sample_format, *_) = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))
     photometric = tags.get(PHOTOMETRIC)
@@ -69,9 +75,12 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
     if photometric == YCBCR and tags.get(COMPRESSION) == 1:
         raise ValueError('Pillow does not read YCbCr without compression; save it as RGB')
 
+    orientation = tags.get(ExifTags.Base.Orientation, 1)
     if opened.format == 'TIFF':
         opened.filename = ''  # or Pillow maps the file into memory and scrambles what it turns by 90 degrees
         opened.load()  # turns it upright and takes its orientation away
+    else:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
     image = ImageOps.exif_transpose(opened)
     if image.mode == 'F':
         raise ValueError(
@@ -86,7 +95,7 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
     if has_alpha or (image.palette and image.palette.mode.endswith('A')):
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+    return image.convert('RGB'), orientation if orientation in range(1, 9) else 1
 
 
 def _grey_of_8_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:

@@ -257,10 +257,11 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
     assert outcome(tmp_path / 'run') == outcome(segment_run.out)
 
 
-# what takes its place: 1 checkpoint 2, 2 best/ of 4, 3 checkpoint 4, 4 checkpoint 6, then the end
+# what takes its place: 1 checkpoint 2, 2 checkpoint 4, 3 best/ of 4, 4 checkpoint 4 with its measures, then the end
 @pytest.mark.parametrize('function, call, after', [
-    ('os.replace', 2, False),  # best/ is written but not in its place
-    ('os.replace', 2, True),  # best/ is there, its checkpoint is not
+    ('os.replace', 3, False),  # best/ is written but not in its place
+    ('os.replace', 3, True),  # best/ is there, its measures are not in the checkpoint
+    ('vt_zoo.segmentation.train.evaluate', 1, False),  # the checkpoint before it is there
     ('vt_zoo.segmentation.train.learning_rate', 6, False),
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, False),  # last/ is not written
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, True),  # last/ is there, the history is not
@@ -286,7 +287,7 @@ def test_kill_while_best_is_replaced(
     """The old best/ is out of its place and the new one is not yet in it."""
     out = shutil.copytree(segment_run.out, tmp_path / 'run')
     words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--out', out]
-    before = signal_at('os.replace', 2, signal.SIGKILL)
+    before = signal_at('os.replace', 3, signal.SIGKILL)
     assert segment_command(*words, '--overwrite', before=before).code == -signal.SIGKILL
     assert segment_command(*words, '--resume').code == 0
     assert outcome(out) == outcome(segment_run.out)

@@ -1,7 +1,6 @@
 """A look at all images and masks of a data set before it is used: what cannot be read, how often each class occurs."""
 import hashlib
 import json
-import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,12 +15,10 @@ from .._version import __version__
 from ..errors import InputError
 from .datasets import SegmentationDataset
 
-__all__ = ['LabelCounts', 'check_classes', 'count_labels', 'describe_counts']
+__all__ = ['LabelCounts', 'check_classes', 'count_labels', 'describe_absent', 'describe_counts']
 
-_logger = logging.getLogger(__name__)
-
-SHOWN = 20  # classes that `describe_counts` lists, and names in a sentence
-IN_A_SENTENCE = 5
+SHOWN = 20  # classes that are listed
+RAREST = 5  # that are listed of more than those
 
 
 @dataclass
@@ -110,12 +107,12 @@ def _count(dataset: SegmentationDataset, indices: range, progress: bool) -> Tupl
 
 
 def check_classes(dataset: SegmentationDataset, counts: LabelCounts, part: str) -> None:
-    """Say in a warning which classes occur in no mask of a part, with counts of the others.
+    """Check that the masks of a part are of more than one class.
 
     Args:
         dataset: The part.
         counts: Of its labels.
-        part: Its name, for sentences.
+        part: Its name; masks of a part other than 'train' may be of one class.
 
     Raises:
         InputError: Of a set of one or two classes no more than one occurs, as where 255 was to be the second.
@@ -134,13 +131,17 @@ def check_classes(dataset: SegmentationDataset, counts: LabelCounts, part: str) 
         reason = f'class {absent[0]} ({names[absent[0]]}) occurs in none' if absent else 'classes.txt names no other'
         raise InputError(
             f'the masks in {folder} hold class {only} ({names[only]}) alone, {reason}: nothing can be learned')
-    if part == 'train' and absent and _place()[0] == 0:
-        listed = ', '.join(repr(names[i]) for i in absent[:IN_A_SENTENCE])
-        more = f' and {len(absent) - IN_A_SENTENCE} more' if len(absent) > IN_A_SENTENCE else ''
-        ignored = _share(counts, -1)
-        _logger.warning(
-            f'{len(absent)} of {len(names)} classes occur in no mask of {folder}: {listed}{more}; ignored (255) are '
-            f'{ignored} of the pixels')
+
+
+def describe_absent(classes: List[str], counts: LabelCounts) -> Optional[str]:
+    """A sentence that names the classes that occur in no training mask; None where all occur."""
+    absent = [name for name, pixels in zip(classes, counts.pixels) if not pixels]
+    if not absent:
+        return None
+    more = f' and {len(absent) - SHOWN} more' if len(absent) > SHOWN else ''
+    return (
+        f'{len(absent)} of {len(classes)} classes occur in no training mask and cannot be learned: '
+        f'{", ".join(map(repr, absent[:SHOWN]))}{more}')
 
 
 def describe_counts(classes: List[str], parts: Dict[str, LabelCounts]) -> List[str]:
@@ -154,7 +155,7 @@ def describe_counts(classes: List[str], parts: Dict[str, LabelCounts]) -> List[s
     first = next(iter(parts.values()))
     lines = []
     if len(classes) > SHOWN:
-        order = sorted(order, key=lambda i: first.pixels[i])[:IN_A_SENTENCE]
+        order = sorted(order, key=lambda i: first.pixels[i])[:RAREST]
         lines.append(f'{len(classes)} classes, the rarest are')
     names = [*(classes[i] for i in order), 'ignored (255)']
     width = max(map(len, names))

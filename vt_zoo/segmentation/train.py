@@ -23,7 +23,7 @@ from ..errors import InputError, first_line
 from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 from .datasets import SegmentationDataset, load_dataset
 from .evaluate import SegmentMetrics, evaluate, read_batches
-from .label_counts import check_classes, count_labels, describe_counts
+from .label_counts import check_classes, count_labels, describe_absent, describe_counts
 from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
 from .sampling import IterationBatches, SeededDataset, seed_of
 from .schedule import learning_rate
@@ -116,8 +116,11 @@ class _Run:
         if isinstance(settings.eval_size, tuple):
             self.fingerprint['eval_size'] = list(settings.eval_size)
 
-    def check_data(self, progress: bool) -> List[str]:
-        """Look at all images and masks; gives lines that say how often each class occurs.
+    def check_data(self, progress: bool) -> None:
+        """Look at all images and masks, and say how often each class occurs.
+
+        Args:
+            progress: Print it, with a progress bar before; else warn of classes that do not occur.
 
         Raises:
             InputError: One cannot be used, or all masks of a set of two classes are of one.
@@ -130,7 +133,11 @@ class _Run:
         self.validation = {
             'images': len(names), 'names': sha256(json.dumps(names).encode()).hexdigest(),
             'pixels': counts['val'].pixels}
-        return describe_counts(self.classes, counts)
+        absent = describe_absent(self.classes, counts['train'])
+        if progress:
+            tqdm.write('\n'.join([*describe_counts(self.classes, counts), *filter(None, [absent])]))
+        elif absent and self.accelerator.is_main_process:
+            _logger.warning(absent)
 
     @property
     def model(self) -> nn.Module:
@@ -300,9 +307,7 @@ def train(
         raise InputError(
             f'batch_size must be at least the number of processes, {accelerator.num_processes}, '
             f'got {settings.batch_size}')
-    counts = run.check_data(progress)
-    if progress:
-        tqdm.write('\n'.join(counts))
+    run.check_data(progress)
     if main:
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:

@@ -65,7 +65,7 @@ def count_labels(dataset: SegmentationDataset, progress: bool = True) -> LabelCo
         dist.all_gather_object(parts, own)
     errors = sorted(error for _, of_part in parts for error in of_part)
     if errors:
-        more = f' ({len(errors) - 1} more files of this part cannot be used)' if len(errors) > 1 else ''
+        more = f'; so it is with {len(errors)} of {len(dataset)} samples of this part' if len(errors) > 1 else ''
         raise InputError(errors[0][1] + more)
     pixels, masks = sum(counts for counts, _ in parts).tolist()
     kept = [*range(len(dataset.classes)), dataset.ignore_index]
@@ -157,14 +157,13 @@ def describe_counts(classes: List[str], parts: Dict[str, LabelCounts]) -> List[s
     if len(classes) > SHOWN:
         order = sorted(order, key=lambda i: first.pixels[i])[:RAREST]
         lines.append(f'{len(classes)} classes, the rarest are')
-    names = [*(classes[i] for i in order), 'ignored (255)']
-    width = max(map(len, names))
-    head = '  '.join(f'{f"{part}, {counts.total} masks":>24}' for part, counts in parts.items())
-    lines.append(f'{"class":{width}}  {head}')
-    for name, i in zip(names, [*order, -1]):
-        cells = [f'{_share(c, i)} in {c.masks[i]}' if c.masks[i] else 'in no mask' for c in parts.values()]
-        lines.append(f'{name:{width}}  ' + '  '.join(f'{cell:>24}' for cell in cells))
-    return lines
+    rows = [['class', *(f'{part}, {counts.total} masks' for part, counts in parts.items())]]
+    for name, i in zip([*(classes[i] for i in order), 'ignored (255)'], [*order, -1]):
+        rows.append([name, *(f'{_share(c, i)} in {c.masks[i]}' if c.masks[i] else 'in no mask' for c in parts.values())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return lines + [
+        '  '.join([f'{row[0]:{widths[0]}}', *(f'{cell:>{width}}' for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows]
 
 
 def _share(counts: LabelCounts, index: int) -> str:

@@ -159,7 +159,8 @@ def describe_counts(classes: List[str], parts: Dict[str, LabelCounts]) -> List[s
         lines.append(f'{len(classes)} classes, the rarest are')
     rows = [['class', *(f'{part}, {counts.total} masks' for part, counts in parts.items())]]
     for name, i in zip([*(classes[i] for i in order), 'ignored (255)'], [*order, -1]):
-        rows.append([name, *(f'{_share(c, i)} in {c.masks[i]}' if c.masks[i] else 'in no mask' for c in parts.values())])
+        cells = (f'{_share(c, i)} in {c.masks[i]}' if c.masks[i] else 'in no mask' for c in parts.values())
+        rows.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return lines + [
         '  '.join([f'{row[0]:{widths[0]}}', *(f'{cell:>{width}}' for cell, width in zip(row[1:], widths[1:]))])

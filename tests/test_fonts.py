@@ -58,7 +58,7 @@ def test_name_that_cannot_be_drawn_is_named_and_numbered(name, caplog):
         assert np.array_equal(legend(name), legend('class 0'))
         legend(name)
     assert len(caplog.records) == 1
-    assert f'cannot draw {ascii(name)}' in caplog.text
+    assert f'cannot draw {name!a}' in caplog.text
 
 
 def test_machine_without_fonts(no_fonts, caplog):

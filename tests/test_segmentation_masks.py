@@ -109,7 +109,16 @@ def test_mapped_colours(tmp_path, mode):
     assert labels(tmp_path, {'0,0,0': 0, '255, 0, 0': 2, '0,128,0': 255}).tolist() == [[0, 2, 255]]
 
 
+@pytest.mark.parametrize('mode', ['L', '1'])
+def test_grey_mask_of_a_coloured_set(tmp_path, mode):
+    """As what optimises files leaves of a mask that is black and white."""
+    save_mask(binary(255), make(tmp_path, [binary(1)]) / 'masks' / 'train' / '0.png', mode=mode)
+    label_map = {'0,0,0': 255, '255,255,255': 0, '255,0,0': 1}
+    assert (labels(tmp_path, label_map) == np.where(binary(1), 0, 255)).all()
+
+
 @pytest.mark.parametrize('pixels, label_map, match', [
+    (binary(1), {'0,0,0': 0, '255,0,0': 1}, 'has the colour 1,1,1, label_map names 0,0,0 and 255,0,0'),
     (binary(7), {0: 0, 255: 1}, r'0\.png has the label 7, label_map names 0 and 255'),
     (np.full((2, 2), 300, np.uint16), {0: 0}, 'has the label 300'),
     (np.full((2, 2, 3), 9, np.uint8), {'255,0,0': 1}, 'has the colour 9,9,9, label_map names 255,0,0'),
@@ -218,6 +227,11 @@ def test_training_on_0_and_255(tmp_path, segment_settings, segment_command, segm
     assert json.loads(swapped.stdout)['pixel_accuracy'] == pytest.approx(1 - right)
     none = segment_command(*words, 'val', '--label-map', 'null')
     assert none.code == 2 and 'and 255 is ignored' in none.lines[-1]
+    save_mask(binary(1), root / 'masks' / 'test' / '0.png')
+    other = segment_command(*words, 'test')
+    assert other.code == 2
+    assert other.lines[-1].endswith(
+        'has the label 1, label_map names 0 and 255; the label_map is that of the model, --label-map gives another')
 
 
 def test_class_that_does_not_occur_is_named(tmp_path, segment_settings, caplog):

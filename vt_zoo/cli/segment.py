@@ -122,7 +122,12 @@ def _eval(args: argparse.Namespace) -> None:
         dataset.map_labels(read_label_map(_from_yaml('label_map', args.label_map)))
     elif dataset.own_labels:
         dataset.map_labels(loaded.label_map)
-    check_classes(dataset, count_labels(dataset), args.split)
+    try:
+        check_classes(dataset, count_labels(dataset), args.split)
+    except InputError as e:
+        if dataset.label_map is None or hasattr(args, 'label_map') or 'label_map' not in str(e):
+            raise
+        raise InputError(f'{e}; the label_map is that of the model, --label-map gives another') from e
     batches = read_batches(DataLoader(dataset, num_workers=args.workers))
     metrics = evaluate(
         loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), leave=False), len(loaded.classes),

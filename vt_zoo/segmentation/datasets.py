@@ -377,9 +377,10 @@ def _read_indices(path: Path, count: int) -> np.ndarray:
 
 
 def _read_mapped(path: Path, label_map: LabelMap) -> np.ndarray:
-    """Mask (H, W) of class indices or 255. A palette is read by its colours where the map has colours.
+    """Mask (H, W) of class indices or 255.
 
-    White of one bit is 255 where the map names that and not 1.
+    Where the map has colours, a palette is read by its colours; where it has nothing else, grey is a colour too. White
+    of one bit is 255 where the map names that and not 1.
     """
     colored = ('RGB', 'RGBA') if label_map.colors else ()
     mask = _read_mask(path, (*GREY, *colored), f'grey or palette{" or RGB" if colored else ""} of what label_map names')
@@ -389,13 +390,18 @@ def _read_mapped(path: Path, label_map: LabelMap) -> np.ndarray:
             raise InputError('has transparent pixels, needed are opaque ones')
         if mask.mode in colored:
             return label_map.of_colors(pixels[..., :3])
-        if mask.palette is not None and label_map.colors:
-            present = np.unique(pixels)
-            labels = np.zeros(256, dtype=np.int16)
-            labels[present] = label_map.of_colors(mask.palette[present])
-            return labels[pixels]
-        white = IGNORED if pixels.dtype == bool and IGNORED in label_map.values and 1 not in label_map.values else 1
-        return label_map.of_values(pixels * np.uint8(white) if pixels.dtype == bool else pixels)
+        if pixels.dtype == bool:
+            white = 1 if 1 in label_map.values or (label_map.values and IGNORED not in label_map.values) else 255
+            pixels = pixels * np.uint8(white)
+        palette = mask.palette
+        if palette is None and pixels.dtype == np.uint8 and not label_map.values:
+            palette = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+        if palette is None or not label_map.colors:
+            return label_map.of_values(pixels)
+        present = np.unique(pixels)
+        labels = np.zeros(256, dtype=np.int16)
+        labels[present] = label_map.of_colors(palette[present])
+        return labels[pixels]
     except InputError as e:
         raise InputError(f'mask {path} {e}') from None
 

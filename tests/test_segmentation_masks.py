@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import struct
 import zlib
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vt_zoo.checkpoint import read_tensors
+from vt_zoo.checkpoint import read_tensors, write_tensors
 from vt_zoo.segmentation import datasets
 from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
@@ -188,7 +189,7 @@ def test_counts_of_many_classes():
 
 
 @pytest.mark.parametrize('mask, part, match', [
-    (binary(255), 'train', r'hold 0 \(background\) and 255 alone.*label_map to \{0: 0, 255: 1\} \(--label-map '),
+    (binary(255), 'train', r"hold 0 \(background\) and 255 alone.*--label-map '\{0: 0, 255: 1\}'"),
     (binary(255), 'val', r'hold 0 \(background\) and 255 alone'),
     (np.where(binary(1), 255, 1).astype(np.uint8), 'train', r'hold 1 \(crack\) and 255 alone.*\{1: 1, 255: 0\}'),
     (binary(0), 'train', r'hold class 0 \(background\) alone, class 1 \(crack\) occurs in none'),
@@ -290,6 +291,16 @@ def test_files_are_opened_again_only_where_something_changed(tmp_path, monkeypat
     assert look()[1] == both
 
 
+def test_ctrl_c_while_masks_are_looked_at(tmp_path, cache, segment_command, segment_arguments, signal_at):
+    root = make(tmp_path / 'data', [binary(1)] * 50)
+    result = segment_command(
+        'segment', 'train', '--data-dir', root, *segment_arguments, '--out', tmp_path / 'run',
+        environment={'XDG_CACHE_HOME': str(cache)},
+        before=signal_at('vt_zoo.segmentation.datasets.load_upright', 3, signal.SIGINT, after=True))
+    assert (result.code, result.lines[-1]) == (130, 'vt-zoo: interrupted')
+    assert not (tmp_path / 'run').exists() and not list(cache.rglob('*.json'))
+
+
 def test_cache_folder_that_cannot_be_written(tmp_path, cache):
     cache.write_text('a file')
     root = make(tmp_path / 'data', [binary(1)])
@@ -336,6 +347,22 @@ def test_validation_part_may_change(tmp_path, segment_settings, monkeypatch, cap
     sentence = f'the validation part is another than in the run so far (2 images then, {now} now)'
     assert (sentence in caplog.text) == (change != 'nothing')
     assert sorted(os.listdir(tmp_path / 'run')) == ['best', 'history.csv', 'last']
+
+
+def test_checkpoint_of_an_older_version(tmp_path, segment_settings, monkeypatch, caplog):
+    """Which knew neither label_map nor more of the validation part than its size."""
+    root = make(tmp_path / 'data', [binary(1)] * 2)
+    monkeypatch.setattr(train_module, 'evaluate', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(root, tmp_path / 'run', segment_settings)
+    monkeypatch.undo()
+    tensors, metadata = read_tensors(tmp_path / 'run' / 'checkpoint.safetensors')
+    del metadata['validation'], metadata['segmentation']['label_map']
+    metadata['segmentation']['val_images'] = 2
+    write_tensors(tmp_path / 'run' / 'checkpoint.safetensors', tensors, metadata)
+    with caplog.at_level(logging.WARNING, 'vt_zoo'):
+        run(root, tmp_path / 'run', segment_settings, resume=True)
+    assert 'validation' not in caplog.text
 
 
 def test_label_map_may_not_change(tmp_path, segment_settings, monkeypatch, input_error):

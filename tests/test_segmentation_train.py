@@ -624,6 +624,17 @@ def test_two_processes_and_one_validation_image(two_processes, my_composed, segm
     assert history(tmp_path / 'run')[-1]['miou'] == measure(tmp_path / 'run' / 'last', my_composed).miou
 
 
+def test_two_processes_say_the_same_of_a_mask(two_processes, my_composed, segment_arguments, tmp_path):
+    """Each looks at its share of the masks; the wrong one is of the second's."""
+    path = sorted((my_composed / 'masks' / 'val').iterdir())[1]
+    Image.new('L', (48, 48), 77).save(path)
+    words = ['segment', 'train', '--data-dir', my_composed, *segment_arguments]
+    for result in two_processes(*words, '--out', tmp_path / 'run'):
+        assert result.code == 2
+        assert result.lines[-1].endswith(f'mask {path} has the label 77, allowed are 0 to 10 and 255 (ignored)')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_fewer_samples_than_processes(two_processes, composed, segment_arguments, tmp_path):
     words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--batch-size', '1']
     for result in two_processes(*words, '--out', tmp_path / 'run'):

@@ -399,6 +399,8 @@ def _read_mapped(path: Path, label_map: LabelMap) -> np.ndarray:
         if palette is None or not label_map.colors:
             return label_map.of_values(pixels)
         present = np.unique(pixels)
+        if present[-1] >= len(palette):
+            raise InputError(f'has the index {present[-1]}, but a palette of {len(palette)} colours')
         labels = np.zeros(256, dtype=np.int16)
         labels[present] = label_map.of_colors(palette[present])
         return labels[pixels]

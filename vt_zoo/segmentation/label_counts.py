@@ -124,8 +124,9 @@ def check_classes(dataset: SegmentationDataset, counts: LabelCounts, part: str) 
         missing, there = absent[0], 1 - absent[0]
         raise InputError(
             f'the masks in {folder} hold {there} ({names[there]}) and 255 alone, and 255 is ignored, so that class '
-            f'{missing} ({names[missing]}) occurs in none: where 255 means it, set label_map to '
-            f"{{{there}: {there}, 255: {missing}}} (--label-map '{{{there}: {there}, 255: {missing}}}')")
+            f'{missing} ({names[missing]}) occurs in none: where 255 means it, set label_map, as by '
+            f"--label-map '{{{there}: {there}, 255: {missing}}}'; where it is to be ignored, "
+            "'{0: 0, 1: 1, 255: 255}' says so")
     if part == 'train' and len(names) - len(absent) == 1 and len(names) <= 2:
         only = next(i for i in range(len(names)) if i not in absent)
         reason = f'class {absent[0]} ({names[absent[0]]}) occurs in none' if absent else 'classes.txt names no other'

@@ -46,6 +46,8 @@ def test_colour_of_every_mode(tmp_path, mode, suffix):
 @pytest.mark.parametrize('mode', ['HSV', 'RGBa', 'La', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'I', 'F'])
 def test_modes_that_no_usual_file_has(tmp_path, monkeypatch, mode, input_error):
     """As a plugin of Pillow may open them."""
+    if mode == 'I;16N' and int(Image.__version__.split('.')[0]) < 10:
+        pytest.skip('this Pillow does not know it')
     value = {'HSV': (0, 255, 200), 'RGBa': (100, 15, 30, 128), 'La': (42, 128), 'F': 0.5}.get(mode, 32896)
     image = Image.new(mode, (4, 4), value)
     image.format = None
@@ -109,7 +111,7 @@ def test_16_bits_in_which_zero_is_white(tmp_path, photometric, expected):
 @pytest.mark.parametrize('bits', [8, 16])
 def test_signed_numbers_are_refused(tmp_path, bits, input_error):
     path = tiff(tmp_path / 'a.tiff', bytes(4), (2, 1), bits=bits, photometric=1, sample_format=2)
-    with input_error(f'signed numbers of {bits} bits'):
+    with input_error(f'signed numbers of {bits} bits|it is not an image'):  # the latter of an old Pillow
         load_image(path)
 
 

@@ -75,13 +75,14 @@ def _to_rgb(opened: Image.Image) -> Tuple[Image.Image, int]:
     if photometric == YCBCR and tags.get(COMPRESSION) == 1:
         raise ValueError('Pillow does not read YCbCr without compression; save it as RGB')
 
-    orientation = tags.get(ExifTags.Base.Orientation, 1)
     if opened.format == 'TIFF':
+        orientation = tags.get(ExifTags.Base.Orientation, 1)
         opened.filename = ''  # or Pillow maps the file into memory and scrambles what it turns by 90 degrees
-        opened.load()  # turns it upright and takes its orientation away
+        opened.load()  # turns it upright
+        image = opened
     else:
         orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    image = ImageOps.exif_transpose(opened)
+        image = ImageOps.exif_transpose(opened)
     if image.mode == 'F':
         raise ValueError(
             'its values are floating point numbers, of which black and white are not known; save it with 8 or 16 bits')

@@ -138,7 +138,7 @@ def test_train_with_words_that_cannot_be_used(segment_command, train_words, tmp_
     result = segment_command(*train_words, '--out', tmp_path / 'run', *words)
     check_refused(result, *holds)
     assert len(result.lines) == 1
-    assert result.stdout == ''
+    assert result.stdout == '' or 'the loss became' in result.lines[0], 'of what is found before the first iteration'
     assert files(tmp_path) == []
 
 
@@ -188,14 +188,14 @@ def test_train_on_a_full_disk(segment_command, train_words, segment_run, tmp_pat
 
 def test_disk_that_is_full_in_the_middle(
         segment_command, signal_at, train_words, segment_run, tmp_path, limit_file_size):
-    """Space for best/, but not for the checkpoint that follows it."""
+    """Space for best/, but not for the checkpoint that comes before it."""
     out = tmp_path / 'run'
     size = (segment_run.out / 'best' / 'model.safetensors').stat().st_size + 10_000
     before = signal_at('vt_zoo.segmentation.train.learning_rate', 4, signal.SIGINT)
     check_interrupted(segment_command(*train_words, '--out', out, before=before))
     checkpoint = (out / 'checkpoint.safetensors').read_bytes()
     check_refused(segment_command(*train_words, '--out', out, '--resume', before=limit_file_size(size)))
-    assert sorted(os.listdir(out)) == ['best', 'checkpoint.safetensors']
+    assert sorted(os.listdir(out)) == ['checkpoint.safetensors']
     assert (out / 'checkpoint.safetensors').read_bytes() == checkpoint
     assert segment_command(*train_words, '--out', out, '--resume').code == 0
     assert outcome(out) == outcome(segment_run.out)
@@ -204,7 +204,8 @@ def test_disk_that_is_full_in_the_middle(
 @pytest.mark.parametrize('function, call, left', [
     ('os.replace', 1, []),
     ('vt_zoo.segmentation.train.learning_rate', 3, ['checkpoint.safetensors']),
-    ('os.replace', 3, ['best', 'checkpoint.safetensors']),
+    ('os.replace', 3, ['checkpoint.safetensors']),
+    ('os.replace', 4, ['best', 'checkpoint.safetensors']),
     ('vt_zoo.segmentation.train.write_history', 1, ['best', 'checkpoint.safetensors', 'last']),
 ])
 def test_ctrl_c(segment_command, signal_at, train_words, segment_run, tmp_path, function, call, left):

@@ -257,10 +257,11 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
     assert outcome(tmp_path / 'run') == outcome(segment_run.out)
 
 
-# what takes its place: 1 checkpoint 2, 2 best/ of 4, 3 checkpoint 4, 4 checkpoint 6, then the end
+# what takes its place: 1 checkpoint 2, 2 checkpoint 4, 3 best/ of 4, 4 checkpoint 4 with its measures, then the end
 @pytest.mark.parametrize('function, call, after', [
-    ('os.replace', 2, False),  # best/ is written but not in its place
-    ('os.replace', 2, True),  # best/ is there, its checkpoint is not
+    ('os.replace', 3, False),  # best/ is written but not in its place
+    ('os.replace', 3, True),  # best/ is there, its measures are not in the checkpoint
+    ('vt_zoo.segmentation.train.evaluate', 1, False),  # the checkpoint before it is there
     ('vt_zoo.segmentation.train.learning_rate', 6, False),
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, False),  # last/ is not written
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, True),  # last/ is there, the history is not
@@ -286,7 +287,7 @@ def test_kill_while_best_is_replaced(
     """The old best/ is out of its place and the new one is not yet in it."""
     out = shutil.copytree(segment_run.out, tmp_path / 'run')
     words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--out', out]
-    before = signal_at('os.replace', 2, signal.SIGKILL)
+    before = signal_at('os.replace', 3, signal.SIGKILL)
     assert segment_command(*words, '--overwrite', before=before).code == -signal.SIGKILL
     assert segment_command(*words, '--resume').code == 0
     assert outcome(out) == outcome(segment_run.out)
@@ -621,6 +622,17 @@ def test_two_processes_and_one_validation_image(two_processes, my_composed, segm
     results = two_processes(*words, '--out', tmp_path / 'run')
     assert [r.code for r in results] == [0, 0], results[0].stderr
     assert history(tmp_path / 'run')[-1]['miou'] == measure(tmp_path / 'run' / 'last', my_composed).miou
+
+
+def test_two_processes_say_the_same_of_a_mask(two_processes, my_composed, segment_arguments, tmp_path):
+    """Each looks at its share of the masks; the wrong one is of the second's."""
+    path = sorted((my_composed / 'masks' / 'val').iterdir())[1]
+    Image.new('L', (48, 48), 77).save(path)
+    words = ['segment', 'train', '--data-dir', my_composed, *segment_arguments]
+    for result in two_processes(*words, '--out', tmp_path / 'run'):
+        assert result.code == 2
+        assert result.lines[-1].endswith(f'mask {path} has the label 77, allowed are 0 to 10 and 255 (ignored)')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_fewer_samples_than_processes(two_processes, composed, segment_arguments, tmp_path):

@@ -2,7 +2,8 @@
 
 A folder is read as timm's ImageFolder reader reads it: a subfolder a class, in natural order, under `train/` and `val/`
 (or `validation/`), with timm's image extensions. Opening differs from timm's in what a person would see: EXIF
-orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of clipped.
+orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of clipped, and what has no
+known white (floating point) is refused.
 """
 import logging
 import random
@@ -14,41 +15,46 @@ from typing import Any, Callable, List, Optional, Tuple, Union
 
 import numpy as np
 import torch.utils.data
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from .errors import InputError
 
-__all__ = ['ImageFolder', 'Split', 'find_split', 'load_image']
+__all__ = ['ImageFolder', 'Split', 'find_split', 'load_image', 'load_upright']
 
 _logger = logging.getLogger(__name__)
 
 Sample = Tuple[str, int]
+
+BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339  # tags of TIFF
+WHITE_IS_ZERO, YCBCR = 0, 6  # of PHOTOMETRIC
+SIGNED = 2  # of SAMPLE_FORMAT
 
 
 def load_image(path: Union[str, Path]) -> Image.Image:
     """Open an image file as 8-bit RGB.
 
     Args:
-        path: The file. EXIF orientation is applied; transparent pixels turn white; grey values of more than 8 bits are
-            scaled from their full range; CMYK and palettes are converted.
+        path: The file, of any mode that Pillow knows. EXIF orientation is applied; transparent pixels turn white; grey
+            values of 9 to 16 bits are scaled from their full range; palettes, CMYK, YCbCr, LAB and HSV are converted.
+            Of an animation or a file of several pages the first picture is taken.
 
     Returns:
         The image in mode 'RGB'.
 
     Raises:
-        InputError: The file is missing, not an image, or damaged.
+        InputError: The file is missing, not an image, or damaged; or nothing says which of its values is white: they
+            are floating point or signed, beyond 16 bits, or 8 bits in a file of 16 so that all would be black.
     """
+    return load_upright(path)[0]
+
+
+def load_upright(path: Union[str, Path]) -> Tuple[Image.Image, int]:
+    """As `load_image`, with the EXIF orientation, 1 to 8, by which the stored pixels were turned."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            return image.convert('RGB')
+            return _to_rgb(image)
     except FileNotFoundError:
         raise InputError(f'image {path} does not exist') from None
     except IsADirectoryError:
@@ -56,6 +62,57 @@ def load_image(path: Union[str, Path]) -> Image.Image:
     except Exception as e:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = 'it is not an image' if isinstance(e, Image.UnidentifiedImageError) else str(e).rstrip('.')
         raise InputError(f'image {path} cannot be read: {reason}') from e
+
+
+def _to_rgb(opened: Image.Image) -> Tuple[Image.Image, int]:
+    """The image upright in RGB, and its EXIF orientation."""
+    tags = getattr(opened, 'tag_v2', {})  # of a TIFF
+    bits, (sample_format, *_) = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))
+    photometric = tags.get(PHOTOMETRIC)
+    rgb_of_16_bits = opened.format == 'PNG' and opened.tile and opened.tile[0][3] == 'RGB;16B'
+    if sample_format == SIGNED and bits < 32:
+        raise ValueError(f'its values are signed numbers of {bits} bits, of which white is not known')
+    if photometric == YCBCR and tags.get(COMPRESSION) == 1:
+        raise ValueError('Pillow does not read YCbCr without compression; save it as RGB')
+
+    if opened.format == 'TIFF':
+        orientation = tags.get(ExifTags.Base.Orientation, 1)
+        opened.filename = ''  # or Pillow maps the file into memory and scrambles what it turns by 90 degrees
+        opened.load()  # turns it upright
+        image = opened
+    else:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        image = ImageOps.exif_transpose(opened)
+    if image.mode == 'F':
+        raise ValueError(
+            'its values are floating point numbers, of which black and white are not known; save it with 8 or 16 bits')
+    if image.mode.startswith('I'):
+        image = _grey_of_8_bits(image, 2 ** min(bits, 16) - 1, inverted=photometric == WHITE_IS_ZERO)
+    if rgb_of_16_bits and 'transparency' in image.info:
+        image.info['transparency'] = tuple(value >> 8 for value in image.info['transparency'])
+    if image.mode in ('RGBa', 'La'):
+        image = image.convert(image.mode.upper())
+    has_alpha = image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info
+    if has_alpha or (image.palette and image.palette.mode.endswith('A')):
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB'), orientation if orientation in range(1, 9) else 1
+
+
+def _grey_of_8_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
+    """Grey values 0 to `white` as 'L', or as 'LA' where one of them is transparent."""
+    values = np.asarray(image).astype(np.int64)
+    low, high = values.min(), values.max()
+    if low < 0 or high > white:
+        raise ValueError(f'its grey values go from {low} to {high}, allowed is 0 to {white}; save it with 8 or 16 bits')
+    if 0 < high * 255 < white:
+        raise ValueError(
+            f'its grey values go up to {high} where {white} is white, which is all black; save it with 8 bits')
+    grey = values * 255 // white
+    grey = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+    if 'transparency' in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info['transparency'], 0, 255).astype(np.uint8)))
+    return grey
 
 
 @dataclass

@@ -3,10 +3,11 @@
 Attention is drawn as a multiple of uniform attention 1 / (H * W) in the colour map inferno, which readers with any kind
 of colour vision can tell apart, on one square-root scale for a whole picture.
 """
+import unicodedata
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 from vt_zoo.checkpoint import whole
 from vt_zoo.errors import InputError
+from vt_zoo.fonts import find_font_file, warn_of
 
 __all__ = ['draw_interaction', 'draw_locality', 'draw_token', 'draw_token_attention', 'overlay_tokens']
 
@@ -62,7 +64,8 @@ def draw_interaction(
     """
     both = _multiple_of_uniform(torch.stack([attention, interaction]))
     figure = _draw_grid([image, image], both, ['A', 'Â'], 11, 2.3)
-    figure.suptitle(title, fontsize=10)
+    title, how = _written(title)
+    figure.suptitle(title, fontsize=10, **how)
     _save(figure, path)
 
 
@@ -134,8 +137,9 @@ def draw_locality(ratios: torch.Tensor, uniform: float, title: str, path: Union[
     ax.plot(layers, mean, 'o-', color='#0072b2', markersize=4, label='mean of the heads, ± standard deviation')
     ax.axhline(uniform, color='#d55e00', linestyle='--', label=f'uniform attention, {uniform:.4f}')
     top = max((mean + std).max().item(), uniform)
-    ax.set(xlabel='layer', ylabel='attention in 3x3 neighbourhood', ylim=(0, 1.35 * top), title=title)
-    ax.title.set_fontsize(10)
+    ax.set(xlabel='layer', ylabel='attention in 3x3 neighbourhood', ylim=(0, 1.35 * top))
+    title, how = _written(title)
+    ax.set_title(title, fontsize=10, **how)
     ax.set_xticks(layers)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9, loc='upper right')
@@ -154,6 +158,19 @@ def _needed() -> Iterator[None]:
         yield
     except ImportError:
         raise InputError("pictures need matplotlib: pip install 'vt_zoo[figures]'") from None
+
+
+def _written(text: str) -> Tuple[str, Dict[str, Any]]:
+    """A name of a person's own as matplotlib draws it: without formulas, in a font that has its letters, or escaped."""
+    text, how = unicodedata.normalize('NFC', text), {'parse_math': False}
+    if text.isascii() and text.isprintable():
+        return text, how
+    file = find_font_file(text, shapes=False)
+    if file is None:
+        warn_of((text,))
+        return ascii(text)[1:-1], how
+    from matplotlib.font_manager import FontProperties
+    return text, {**how, 'fontproperties': FontProperties(fname=str(file))}
 
 
 def _multiple_of_uniform(attention: torch.Tensor) -> torch.Tensor:
@@ -192,7 +209,8 @@ def _draw_grid(images: Sequence[Image.Image], maps: torch.Tensor, titles: Sequen
     colors = _colors(maps)
     for row, image, title, of_image in zip(axes, images, titles, maps):
         row[0].imshow(image)
-        row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=font)
+        title, how = _written(title)
+        row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=font, **how)
         _draw_maps(row[1:], image, of_image, colors)
     for i, ax in enumerate(axes[0]):
         ax.set_title('image' if i == 0 else str(i), fontsize=9)

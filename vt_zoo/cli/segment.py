@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vt_zoo.errors import InputError
+from vt_zoo.segmentation.label_map import read_label_map
 from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
 
 from .arguments import positive_int, whole_number
@@ -51,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', required=True, metavar='DIR', help='folder of the model')
     add('--data-dir', required=True, metavar='DIR', help='folder of the data set')
     add('--format', default='folder', help='layout of the data set')
-    add('--split', choices=['train', 'val'], default='val', help='part of the data set')
+    add('--label-map', metavar='VALUE', default=argparse.SUPPRESS,
+        help="class of each value of the masks, as YAML; the model's own if not given, null for none")
+    add('--split', choices=['train', 'val', 'test'], default='val', help='part of the data set')
     add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
     add('--json', action='store_true', help='print an object instead of a table')
 
@@ -105,6 +108,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     from vt_zoo.segmentation.datasets import load_dataset
     from vt_zoo.segmentation.evaluate import evaluate, read_batches
+    from vt_zoo.segmentation.label_counts import check_classes, count_labels
     from vt_zoo.segmentation.model_files import load_segmentation_model
     from vt_zoo.segmentation.transforms import eval_transform
 
@@ -114,6 +118,16 @@ def _eval(args: argparse.Namespace) -> None:
         ours, theirs = next((a, b) for a, b in zip_longest(loaded.classes, dataset.classes) if a != b)
         raise InputError(
             f'model {args.model} and data set {args.data_dir} must have the same classes, got {ours!r} and {theirs!r}')
+    if hasattr(args, 'label_map'):
+        dataset.map_labels(read_label_map(_from_yaml('label_map', args.label_map)))
+    elif dataset.own_labels:
+        dataset.map_labels(loaded.label_map)
+    try:
+        check_classes(dataset, count_labels(dataset), args.split)
+    except InputError as e:
+        if dataset.label_map is None or hasattr(args, 'label_map') or 'label_map' not in str(e):
+            raise
+        raise InputError(f'{e}; the label_map is that of the model, --label-map gives another') from e
     batches = read_batches(DataLoader(dataset, num_workers=args.workers))
     metrics = evaluate(
         loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), leave=False), len(loaded.classes),

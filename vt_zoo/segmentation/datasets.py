@@ -1,12 +1,13 @@
 """Data sets of images and masks in the layouts in which they are published.
 
 A mask holds a class index a pixel; 255 is ignored by losses and metrics. It is made for the pixels as the image file
-stores them, as COCO's are: where EXIF orientation turns an image upright (`load_image`), its mask is turned with it.
+stores them, as COCO's are: where EXIF orientation turns an image upright (`load_upright`), its mask is turned with it.
+An EXIF orientation of the mask's own file means nothing.
 """
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import numpy as np
 import torch.utils.data
@@ -14,7 +15,8 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data.readers.img_extensions import get_img_extensions
 
 from ..errors import InputError, first_line
-from ..images import load_image
+from ..images import load_upright
+from .label_map import IGNORED, LabelMap
 
 __all__ = [
     'FORMATS', 'CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset',
@@ -22,8 +24,10 @@ __all__ = [
 
 Sample = Tuple[Path, Path]
 
-SPLITS = ('train', 'val')
-IGNORED = 255
+SPLITS = ('train', 'val', 'test')
+GREY = ('1', 'L', 'P', 'I', 'I;16', 'I;16B', 'I;16L', 'I;16N')
+LOSSY = ('JPEG', 'MPO', 'JPEG2000')  # whose pixels are not those that were saved
+STEPS = {'L;2': 85, 'L;4': 17}  # by which Pillow multiplies PNG's grey values of 2 and 4 bits
 
 # labels.txt of https://github.com/nightrome/cocostuff, ids 92 to 182
 COCO_STUFF = (
@@ -57,13 +61,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     Attributes:
         flip_pairs: Classes that change places in a mirror image, as a left and a right arm.
+        label_map: What other values of the masks than class indices mean, see `map_labels`.
+        described_by: Files beside images and masks that say what the masks mean.
 
     Raises:
-        InputError: In `__getitem__`, a file cannot be read, the mask is of another size than the image's stored
-            pixels, or it holds a value that is not a class.
+        InputError: In `load` and `__getitem__`, a file cannot be read, the mask is of another size than the image's
+            stored pixels, or it holds a value that is not a class.
     """
     ignore_index = IGNORED
     flip_pairs: Sequence[Tuple[int, int]] = ()
+    described_by: Sequence[Path] = ()
+    own_labels = True  # masks are a person's own, not those of a published data set
 
     def __init__(self, samples: List[Sample], classes: Sequence[str], transform: Optional[Callable] = None) -> None:
         if len(classes) > IGNORED:
@@ -71,32 +79,65 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self.samples = samples
         self.classes = list(classes)
         self.transform = transform
+        self.label_map: Optional[Dict[Union[int, str], int]] = None
+        self._label_map: Optional[LabelMap] = None
+
+    def map_labels(self, label_map: Optional[Dict[Union[int, str], int]]) -> None:
+        """Read other values of the masks than class indices.
+
+        Args:
+            label_map: Class index, or 255 to ignore it, of each grey value and each colour 'R,G,B' that a mask may
+                hold, as `read_label_map` gives it. None for masks of class indices.
+
+        Raises:
+            InputError: The layout is one of a published data set, or the map names a class that is not there.
+        """
+        if label_map is not None and not self.own_labels:
+            raise InputError('label_map is for the format folder, what the masks of the other formats hold is known')
+        self._label_map = None if label_map is None else LabelMap(label_map, len(self.classes))
+        self.label_map = label_map
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Any:
+    def load(self, index: int) -> Tuple[Image.Image, np.ndarray]:
+        """The image and the mask of a sample before the transform."""
         image_path, mask_path = self.samples[index]
-        image = load_image(image_path)
-        mask = _turned_with(image_path, mask_path, self._labels(index)).astype(np.int64)
+        image, orientation = load_upright(image_path)
+        labels, size = self._labels(index), image.size
+        stored = size[::-1] if orientation > 4 else size
+        if labels.shape[::-1] != stored:
+            width, height = labels.shape[::-1]
+            turned = f' before its EXIF orientation {orientation} turns it' if orientation != 1 else ''
+            raise InputError(
+                f'mask {mask_path} is {width}x{height} pixels, but image {image_path} is {stored[0]}x{stored[1]}'
+                f'{turned}')
+        return image, _turned(labels, orientation).astype(np.int64)
+
+    def __getitem__(self, index: int) -> Any:
+        image, mask = self.load(index)
         return (image, mask) if self.transform is None else self.transform(image, mask)
 
     def _labels(self, index: int) -> np.ndarray:
         """The mask as its file stores it: (H, W), values 0 to len(classes) - 1 or 255."""
-        return _read_indices(self.samples[index][1], len(self.classes))
+        path = self.samples[index][1]
+        if self._label_map is None:
+            return _read_indices(path, len(self.classes))
+        return _read_mapped(path, self._label_map)
 
 
 class FolderDataset(SegmentationDataset):
-    """`images/{train,val}/NAME.jpg` (or .png), `masks/{train,val}/NAME.png`, and `classes.txt` with a name a line.
+    """`images/{train,val,test}/NAME.jpg` (or .png), `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
 
-    Masks are grey or palette images (of 8 or 16 bits) whose values are class indices, or 255 where a pixel is ignored.
+    Masks are grey or palette images (of 1 to 16 bits) whose values are class indices, or 255 where a pixel is ignored.
+    `map_labels` is for other values and for coloured masks. `test/` is never trained on and may be missing.
     """
 
     def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
         root = Path(root)
-        images = _images(_folder(root / 'images' / split))
+        images = _images(_part(root / 'images', split))
         super().__init__(
-            _with_masks(images, _folder(root / 'masks' / split)), _read_names(root / 'classes.txt'), transform)
+            _with_masks(images, _part(root / 'masks', split)), _read_names(root / 'classes.txt'), transform)
 
 
 class CocoStuff(SegmentationDataset):
@@ -106,10 +147,11 @@ class CocoStuff(SegmentationDataset):
     stuffthingmaps_trainval2017.zip, `annotations/{train,val}2017/*.png`. A map's value is the class's id - 1: 0 to 90
     are things, 91 to 181 stuff, 255 is unlabelled.
     """
+    own_labels = False
 
     def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
         root, name = Path(root), f'{split}2017'
-        images = _images(_folder(root / 'images' / name))
+        images = _images(_part(root / 'images', name))
         super().__init__(_with_masks(images, _folder(root / 'annotations' / name)), COCO_STUFF, transform)
 
     def _labels(self, index: int) -> np.ndarray:
@@ -124,12 +166,14 @@ class CocoPanopticStuff(SegmentationDataset):
     `panoptic_{train,val}2017/*.png` below `annotations/` or, as Detectron2 has them, beside it. A pixel's segment is
     R + 256 G + 256^2 B; 0 is void and ignored. The classes are the json's `categories`, in the order of their ids.
     """
+    own_labels = False
 
     def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
         root, name = Path(root), f'{split}2017'
         images = _images(_folder(root / name, root / 'images' / name))
         masks = _folder(root / 'annotations' / f'panoptic_{name}', root / f'panoptic_{name}')
         self._json = root / 'annotations' / f'panoptic_{name}.json'
+        self.described_by = (self._json,)
         segments, categories = _read_panoptic(self._json)
         stuff = sorted(i for i, (_, is_thing) in categories.items() if not is_thing)
         super().__init__(_with_masks(images, masks), ['things', *(categories[i][0] for i in stuff)], transform)
@@ -141,7 +185,8 @@ class CocoPanopticStuff(SegmentationDataset):
 
     def _labels(self, index: int) -> np.ndarray:
         path = self.samples[index][1]
-        red, green, blue = np.moveaxis(_read_mask(path, ('RGB',), 'RGB of segment numbers').astype(np.int32), 2, 0)
+        pixels = _read_mask(path, ('RGB',), 'RGB of segment numbers').pixels
+        red, green, blue = np.moveaxis(pixels.astype(np.int32), 2, 0)
         numbers = red + 256 * green + 256 ** 2 * blue
         labels = np.full(numbers.shape, IGNORED, dtype=np.uint8)
         unknown = numbers != 0
@@ -164,6 +209,7 @@ class LookIntoPerson(SegmentationDataset):
     folder of images, its names are the split; else all images are.
     """
     flip_pairs = ((14, 15), (16, 17), (18, 19))
+    own_labels = False
 
     def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
         folder = _lip_folder(Path(root), 'TrainVal_images', f'{split}_images')
@@ -199,7 +245,7 @@ def load_dataset(
     Args:
         format: A key of `FORMATS`; the classes there describe their layouts.
         root: Folder of the data set.
-        split: 'train' or 'val'.
+        split: 'train', 'val' or 'test'.
         transform: Called with (image, mask).
 
     Raises:
@@ -220,6 +266,14 @@ def _folder(*candidates: Path) -> Path:
             return path
     path = candidates[0]
     raise InputError(f'data folder {path} {"is not a folder" if path.exists() else "does not exist"}')
+
+
+def _part(folder: Path, name: str) -> Path:
+    """The folder of a part of the data set."""
+    if not (folder / name).is_dir() and _folder(folder):
+        parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise InputError(f'data folder {folder / name} does not exist, {folder} holds {", ".join(parts[:6]) or "none"}')
+    return folder / name
 
 
 def _lip_folder(root: Path, archive: str, name: str) -> Path:
@@ -283,36 +337,79 @@ def _read_panoptic(path: Path) -> Tuple[Dict[str, np.ndarray], Dict[int, Tuple[s
     return segments, categories
 
 
-def _read_mask(path: Path, modes: Sequence[str], needed: str) -> np.ndarray:
+class _Mask(NamedTuple):
+    """A mask as its file stores it."""
+    mode: str
+    pixels: np.ndarray
+    palette: Optional[np.ndarray]  # (colours, 3), uint8
+
+
+def _read_mask(path: Path, modes: Sequence[str], needed: str) -> _Mask:
     try:
         with Image.open(path) as mask:
-            mode, pixels = mask.mode, np.asarray(mask)
+            mode, pictures = mask.mode, getattr(mask, 'n_frames', 1)
+            step = STEPS.get(mask.tile[0][3], 1) if mask.format == 'PNG' and mask.tile else 1
+            pixels = np.asarray(mask)
+            palette = np.array(mask.getpalette('RGB'), dtype=np.uint8).reshape(-1, 3) if mode == 'P' else None
+            lossy = mask.format in LOSSY
     except Exception as e:  # as in load_image
         reason = 'it is not an image' if isinstance(e, Image.UnidentifiedImageError) else str(e).rstrip('.')
         raise InputError(f'mask {path} cannot be read: {reason}') from e
     if mode not in modes:
         raise InputError(f'mask {path} is an image of mode {mode!r}, needed is {needed}')
-    return pixels
+    if lossy:
+        raise InputError(f'mask {path} is a JPEG by its content, which changes labels: needed is a PNG')
+    if pictures > 1:
+        raise InputError(f'mask {path} holds {pictures} pictures, needed is one')
+    return _Mask(mode, pixels // step if step > 1 else pixels, palette)
 
 
 def _read_indices(path: Path, count: int) -> np.ndarray:
-    """Mask (H, W) of indices below `count`, or 255. One bit a pixel is refused: it may mean 0, 1 or 0, 255."""
-    indices = _read_mask(path, ('L', 'P', 'I', 'I;16', 'I;16B'), 'grey or palette of class indices')
+    """Mask (H, W) of indices below `count`, or 255."""
+    needed = 'grey or palette of class indices, or a label_map of its colours, as {"255,0,0": 1}'
+    indices = _read_mask(path, GREY, needed).pixels
+    if indices.dtype == bool:
+        indices = indices.astype(np.uint8)
     wrong = indices[(indices < 0) | ((indices >= count) & (indices != IGNORED))]
     if wrong.size:
         raise InputError(f'mask {path} has the label {wrong[0]}, allowed are 0 to {count - 1} and {IGNORED} (ignored)')
     return indices
 
 
-def _turned_with(image_path: Path, mask_path: Path, labels: np.ndarray) -> np.ndarray:
-    """Turn a mask of the stored pixels as `load_image` turns the image."""
-    with Image.open(image_path) as image:
-        size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
-    if labels.shape[::-1] != size:
-        width, height = labels.shape[::-1]
-        turned = f' before its EXIF orientation {orientation} turns it' if orientation != 1 else ''
-        raise InputError(
-            f'mask {mask_path} is {width}x{height} pixels, but image {image_path} is {size[0]}x{size[1]}{turned}')
+def _read_mapped(path: Path, label_map: LabelMap) -> np.ndarray:
+    """Mask (H, W) of class indices or 255.
+
+    Where the map has colours, a palette is read by its colours; where it has nothing else, grey is a colour too. White
+    of one bit is 255 where the map names that and not 1.
+    """
+    colored = ('RGB', 'RGBA') if label_map.colors else ()
+    mask = _read_mask(path, (*GREY, *colored), f'grey or palette{" or RGB" if colored else ""} of what label_map names')
+    pixels = mask.pixels
+    try:
+        if mask.mode == 'RGBA' and pixels[..., 3].min() < 255:
+            raise InputError('has transparent pixels, needed are opaque ones')
+        if mask.mode in colored:
+            return label_map.of_colors(pixels[..., :3])
+        if pixels.dtype == bool:
+            white = 1 if 1 in label_map.values or (label_map.values and IGNORED not in label_map.values) else 255
+            pixels = pixels * np.uint8(white)
+        palette = mask.palette
+        if palette is None and pixels.dtype == np.uint8 and not label_map.values:
+            palette = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+        if palette is None or not label_map.colors:
+            return label_map.of_values(pixels)
+        present = np.unique(pixels)
+        if present[-1] >= len(palette):
+            raise InputError(f'has the index {present[-1]}, but a palette of {len(palette)} colours')
+        labels = np.zeros(256, dtype=np.int16)
+        labels[present] = label_map.of_colors(palette[present])
+        return labels[pixels]
+    except InputError as e:
+        raise InputError(f'mask {path} {e}') from None
+
+
+def _turned(labels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn a mask of the stored pixels as an image of this EXIF orientation is turned upright."""
     if orientation == 1:
         return labels
     mask = Image.fromarray(labels.astype(np.uint8))

@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg
 
 from ..checkpoint import whole
 from ..errors import InputError, first_line
+from .label_map import read_label_map
 from .settings import SegmentSettings
 
 __all__ = ['LoadedModel', 'create_segmentation_model', 'encoder_statistics', 'load_segmentation_model',
@@ -27,6 +28,7 @@ class LoadedModel:
     mean: Tuple[float, ...]
     std: Tuple[float, ...]
     eval_size: Optional[Union[int, Tuple[int, int]]]
+    label_map: Optional[Dict[Union[int, str], int]] = None  # of the masks that it was trained on
 
 
 def _classes() -> Dict[str, type]:
@@ -82,7 +84,8 @@ def save_segmentation_model(
     """
     config = {
         **loaded.model.config, '_model_class': type(loaded.model).__name__, 'encoder_weights': None,
-        '_classes': loaded.classes, '_mean': loaded.mean, '_std': loaded.std, '_eval_size': loaded.eval_size}
+        '_classes': loaded.classes, '_mean': loaded.mean, '_std': loaded.std, '_eval_size': loaded.eval_size,
+        **({'_label_map': loaded.label_map} if loaded.label_map else {})}
     with whole(path) as new:
         loaded.model.save_pretrained(new, config=config, dataset=dataset, metrics=metrics)
 
@@ -114,7 +117,7 @@ def load_segmentation_model(path: Union[str, Path]) -> LoadedModel:
         size = config['_eval_size']
         loaded = LoadedModel(
             model, list(config['_classes']), tuple(map(float, config['_mean'])), tuple(map(float, config['_std'])),
-            tuple(size) if isinstance(size, list) else size)
+            tuple(size) if isinstance(size, list) else size, read_label_map(config.get('_label_map')))
     except InputError:
         raise
     except KeyError as e:

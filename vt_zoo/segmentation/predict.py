@@ -5,12 +5,13 @@ from typing import List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ..checkpoint import whole
 from ..errors import InputError
+from ..fonts import drawable
 from ..images import load_image
 from .evaluate import segment
 from .model_files import LoadedModel
@@ -46,19 +47,22 @@ def predict_classes(loaded: LoadedModel, image: Image.Image) -> np.ndarray:
 
 
 def draw_overlay(image: Image.Image, classes: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """Lay the colours of the classes over an image and name them, with their share of the pixels, on the right."""
+    """Lay the colours of the classes over an image and name them, with their share of the pixels, on the right.
+
+    A name whose letters no font of the machine has is drawn as its number, and a warning names it.
+    """
     colors = palette(len(names))
     blended = Image.blend(image, Image.fromarray(np.array(colors, dtype=np.uint8)[classes]), 0.55)
     shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
     present = [i for i in np.argsort(-shares) if shares[i] > 0]
-    lines = [f'{names[i]}  {100 * shares[i]:.1f} %' for i in present]
-    font = ImageFont.load_default()
+    texts = drawable([names[i] for i in present], [f'class {i}' for i in present])
+    lines = [(f'{name}  {100 * shares[i]:.1f} %', font) for i, (name, font) in zip(present, texts)]
     height = 14
-    legend = 24 + max(round(font.getlength(line)) for line in lines)
+    legend = 24 + max(round(font.getlength(line)) for line, font in lines)
     picture = Image.new('RGB', (image.width + legend, max(image.height, height * len(lines) + 6)), 'white')
     picture.paste(blended, (0, 0))
     draw = ImageDraw.Draw(picture)
-    for row, (i, line) in enumerate(zip(present, lines)):
+    for row, (i, (line, font)) in enumerate(zip(present, lines)):
         top = 4 + row * height
         draw.rectangle((image.width + 5, top, image.width + 14, top + 9), fill=colors[i], outline='black')
         draw.text((image.width + 18, top - 1), line, fill='black', font=font)

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin
 import yaml
 
 from ..errors import InputError, first_line
+from .label_map import read_label_map
 
 __all__ = ['ARCHITECTURES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings', 'read_yaml']
 
@@ -24,6 +25,7 @@ class SegmentSettings:
     length are for small sets. Counts are iterations, not epochs, as in Detectron2.
     """
     format: str = 'folder'
+    label_map: Optional[Dict[Union[int, str], int]] = None  # class of each grey value or colour 'R,G,B' of the masks
     arch: str = 'vt_fpn'
     encoder_name: str = 'tu-resnet50'
     encoder_weights: bool = False  # fetch the encoder's pretrained weights
@@ -54,6 +56,7 @@ class SegmentSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.label_map = read_label_map(self.label_map)
         _check_choice('arch', self.arch, ARCHITECTURES)
         _check_choice('schedule', self.schedule, SCHEDULES)
         _check_choice('precision', self.precision, ('no', 'bf16', 'fp16'))
@@ -157,6 +160,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         length = len(arguments) if get_origin(kind) is tuple else len(value)
         if len(value) == length:
             return get_origin(kind)(_convert(name, v, arguments[i % len(arguments)]) for i, v in enumerate(value))
+    if get_origin(kind) is dict:
+        return read_label_map(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if get_origin(kind) is None and type(value) is kind:

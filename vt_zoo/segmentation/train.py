@@ -1,9 +1,11 @@
 """Training a segmentation model: plain torch, with accelerate for devices, mixed precision and several processes."""
+import json
 import logging
 import time
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -21,6 +23,7 @@ from ..errors import InputError, first_line
 from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 from .datasets import SegmentationDataset, load_dataset
 from .evaluate import SegmentMetrics, evaluate, read_batches
+from .label_counts import check_classes, count_labels, describe_absent, describe_counts
 from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
 from .sampling import IterationBatches, SeededDataset, seed_of
 from .schedule import learning_rate
@@ -81,6 +84,8 @@ class _Run:
         self.train_data.transform = train_transform(
             settings.crop_size, settings.scale, settings.hflip, self.mean, self.std, self.train_data.flip_pairs)
         self.val_data = load_dataset(settings.format, data_dir, 'val', eval_transform(self.mean, self.std))
+        for data in (self.train_data, self.val_data):
+            data.map_labels(settings.label_map)
         self.classes = self.train_data.classes
         if self.val_data.classes != self.classes:
             raise InputError(f'data set {data_dir} has other classes in its training part than in its validation part')
@@ -105,9 +110,34 @@ class _Run:
         self.fingerprint = {
             **asdict(settings), 'crop_size': list(settings.crop_size), 'scale': list(settings.scale),
             'mean': list(self.mean), 'std': list(self.std), 'classes': self.classes,
-            'train_images': len(self.train_data), 'val_images': len(self.val_data)}
+            'label_map': settings.label_map and {str(key): label for key, label in settings.label_map.items()},
+            'train_images': len(self.train_data)}
+        self.validation: Dict[str, Any] = {}  # what the validation part is, once it was looked at
         if isinstance(settings.eval_size, tuple):
             self.fingerprint['eval_size'] = list(settings.eval_size)
+
+    def check_data(self, progress: bool) -> None:
+        """Look at all images and masks, and say how often each class occurs.
+
+        Args:
+            progress: Print it, with a progress bar before; else warn of classes that do not occur.
+
+        Raises:
+            InputError: One cannot be used, or all masks of a set of two classes are of one.
+        """
+        parts = {'train': self.train_data, 'val': self.val_data}
+        counts = {name: count_labels(data, progress) for name, data in parts.items()}
+        for name, data in parts.items():
+            check_classes(data, counts[name], name)
+        names = [image.name for image, _ in self.val_data.samples]
+        self.validation = {
+            'images': len(names), 'names': sha256(json.dumps(names).encode()).hexdigest(),
+            'pixels': counts['val'].pixels}
+        absent = describe_absent(self.classes, counts['train'])
+        if progress:
+            tqdm.write('\n'.join([*describe_counts(self.classes, counts), *filter(None, [absent])]))
+        elif absent and self.accelerator.is_main_process:
+            _logger.warning(absent)
 
     @property
     def model(self) -> nn.Module:
@@ -156,6 +186,12 @@ class _Run:
         self.losses.append(value)
         return value
 
+    def evaluation_is_due(self) -> bool:
+        """Whether the run is at an iteration at which it is evaluated, and was not yet."""
+        measured = self.history[-1]['iteration'] if self.history else 0
+        at_end = self.iteration == self.settings.iterations
+        return self.iteration > measured and (at_end or self.iteration % self.settings.eval_every == 0)
+
     def evaluate(self, progress: bool) -> SegmentMetrics:
         """Measure the kept model on the validation images, each process on its share."""
         broadcast(list(self.kept_model.buffers()))  # batch statistics, which are the processes' own on CPU
@@ -175,7 +211,8 @@ class _Run:
 
     def write_model(self, path: Path, metrics: SegmentMetrics) -> None:
         """Write the kept model."""
-        loaded = LoadedModel(self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size)
+        loaded = LoadedModel(
+            self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size, self.settings.label_map)
         data = f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes'
         save_segmentation_model(path, loaded, data, {
             f'mIoU on {len(self.val_data)} validation images': f'{100 * metrics.miou:.2f} %',
@@ -190,23 +227,31 @@ class _Run:
         tensors, scalars = state_tensors(self._modules(), self.optimizer)
         scaler = self.accelerator.scaler
         write_tensors(path, tensors, {
-            'segmentation': self.fingerprint, 'iteration': self.iteration, 'history': self.history,
+            'segmentation': self.fingerprint, 'validation': self.validation, 'iteration': self.iteration,
+            'history': self.history,
             'losses': self.losses, 'optimizer': scalars, 'scaler': scaler and scaler.state_dict()})
 
     def load(self, path: Path) -> None:
-        """Read a state that `save` wrote.
+        """Read a state that `save` wrote. Another validation part is no hindrance, a warning says so.
 
         Raises:
-            InputError: It belongs to a run with other settings or data.
+            InputError: It belongs to a run with other settings or training data.
         """
         tensors, metadata = read_tensors(path)
         if 'segmentation' not in metadata:
             raise InputError(f'checkpoint {path} is not one of `vt-zoo segment train`')
-        check_same_run(path.parent, metadata['segmentation'], self.fingerprint)
+        theirs = {'label_map': None, **metadata['segmentation']}
+        validation = metadata.get('validation') or {'images': theirs.pop('val_images', None)}
+        check_same_run(path.parent, theirs, self.fingerprint)
         load_state(tensors, metadata['optimizer'], self._modules(), self.optimizer)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(metadata['scaler'])
         self.iteration, self.history, self.losses = metadata['iteration'], metadata['history'], metadata['losses']
+        if any(self.validation[name] != value for name, value in validation.items()):
+            _logger.warning(
+                f'the validation part is another than in the run so far ({validation["images"]} images then, '
+                f'{self.validation["images"]} now): measures up to iteration {self.iteration} and best/ are of the old '
+                'one')
 
 
 def train(
@@ -221,9 +266,10 @@ def train(
 ) -> SegmentResult:
     """Train a segmentation model.
 
-    One process of `accelerate launch`, or the only one. The whole state is written every `checkpoint_every` iterations
-    and after each evaluation, so that a run that was killed at any moment goes on from there, to the same result on the
-    same machine. Batch norms of a distributed run on GPUs take their statistics over all processes, as in the paper.
+    One process of `accelerate launch`, or the only one. All images and masks are looked at before the first iteration
+    (`count_labels`). The whole state is written every `checkpoint_every` iterations and before and after each
+    evaluation, so that a run that was killed at any moment goes on from there, to the same result on the same machine.
+    Batch norms of a distributed run on GPUs take their statistics over all processes, as in the paper.
 
     Args:
         data_dir: Folder of the data set, in the layout of `settings.format`.
@@ -261,6 +307,7 @@ def train(
         raise InputError(
             f'batch_size must be at least the number of processes, {accelerator.num_processes}, '
             f'got {settings.batch_size}')
+    run.check_data(progress)
     if main:
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -274,26 +321,34 @@ def train(
         total=settings.iterations, initial=run.iteration, desc='training', unit='iteration', disable=not progress,
         leave=False)
     metrics = None
+
+    def evaluate_and_record() -> SegmentMetrics:
+        bar.clear()  # whose line the evaluation's takes
+        metrics = run.evaluate(progress)
+        before = max((line['miou'] for line in run.history), default=-1.)
+        line = run.record(metrics)
+        if main and metrics.miou > before:
+            run.write_model(best_dir, metrics)
+        if main:
+            run.save(checkpoint)
+        if progress:
+            tqdm.write(
+                f'iteration {run.iteration}: training loss {line["train_loss"]:.3f}, '
+                f'mIoU {100 * metrics.miou:.2f} %, pixel accuracy {100 * metrics.pixel_accuracy:.2f} %')
+        return metrics
+
     with bar:
+        if run.evaluation_is_due():  # which did not end well before
+            metrics = evaluate_and_record()
         for images, masks in run.train_batches():
             loss = run.step(images, masks)
             bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
             bar.update()
-            if run.iteration % settings.eval_every == 0 or run.iteration == settings.iterations:
-                bar.clear()  # whose line the evaluation's takes
-                metrics = run.evaluate(progress)
-                before = max((line['miou'] for line in run.history), default=-1.)
-                line = run.record(metrics)
-                if main and metrics.miou > before:
-                    run.write_model(best_dir, metrics)
-                if progress:
-                    tqdm.write(
-                        f'iteration {run.iteration}: training loss {line["train_loss"]:.3f}, '
-                        f'mIoU {100 * metrics.miou:.2f} %, pixel accuracy {100 * metrics.pixel_accuracy:.2f} %')
-            elif run.iteration % settings.checkpoint_every:
-                continue
-            if main:
+            due = run.evaluation_is_due()
+            if main and (due or run.iteration % settings.checkpoint_every == 0):
                 run.save(checkpoint)
+            if due:
+                metrics = evaluate_and_record()
 
     if metrics is None:  # resumed after the last iteration
         metrics = run.evaluate(progress)

@@ -1,0 +1,209 @@
+"""A look at all images and masks of a data set before it is used: what cannot be read, how often each class occurs."""
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple, Union
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .._version import __version__
+from ..errors import InputError
+from .datasets import SegmentationDataset
+
+__all__ = ['LabelCounts', 'check_classes', 'count_labels', 'describe_absent', 'describe_counts']
+
+SHOWN = 20  # classes that are listed
+RAREST = 5  # that are listed of more than those
+
+
+@dataclass
+class LabelCounts:
+    """How often each class occurs in the masks of a part of a data set.
+
+    Attributes:
+        pixels: Of each class, and last of what is ignored.
+        masks: In which each class occurs, and last in which pixels are ignored.
+        total: Masks of the part.
+    """
+    pixels: List[int]
+    masks: List[int]
+    total: int
+
+
+def count_labels(dataset: SegmentationDataset, progress: bool = True) -> LabelCounts:
+    """Open each image and mask of a part of a data set and count the classes.
+
+    The counts are kept in the user's cache folder; while names, sizes and times of all files, the label map and the
+    classes stay as they are, a second call opens no file. Where torch.distributed runs, each process opens its share.
+
+    Args:
+        dataset: The part.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: An image or mask cannot be used: the first of them, and how many more there are.
+    """
+    rank, world_size = _place()
+    distributed = world_size > 1
+    found = [None]
+    if rank == 0:
+        state = _state(dataset)
+        found = [_recall(dataset, state)]
+    if distributed:
+        dist.broadcast_object_list(found)
+    if found[0] is not None:
+        return LabelCounts(*found[0])
+
+    parts = [_count(dataset, range(rank, len(dataset), world_size), progress and rank == 0)]
+    if distributed:
+        own, parts = parts[0], [None] * world_size
+        dist.all_gather_object(parts, own)
+    errors = sorted(error for _, of_part in parts for error in of_part)
+    if errors:
+        more = f'; so it is with {len(errors)} of {len(dataset)} samples of this part' if len(errors) > 1 else ''
+        raise InputError(errors[0][1] + more)
+    pixels, masks = sum(counts for counts, _ in parts).tolist()
+    kept = [*range(len(dataset.classes)), dataset.ignore_index]
+    counts = LabelCounts([pixels[i] for i in kept], [masks[i] for i in kept], len(dataset))
+    if rank == 0:
+        _remember(dataset, state, counts)
+    return counts
+
+
+def _place() -> Tuple[int, int]:
+    """Number of this process and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _count(dataset: SegmentationDataset, indices: range, progress: bool) -> Tuple[np.ndarray, List[Tuple[int, str]]]:
+    """Pixels and masks of each label, int64 (2, 256), and what cannot be used, as (index, sentence)."""
+    def look(index: int) -> Union[np.ndarray, InputError]:
+        try:
+            return np.bincount(dataset.load(index)[1].ravel(), minlength=256)
+        except InputError as e:
+            return e
+
+    counts, errors = np.zeros((2, 256), dtype=np.int64), []
+    pool = ThreadPoolExecutor()
+    try:
+        looks = tqdm(
+            pool.map(look, indices), total=len(indices), desc='checking images and masks', disable=not progress,
+            leave=False)
+        for index, of_mask in zip(indices, looks):
+            if isinstance(of_mask, InputError):
+                errors.append((index, str(of_mask)))
+            else:
+                counts += of_mask, of_mask > 0
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return counts, errors
+
+
+def check_classes(dataset: SegmentationDataset, counts: LabelCounts, part: str) -> None:
+    """Check that the masks of a part are of more than one class.
+
+    Args:
+        dataset: The part.
+        counts: Of its labels.
+        part: Its name; masks of a part other than 'train' may be of one class.
+
+    Raises:
+        InputError: Of a set of one or two classes no more than one occurs, as where 255 was to be the second.
+    """
+    names, pixels = dataset.classes, counts.pixels[:-1]
+    absent = [i for i, count in enumerate(pixels) if not count]
+    folder = dataset.samples[0][1].parent
+    if len(absent) == 1 and len(names) == 2 and dataset.label_map is None and counts.pixels[-1]:
+        missing, there = absent[0], 1 - absent[0]
+        raise InputError(
+            f'the masks in {folder} hold {there} ({names[there]}) and 255 alone, and 255 is ignored, so that class '
+            f'{missing} ({names[missing]}) occurs in none: where 255 means it, set label_map, as by '
+            f"--label-map '{{{there}: {there}, 255: {missing}}}'; where it is to be ignored, "
+            "'{0: 0, 1: 1, 255: 255}' says so")
+    if part == 'train' and len(names) - len(absent) == 1 and len(names) <= 2:
+        only = next(i for i in range(len(names)) if i not in absent)
+        reason = f'class {absent[0]} ({names[absent[0]]}) occurs in none' if absent else 'classes.txt names no other'
+        raise InputError(
+            f'the masks in {folder} hold class {only} ({names[only]}) alone, {reason}: nothing can be learned')
+
+
+def describe_absent(classes: List[str], counts: LabelCounts) -> Optional[str]:
+    """A sentence that names the classes that occur in no training mask; None where all occur."""
+    absent = [name for name, pixels in zip(classes, counts.pixels) if not pixels]
+    if not absent:
+        return None
+    more = f' and {len(absent) - SHOWN} more' if len(absent) > SHOWN else ''
+    return (
+        f'{len(absent)} of {len(classes)} classes occur in no training mask and cannot be learned: '
+        f'{", ".join(map(repr, absent[:SHOWN]))}{more}')
+
+
+def describe_counts(classes: List[str], parts: Dict[str, LabelCounts]) -> List[str]:
+    """Lines that say how often each class occurs, in pixels and masks of each part; of many classes the rarest.
+
+    Args:
+        classes: Their names.
+        parts: Counts of each part by its name, the training part first.
+    """
+    order = list(range(len(classes)))
+    first = next(iter(parts.values()))
+    lines = []
+    if len(classes) > SHOWN:
+        order = sorted(order, key=lambda i: first.pixels[i])[:RAREST]
+        lines.append(f'{len(classes)} classes, the rarest are')
+    rows = [['class', *(f'{part}, {counts.total} masks' for part, counts in parts.items())]]
+    for name, i in zip([*(classes[i] for i in order), 'ignored (255)'], [*order, -1]):
+        cells = (f'{_share(c, i)} in {c.masks[i]}' if c.masks[i] else 'in no mask' for c in parts.values())
+        rows.append([name, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return lines + [
+        '  '.join([f'{row[0]:{widths[0]}}', *(f'{cell:>{width}}' for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows]
+
+
+def _share(counts: LabelCounts, index: int) -> str:
+    return f'{100 * counts.pixels[index] / max(sum(counts.pixels), 1):.2f} %'
+
+
+def _memory(dataset: SegmentationDataset) -> Path:
+    """The file of the user's cache folder that is for this part of this data set."""
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    folders = '\n'.join(str(path.parent.absolute()) for path in dataset.samples[0])
+    return cache / 'vt_zoo' / 'masks' / f'{hashlib.sha256(os.fsencode(folders)).hexdigest()[:32]}.json'
+
+
+def _state(dataset: SegmentationDataset) -> str:
+    """A hash of all that the counts depend on: names, sizes and times of the files, classes, label map."""
+    label_map = sorted((str(key), label) for key, label in (dataset.label_map or {}).items())
+    state = hashlib.sha256(json.dumps([__version__, type(dataset).__name__, dataset.classes, label_map]).encode())
+    for path in (*dataset.described_by, *(path for sample in dataset.samples for path in sample)):
+        try:
+            found = path.stat()
+            state.update(os.fsencode(f'{path.name}\n{found.st_size}\n{found.st_mtime_ns}\n'))
+        except OSError:  # such a file is opened, and then named
+            state.update(b'?')
+    return state.hexdigest()
+
+
+def _recall(dataset: SegmentationDataset, state: str) -> Optional[List]:
+    try:
+        memory = json.loads(_memory(dataset).read_text())
+        return memory['counts'] if memory['state'] == state else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # there is none, or no home folder, or half a file
+        return None
+
+
+def _remember(dataset: SegmentationDataset, state: str, counts: LabelCounts) -> None:
+    try:
+        memory = _memory(dataset)
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.write_text(json.dumps({'state': state, 'counts': [counts.pixels, counts.masks, counts.total]}))
+    except (OSError, RuntimeError):  # the masks are looked at again next time
+        pass

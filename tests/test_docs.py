@@ -26,7 +26,7 @@ def shell_words(line, folder):
 
 
 def run_blocks(text, folder):
-    """Run a document's blocks in a folder, in this process; the shapes that each of Python prints are those that it shows.
+    """Run the blocks of a document in a folder and in this process; the shapes that Python prints are those it shows.
 
     Returns:
         The variables that its Python leaves.

@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pattern, number', [
     ('seen/*_tokens.png', 2), ('seen/tokens.png', 1), ('seen_by_module_2/*_tokens.svg', 1), ('figure6.png', 1),
     ('tokens.png', 1), ('seen_by_level_2/*_tokens.png', 1), ('locality_random.png', 1)])
@@ -81,8 +82,12 @@ def test_inference_form(capsys):
 EXPORT, COMPILED = (DOCS / 'export.md').read_text().split('## AOTInductor\n')
 
 
+@pytest.mark.slow
 def test_export(tmp_path):
     run_blocks(EXPORT, tmp_path)
+
+
+def test_each_format_is_shown():
     formats = set(re.findall(r'--format (\w+)', EXPORT + COMPILED))
     assert formats == set(FORMATS) == set(re.findall(r'^\| `(\w+)`', EXPORT, re.MULTILINE))
 
@@ -92,6 +97,7 @@ def test_compiled_export(tmp_path):
     run_blocks(COMPILED, tmp_path)
 
 
+@pytest.mark.slow
 def test_libraries(tmp_path):
     """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
     pytest.importorskip('transformers')
@@ -103,5 +109,6 @@ def test_libraries(tmp_path):
     assert of_known > 0.97 and of_new > 0.4
 
 
+@pytest.mark.slow
 def test_int8(tmp_path):
     run_blocks((DOCS / 'int8.md').read_text(), tmp_path)

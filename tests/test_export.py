@@ -99,8 +99,7 @@ def test_classifier_reads_digits(files, digits, file_format):
         assert_same(loaded, subject.model, torch.randn(batch, 3, 64, 64))
 
 
-@pytest.mark.parametrize('file_format', [
-    'torchscript', 'onnx', *(pytest.param(name, marks=pytest.mark.slow) for name in ('pt2', 'aoti'))])
+@pytest.mark.parametrize('file_format', ALL)
 def test_classifier_of_images_of_any_size(files, file_format):
     path, _ = files('test_vt_resnet', file_format, **any_size(file_format))
     loaded, model = load(path, file_format), load_subject('test_vt_resnet').model

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vt_zoo.cli import main
 from vt_zoo.export import FORMATS
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -24,8 +25,8 @@ def shell_words(line, folder):
     return subprocess.run(['bash', '-c', shell], cwd=folder, capture_output=True, text=True).stdout.splitlines()
 
 
-def run_blocks(text, folder, command):
-    """Run the blocks of a document in a folder; the shapes that each of Python prints are those that it shows.
+def run_blocks(text, folder):
+    """Run the blocks of a document in a folder and in this process; the shapes that Python prints are those it shows.
 
     Returns:
         The variables that its Python leaves.
@@ -37,8 +38,7 @@ def run_blocks(text, folder, command):
         for language, block in re.findall(r'^```(python|sh)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
             if language == 'sh':
                 for line in block.splitlines():
-                    result = command(*shell_words(line, folder), cwd=folder)
-                    assert result.code == 0, result.stderr
+                    assert main(shell_words(line, folder)) == 0, line
             else:
                 printed.clear()
                 exec(compile(block, 'a document', 'exec'), names)
@@ -48,13 +48,14 @@ def run_blocks(text, folder, command):
 
 
 @pytest.fixture(scope='module')
-def folder(segment_command, tmp_path_factory):
+def folder(tmp_path_factory):
     """Where all blocks of docs/analysis.md ran."""
     folder = tmp_path_factory.mktemp('analysis')
-    run_blocks(TEXT, folder, segment_command)
+    run_blocks(TEXT, folder)
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pattern, number', [
     ('seen/*_tokens.png', 2), ('seen/tokens.png', 1), ('seen_by_module_2/*_tokens.svg', 1), ('figure6.png', 1),
     ('tokens.png', 1), ('seen_by_level_2/*_tokens.png', 1), ('locality_random.png', 1)])
@@ -81,27 +82,33 @@ def test_inference_form(capsys):
 EXPORT, COMPILED = (DOCS / 'export.md').read_text().split('## AOTInductor\n')
 
 
-def test_export(segment_command, tmp_path):
-    run_blocks(EXPORT, tmp_path, segment_command)
+@pytest.mark.slow
+def test_export(tmp_path):
+    run_blocks(EXPORT, tmp_path)
+
+
+def test_each_format_is_shown():
     formats = set(re.findall(r'--format (\w+)', EXPORT + COMPILED))
     assert formats == set(FORMATS) == set(re.findall(r'^\| `(\w+)`', EXPORT, re.MULTILINE))
 
 
 @pytest.mark.slow
-def test_compiled_export(segment_command, tmp_path):
-    run_blocks(COMPILED, tmp_path, segment_command)
+def test_compiled_export(tmp_path):
+    run_blocks(COMPILED, tmp_path)
 
 
-def test_libraries(segment_command, tmp_path):
+@pytest.mark.slow
+def test_libraries(tmp_path):
     """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
     pytest.importorskip('transformers')
     sections = re.split('^(?=## )', (DOCS / 'libraries.md').read_text(), flags=re.MULTILINE)
-    names = run_blocks(''.join(s for s in sections if not s.startswith('## torch.hub')), tmp_path, segment_command)
+    names = run_blocks(''.join(s for s in sections if not s.startswith('## torch.hub')), tmp_path)
     assert names['answers'][0]['label'] == '3'
     of_new, pixels, of_known = sorted(names['accuracy'].values())
     assert [names['accuracy'][k] for k in ('pixels', 'embeddings, trained on 0 to 4')] == [pixels, of_new]
     assert of_known > 0.97 and of_new > 0.4
 
 
-def test_int8(command, tmp_path):
-    run_blocks((DOCS / 'int8.md').read_text(), tmp_path, command)
+@pytest.mark.slow
+def test_int8(tmp_path):
+    run_blocks((DOCS / 'int8.md').read_text(), tmp_path)

@@ -115,7 +115,8 @@ def test_size_is_fixed_unless_it_is_asked_to_be_free(files, monkeypatch, file_fo
         load(path, file_format)(torch.randn(1, 3, 96, 64))
 
 
-@pytest.mark.parametrize('file_format', ALL)
+@pytest.mark.parametrize('file_format', [
+    'torchscript', *(pytest.param(name, marks=pytest.mark.slow) for name in ('onnx', 'pt2', 'aoti'))])
 def test_vt_fpn(files, segment_model, file_format):
     path, exported = files(segment_model, file_format, **any_size(file_format))
     loaded, model = load(path, file_format), load_segmentation_model(segment_model).model

@@ -49,9 +49,7 @@ def executed(tmp_path_factory):
     return notebook
 
 
-@pytest.mark.parametrize('which', ['committed', 'executed'])
-def test_outputs(which, executed):
-    notebook = COMMITTED if which == 'committed' else executed
+def check_outputs(notebook):
     nbformat.validate(notebook)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -66,6 +64,16 @@ def test_outputs(which, executed):
     assert float(re.search(r'largest difference of a logit: (\S+)', printed)[1]) < 1e-4
 
 
+def test_committed_outputs():
+    check_outputs(COMMITTED)
+
+
+@pytest.mark.slow
+def test_outputs_of_a_run(executed):
+    check_outputs(executed)
+
+
+@pytest.mark.slow
 def test_committed_outputs_are_those_of_the_sources(executed):
     assert [cell.source for cell in executed.cells] == [cell.source for cell in COMMITTED.cells]
     for committed, cell in zip(code_cells(COMMITTED), code_cells(executed)):

@@ -72,6 +72,7 @@ CHOICES = {
     'attention_values': [False, True],
 }
 LEGAL = [o for o in (dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values())) if is_legal(o)]
+IN_PAIRS = LEGAL[2::3]  # have each pair of values that is legal
 
 
 def name(options):
@@ -605,9 +606,13 @@ def test_legal_combinations_are_many():
     assert len(LEGAL) == len({name(o) for o in LEGAL}) == 96
     for key, values in CHOICES.items():
         assert {o[key] for o in LEGAL} == set(values)
+    pairs, all_pairs = (
+        {pair for o in options for pair in itertools.combinations(o.items(), 2)} for options in (IN_PAIRS, LEGAL))
+    assert pairs == all_pairs
 
 
-@pytest.mark.parametrize('options', LEGAL, ids=name)
+@pytest.mark.parametrize('options', [
+    pytest.param(o, marks=[] if o in IN_PAIRS else pytest.mark.slow) for o in LEGAL], ids=name)
 def test_legal_combination(options):
     model = tiny(dtype=torch.float64, **options)
     model(images(dtype=torch.float64)).square().mean().backward()

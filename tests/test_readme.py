@@ -51,9 +51,13 @@ def test_python_block(python, checkout, block):
 
 @pytest.fixture(scope='module')
 def folder(digits, tmp_path_factory):
-    """A folder with the data that `vt-zoo quickstart` leaves."""
+    """A folder with data as `vt-zoo quickstart` leaves them, of fewer images but the sevens that are predicted."""
     folder = tmp_path_factory.mktemp('readme')
-    shutil.copytree(digits, folder / 'vt_zoo_quickstart' / 'data')
+    for old in sorted(digits.glob('*/*')):
+        new = folder / 'vt_zoo_quickstart' / 'data' / old.relative_to(digits)
+        new.mkdir(parents=True)
+        for path in sorted(old.iterdir())[:None if old == digits / 'val' / '7' else 10]:
+            shutil.copy(path, new)
     return folder
 
 

@@ -118,9 +118,19 @@ def test_transformer(num_heads):
     assert_equal(outputs(model, tokens), outputs(transformer, tokens))
 
 
-@pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('options', [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}], ids=name)
-def test_vt_resnet(options, dtype):
+def test_vt_resnet(options):
+    check_vt_resnet(options, torch.float64)
+
+
+@pytest.mark.parametrize('options', [
+    pytest.param(o, marks=[] if o in SINGLE[:1] + COMBINED[:1] else pytest.mark.slow)
+    for o in [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}]], ids=name)
+def test_vt_resnet_in_single_precision(options):
+    check_vt_resnet(options, torch.float32)
+
+
+def check_vt_resnet(options, dtype):
     model = calibrated(**options).to(dtype)
     once = reparameterize_model(model)
     twice = reparameterize_model(once)
@@ -292,6 +302,7 @@ def test_vt_fpn(dtype, norm_layer, tmp_path):
     assert torch.equal(outputs(other, x), outputs(once, x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
 def test_reduced_vt_fpn_is_scripted_compiled_and_exported():
     pytest.importorskip('segmentation_models_pytorch')

@@ -100,7 +100,7 @@ def test_exception(run, write_script):
     assert process.stderr.splitlines()[-1] == "KeyError: 'my own'"
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal(write_script, number):
     script = write_script('import time; print("here", flush=True); time.sleep(100)')
     with subprocess.Popen(

@@ -111,7 +111,7 @@ def test_result_is_what_the_files_give(segment_run, composed):
     assert (rows[-1]['miou'], rows[-1]['pixel_accuracy']) == (result.last.miou, result.last.pixel_accuracy)
 
 
-@pytest.mark.parametrize('arch', ['vt_fpn', 'panoptic_fpn'])
+@pytest.mark.parametrize('arch', ['vt_fpn', pytest.param('panoptic_fpn', marks=pytest.mark.slow)])
 def test_digits_are_learned(my_composed, segment_settings, tmp_path, arch):
     """A model that always says background has a mean IoU below 0.1."""
     for kind in ('images', 'masks'):
@@ -234,11 +234,12 @@ def test_interrupted_and_resumed(composed, segment_settings, segment_run, tmp_pa
 
 @pytest.mark.parametrize('changes, workers', [
     ({}, 2),
-    ({'ema_decay': 0.}, 0),
+    pytest.param({'ema_decay': 0.}, 0, marks=pytest.mark.slow),
     ({'opt': 'adamw', 'lr': 1e-3, 'arch': 'panoptic_fpn', 'schedule': 'cosine'}, 0),
-    ({'encoder_name': 'tu-test_vt_resnet', 'schedule': 'multistep', 'steps': [5]}, 0),
+    pytest.param(
+        {'encoder_name': 'tu-test_vt_resnet', 'schedule': 'multistep', 'steps': [5]}, 0, marks=pytest.mark.slow),
     ({'encoder_name': 'efficientnet-b0'}, 0),  # has random depth
-    ({'eval_size': [40, 36], 'mean': [0.4, 0.5, 0.6]}, 0),
+    pytest.param({'eval_size': [40, 36], 'mean': [0.4, 0.5, 0.6]}, 0, marks=pytest.mark.slow),
 ])
 def test_interrupted_and_resumed_with(composed, segment_settings, tmp_path, changes, workers):
     run(composed, tmp_path / 'whole', segment_settings, **changes)
@@ -294,7 +295,8 @@ def test_kill_while_best_is_replaced(
     assert sorted(os.listdir(out)) == WRITTEN
 
 
-@pytest.mark.parametrize('workers', [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 2])
 def test_killed_at_any_moment(segment_command, composed, segment_arguments, segment_run, tmp_path, workers):
     """Several times, each after a little longer than the last."""
     out = tmp_path / 'run'
@@ -440,7 +442,7 @@ def test_batch_size(composed, segment_settings, tmp_path, batch_size):
     assert sorted(os.listdir(tmp_path / 'run')) == WRITTEN
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind, split', [('images', 'train'), ('masks', 'train'), ('images', 'val'), ('masks', 'val')])
 def test_broken_file(my_composed, segment_settings, tmp_path, workers, kind, split, input_error):
     path = my_composed / kind / split / '00001.png'
@@ -562,13 +564,27 @@ def words_of(settings):
     return [word for name, value in settings.items() for word in (f'--{name.replace("_", "-")}', str(value))]
 
 
-def test_accelerate_launch(composed, segment_settings, segment_arguments, tmp_path):
-    """Batches of 3 are shared as 2 and 1, and the gradients are those of the whole batch."""
+def accelerate_launch(*words):
+    """Runs a command in two processes; gives what they print."""
     process = subprocess.run(
         [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '-m', 'vt_zoo',
-         'segment', 'train', '--data-dir', composed, *segment_arguments, *words_of(WITHOUT_BATCH_NORM),
-         '--out', tmp_path / 'two'], capture_output=True, text=True, timeout=300)
+         *words], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize('launcher', ['forks', pytest.param('accelerate', marks=pytest.mark.slow)])
+def test_gradients_of_two_processes(
+        two_processes, composed, segment_settings, segment_arguments, tmp_path, launcher):
+    """Batches of 3 are shared as 2 and 1, and the gradients are those of the whole batch."""
+    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, *words_of(WITHOUT_BATCH_NORM),
+             '--out', tmp_path / 'two']
+    if launcher == 'accelerate':
+        printed = accelerate_launch(*words)
+    else:
+        results = two_processes(*words)
+        assert [r.code for r in results] == [0, 0], results[0].stderr
+        printed = ''.join(r.stdout for r in results)
     run(composed, tmp_path / 'one', segment_settings, **WITHOUT_BATCH_NORM)
     assert weights(tmp_path / 'two' / 'last') != weights(tmp_path / 'one' / 'last'), 'there were no two processes'
     one, two = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('one', 'two'))
@@ -576,7 +592,7 @@ def test_accelerate_launch(composed, segment_settings, segment_arguments, tmp_pa
     for row, expected in zip(history(tmp_path / 'two'), history(tmp_path / 'one'), strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
     assert sorted(os.listdir(tmp_path / 'two')) == WRITTEN
-    assert process.stdout.count('models     ') == process.stdout.count('iteration 8:') == 1
+    assert printed.count('models     ') == printed.count('iteration 8:') == 1
 
 
 @pytest.fixture(scope='module')

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 pytest.importorskip('myst_nb')
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = [

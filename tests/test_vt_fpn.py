@@ -556,7 +556,7 @@ def test_training_lowers_the_loss(cls):
 # --- compilers
 
 
-@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('cls', [VTFPN, pytest.param(PanopticFPN, marks=pytest.mark.slow)])
 def test_torch_compile(cls):
     torch._dynamo.reset()
     model = calibrated(cls)
@@ -576,7 +576,7 @@ def test_torch_compile_training():
         assert (p.grad - expected.grad).norm() < 1e-3 * expected.grad.norm() + 1e-4, name
 
 
-@pytest.mark.parametrize('cls', MODELS)
+@pytest.mark.parametrize('cls', [VTFPN, pytest.param(PanopticFPN, marks=pytest.mark.slow)])
 def test_torch_export_with_dynamic_shape(cls):
     if not exports_max_pooling_of_any_size():
         pytest.skip(f"torch {torch.__version__} refuses to export a ResNet's stem, 7x7 convolution and max pooling, "

@@ -131,7 +131,7 @@ def foreign(explorer, picture, folder):
             path.rmdir() if name == 'folder' else path.unlink()
     (uploads / 'link').symlink_to(picture)
     (uploads / 'loop').symlink_to('loop')
-    (uploads / 'folder').symlink_to(picture.parent) if False else (uploads / 'folder').mkdir()
+    (uploads / 'folder').mkdir()
     os.mkfifo(uploads / 'fifo')
     if not (folder / 'fifo').exists():
         os.mkfifo(folder / 'fifo')
@@ -170,7 +170,8 @@ def test_opens_nothing_else(explorer, paths):
 def test_shows_nothing_else(explorer, paths):
     from urllib.parse import quote
     for path in paths:
-        for prefix in ('/gradio_api/file=', '/file=', '/gradio_api/file/', '/gradio_api/proxy=', '/static/', '/assets/'):
+        for prefix in (
+                '/gradio_api/file=', '/file=', '/gradio_api/file/', '/gradio_api/proxy=', '/static/', '/assets/'):
             answer = explorer.ask(prefix + quote(path))
             assert answer.status in (403, 404), (prefix, path)
 
@@ -221,7 +222,8 @@ def test_host_lines(explorer):
     for lines in (['GET / HTTP/1.0'], ['GET / HTTP/1.1', own, 'Host: evil.example'],
                   ['GET http://evil.example/ HTTP/1.1', 'Host: evil.example']):
         assert explorer.raw(*lines).split()[1] in (b'400', b'403')
-    upgrade = ['Upgrade: websocket', 'Connection: Upgrade', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: ' + 22 * 'A' + '==']
+    upgrade = [
+        'Upgrade: websocket', 'Connection: Upgrade', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: ' + 22 * 'A' + '==']
     assert explorer.raw('GET /gradio_api/queue/join HTTP/1.1', own, *upgrade).split()[1] in (b'400', b'403', b'404')
 
 

@@ -298,7 +298,8 @@ class Raw:
         self.socket.close()
 
     def send(self, *headers, body=b''):
-        self.socket.sendall('\r\n'.join(['POST /predict HTTP/1.1', 'Host: localhost', *headers, '', '']).encode() + body)
+        lines = ['POST /predict HTTP/1.1', 'Host: localhost', *headers, '', '']
+        self.socket.sendall('\r\n'.join(lines).encode() + body)
 
     def flood(self, piece, limit):
         """Send a piece again and again until the server closes the connection; gives how many bytes it took."""

@@ -24,7 +24,7 @@ API = '/gradio_api'
 UPLOAD, JOIN, FILE = f'{API}/upload', f'{API}/queue/join', f'{API}/file='
 POSTS = {UPLOAD, JOIN, f'{API}/reset', f'{API}/cancel'}
 GETS = re.compile(
-    r'/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/.+|'
+    r'/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/[\w.@+/-]{1,200}|'
     rf'{API}/(info|theme\.css|startup-events|app_id|upload_progress|queue/data|heartbeat/[^/]+|file=.+)', re.DOTALL)
 
 Message = Dict[str, Any]

@@ -298,7 +298,8 @@ class Raw:
         self.socket.close()
 
     def send(self, *headers, body=b''):
-        self.socket.sendall('\r\n'.join(['POST /predict HTTP/1.1', 'Host: x', *headers, '', '']).encode() + body)
+        lines = ['POST /predict HTTP/1.1', 'Host: localhost', *headers, '', '']
+        self.socket.sendall('\r\n'.join(lines).encode() + body)
 
     def flood(self, piece, limit):
         """Send a piece again and again until the server closes the connection; gives how many bytes it took."""
@@ -367,6 +368,19 @@ def test_other_requests(ask):
     check_refused(ask(path='/health'), 405, 'Method Not Allowed')
     for path in ('/', '/docs', '/openapi.json', '/predict/../serve.py', '/model.onnx'):
         check_refused(ask(path=path, method='GET'), 404, 'Not Found')
+
+
+def test_does_not_redirect(ask):
+    check_refused(ask(png(8, 8), path='/predict/'), 404, 'Not Found')
+    check_refused(ask(path='/health/', method='GET'), 404, 'Not Found')
+
+
+@pytest.mark.parametrize(('host', 'status'), [
+    ('evil.example', 400), ('127.0.0.1.evil.example', 400), ('localhost', 200), ('127.0.0.1:8000', 200)])
+def test_host(server, host, status):
+    with closing(http.client.HTTPConnection('127.0.0.1', server.port, timeout=SECONDS)) as connection:
+        connection.request('GET', '/health', headers={'Host': host})
+        assert connection.getresponse().status == status
 
 
 def test_concurrent_requests(ask, digits, expected):

@@ -3,6 +3,7 @@
 The page needs nothing from the internet: fonts are the system's, analytics are off.
 """
 import html
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..errors import InputError
 from ..images import load_image
 from .capture import capture
 from .figures import draw_token, overlay_tokens
+from .gate import Gate, is_uploaded
 from .metrics import attention_entropy, record_interaction
 from .subject import Subject
 
@@ -125,12 +127,14 @@ def _draw_all(seen: Optional[Look], module: int, token: int) -> Tuple:
     return (_draw_tokens(seen, module), *_draw_one(seen, module, token))
 
 
-def create_app(subject: Subject, title: str) -> Any:
-    """Build the page as an ASGI application, for uvicorn or another server.
+def create_app(subject: Subject, title: str, folder: Path, port: int) -> Any:
+    """Build the page as an ASGI application, for uvicorn or another server on this machine.
 
     Args:
         subject: The model to look into; one image at a time runs through it.
         title: Heading of the page.
+        folder: Of this page alone, for what is uploaded and drawn; kept small, but not deleted.
+        port: That the server listens on; requests that name another Host or come from another Origin get 403.
 
     Raises:
         InputError: gradio or matplotlib is not installed.
@@ -141,6 +145,8 @@ def create_app(subject: Subject, title: str) -> Any:
         from fastapi import FastAPI
     except ImportError:
         raise InputError("the explorer needs gradio: pip install 'vt_zoo[explore]'") from None
+    folder = folder.resolve()
+    os.environ['GRADIO_TEMP_DIR'] = str(folder)  # read whenever a file is kept
     lock = threading.Lock()  # what `capture` hooks into the model is of one image
     blank = look(subject, Image.new('RGB', (64, 64)))
     modules = list(blank.attention)
@@ -150,6 +156,8 @@ def create_app(subject: Subject, title: str) -> Any:
         if path is None:
             return None, None, None
         try:
+            if not is_uploaded(path, folder):
+                raise InputError('the image must be a file that was uploaded')
             image = load_image(path)
             with lock:
                 seen = look(subject, image)
@@ -186,8 +194,14 @@ def create_app(subject: Subject, title: str) -> Any:
                 text = gr.Markdown(elem_id='entropy')
                 picture = gr.Image(show_label=False, elem_id='token', buttons=[])
 
-        def pick(seen: Optional[Look], module: int, event: gr.SelectData) -> Tuple:
-            return (event.index, *_draw_one(seen, module, event.index))
+        def pick(seen: Optional[Look], module: int, event: gr.EventData) -> Tuple:
+            if seen is None:
+                raise gr.Error('open an image first')
+            data = event._data if isinstance(event._data, dict) else {}
+            index, tokens = data.get('index'), len(seen.attention[module])
+            if not isinstance(index, int) or not 0 <= index < tokens:
+                raise gr.Error(f'the token must be a whole number from 0 to {tokens - 1}')
+            return (index, *_draw_one(seen, module, index))
 
         # what is clicked while the page is busy is done too, one after the other in its order
         in_order = {'trigger_mode': 'multiple', 'concurrency_id': 'page', 'concurrency_limit': 1}
@@ -197,7 +211,9 @@ def create_app(subject: Subject, title: str) -> Any:
         gallery.select(pick, [seen, module], [token, picture, text], **in_order)
     font = [gr.themes.Font(name) for name in ('Helvetica Neue', 'Arial', 'sans-serif')]
     mono = [gr.themes.Font('monospace')]
-    return gr.mount_gradio_app(
-        FastAPI(), blocks, '/', footer_links=[], run_history=False, ssr_mode=False, pwa=False, mcp_server=False,
-        enable_monitoring=False, max_file_size=MAX_FILE_SIZE, css=CSS,
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None), blocks, '/', footer_links=[], run_history=False, ssr_mode=False, pwa=False,
+        mcp_server=False, enable_monitoring=False, max_file_size=MAX_FILE_SIZE, css=CSS,
         theme=gr.themes.Default(font=font, font_mono=mono))
+    blocks.has_launched = True  # else gradio opens files that were not uploaded
+    return Gate(app, folder, port)

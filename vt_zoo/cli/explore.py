@@ -4,8 +4,15 @@ Serves one page on this machine only, at http://127.0.0.1:PORT, until Ctrl-C. Th
 """
 import argparse
 import os
+import shutil
+import signal
 import socket
+import stat
+import sys
 import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
 
 from vt_zoo.analysis.explorer import create_app
 from vt_zoo.analysis.subject import load_subject
@@ -25,20 +32,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page."""
-    with _listen(args.port) as listener, tempfile.TemporaryDirectory() as folder:
-        os.environ['GRADIO_TEMP_DIR'] = folder  # of images that are opened and drawn; read at gradio's import
+    _end_on_signals()
+    with _listen(args.port) as listener, _temporary_folder() as folder:
+        tempfile.tempdir = str(folder)  # what a broken upload leaves is deleted with the rest
+        port = listener.getsockname()[1]
         try:
-            app = create_app(load_subject(args.model), f'vt-zoo explore: {args.model}')
+            app = create_app(load_subject(args.model), f'vt-zoo explore: {args.model}', folder, port)
         except InputError:
             raise
         except ValueError as e:
             raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
         import uvicorn  # comes with gradio
 
-        print(f'open       http://{HOST}:{listener.getsockname()[1]}  (Ctrl-C ends it)', flush=True)
+        print(f'open       http://{HOST}:{port}  (Ctrl-C ends it)', flush=True)
         # a page that is open keeps a connection: it is not waited for, and uvicorn need not say so
-        config = uvicorn.Config(app, log_level='critical', timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_level='critical', timeout_graceful_shutdown=1, proxy_headers=False, limit_concurrency=64)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _end_on_signals() -> None:
+    """Make SIGTERM and SIGHUP end this process as Ctrl-C does, with what is to be deleted deleted."""
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    for name in ('SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, end)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder of this process alone, deleted at the end; those of explorers that were killed are deleted now."""
+    if os.name != 'posix':
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    import fcntl
+
+    def lock(path: Path, flags: int) -> int:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, flags)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    parent = _private_folder()
+    starting = lock(parent, fcntl.LOCK_EX)  # so that nobody finds a folder that is not locked yet
+    for path in parent.iterdir():
+        try:
+            os.close(lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except OSError:  # its explorer runs, or it is no folder
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(dir=parent))
+    held = lock(folder, fcntl.LOCK_EX)
+    os.close(starting)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _private_folder() -> Path:
+    """The folder of this person's explorers among the temporary files."""
+    path = Path(tempfile.gettempdir()).resolve() / f'vt_zoo_explore_{os.getuid()}'
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise InputError(f'{path} must be a folder that is yours alone; delete it, or set TMPDIR to another place')
+    return path
 
 
 def _listen(number: int) -> socket.socket:

@@ -1,0 +1,208 @@
+"""Who may ask the explorer, and for what: an ASGI application in front of gradio's.
+
+gradio answers any Host, allows foreign origins and opens whatever path it is sent. What comes through here is what the
+page itself asks for, from an address of this machine, about files that were uploaded or drawn.
+"""
+import asyncio
+import contextlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+__all__ = ['Gate', 'is_uploaded']
+
+MAX_UPLOAD = 24 * 2 ** 20  # bytes of a request: the largest file of the page and what is around it
+MAX_BODY = 2 ** 20  # bytes of any other request
+MAX_SECONDS = 60  # that a body may take
+MAX_FILES = 1000  # that are kept, uploaded and drawn
+MAX_BYTES = 256 * 2 ** 20  # that they may have together
+
+API = '/gradio_api'
+UPLOAD, JOIN, FILE = f'{API}/upload', f'{API}/queue/join', f'{API}/file='
+POSTS = {UPLOAD, JOIN, f'{API}/reset', f'{API}/cancel'}
+GETS = re.compile(
+    r'/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/[\w.@+/-]{1,200}|'
+    rf'{API}/(info|theme\.css|startup-events|app_id|upload_progress|queue/data|heartbeat/[^/]+|file=.+)', re.DOTALL)
+
+Message = Dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class _RefusedError(Exception):
+    """Status and sentence of an answer."""
+
+
+def is_uploaded(path: Union[str, Path], folder: Path) -> bool:
+    """Whether a path is a regular file in a folder, no link on the way there.
+
+    Args:
+        path: Absolute; a relative one is none.
+        folder: The folder of uploads.
+    """
+    path = str(path)
+    try:
+        return (
+            os.path.isabs(path) and os.path.realpath(path) == path and folder.resolve() in Path(path).parents
+            and stat.S_ISREG(os.lstat(path).st_mode))
+    except (OSError, ValueError):  # not there, too long, or with a zero byte
+        return False
+
+
+class Gate:
+    """Lets through what the page asks for.
+
+    Args:
+        app: gradio's ASGI application.
+        folder: Where it keeps what is uploaded and drawn; nothing else may be in it.
+        port: That the server listens on, part of every Host and Origin that is let through.
+    """
+
+    def __init__(self, app: Callable, folder: Path, port: int) -> None:
+        self.app = app
+        self.folder = folder
+        hosts = [f'{name}:{port}' for name in ('127.0.0.1', 'localhost', '[::1]')]
+        if port == 80:  # is left out by browsers
+            hosts += [host.rpartition(':')[0] for host in hosts]
+        self.hosts = hosts
+        self.upload = asyncio.Lock()
+
+    async def __call__(self, scope: Dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer a request, as ASGI has it."""
+        if scope['type'] == 'lifespan':
+            await self.app(scope, receive, send)
+        elif scope['type'] == 'websocket':
+            await receive()
+            await send({'type': 'websocket.close'})
+        else:
+            await self._http(scope, receive, send)
+
+    async def _http(self, scope: Dict[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            self._check(scope)
+            if scope['method'] == 'POST':
+                body = await self._body(scope['path'], receive)
+                receive = _replay(body, receive)
+        except _RefusedError as e:
+            await _answer(send, *e.args)
+            return
+        kept = [(name, value) for name, value in scope['headers'] if not _of_proxy(name)]
+        scope, send = {**scope, 'headers': kept}, _without_cors(send)
+        if scope['path'] != UPLOAD:
+            await self.app(scope, receive, send)
+            return
+        async with self.upload:
+            await self.app(scope, receive, send)
+            await asyncio.to_thread(_prune, self.folder)
+
+    def _check(self, scope: Dict[str, Any]) -> None:
+        host = _header(scope, b'host')
+        if host not in self.hosts:
+            raise _RefusedError(403, f'the Host must be one of {", ".join(self.hosts)}')
+        origins = [value for name, value in scope['headers'] if name == b'origin']
+        if origins and _header(scope, b'origin') not in [f'http://{host}' for host in self.hosts]:
+            raise _RefusedError(403, 'the Origin must be the page itself')
+        method, path = scope['method'], scope['path']
+        if method not in ('GET', 'HEAD', 'POST'):
+            raise _RefusedError(405, 'the method must be GET, HEAD or POST')
+        if not (path in POSTS if method == 'POST' else GETS.fullmatch(path)):
+            raise _RefusedError(404, 'the page has nothing here')
+        if path.startswith(FILE) and not is_uploaded(path[len(FILE):], self.folder):
+            raise _RefusedError(403, 'the file must be one that was uploaded or drawn')
+
+    async def _body(self, path: str, receive: Receive) -> bytes:
+        limit = MAX_UPLOAD if path == UPLOAD else MAX_BODY
+        try:
+            body = await asyncio.wait_for(_read(receive, limit), MAX_SECONDS)
+        except asyncio.TimeoutError:
+            raise _RefusedError(408, f'the body must arrive within {MAX_SECONDS} seconds') from None
+        if path == JOIN:
+            try:
+                paths = list(_paths(json.loads(body)))
+            except (ValueError, RecursionError):
+                raise _RefusedError(400, 'the body must be JSON') from None
+            if not all(isinstance(path, str) and is_uploaded(path, self.folder) for path in paths):
+                raise _RefusedError(403, 'the file must be one that was uploaded')
+        return body
+
+
+def _header(scope: Dict[str, Any], name: bytes) -> Optional[str]:
+    """Value of a header that comes once, in small letters."""
+    values = [value for key, value in scope['headers'] if key == name]
+    return values[0].decode('latin-1').lower() if len(values) == 1 else None
+
+
+def _of_proxy(name: bytes) -> bool:
+    """Whether a header says that the page has another address, of which gradio makes the page's links."""
+    return name == b'forwarded' or name.startswith((b'x-forwarded-', b'x-gradio-', b'x-direct-'))
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message['type'] == 'http.disconnect':
+            raise _RefusedError(400, 'the body is not complete')
+        body += message.get('body', b'')
+        if len(body) > limit:
+            raise _RefusedError(413, f'the body must have at most {limit} bytes')
+        if not message.get('more_body'):
+            return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    messages = [{'type': 'http.request', 'body': body, 'more_body': False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+    return replay
+
+
+def _paths(data: Any) -> Iterator[Any]:
+    """Everything in JSON that stands where gradio takes a path from."""
+    if isinstance(data, dict):
+        if 'path' in data:
+            yield data['path']
+        data = list(data.values())
+    if isinstance(data, list):
+        for value in data:
+            yield from _paths(value)
+
+
+def _without_cors(send: Send) -> Send:
+    """Answers in which no other origin is allowed anything, nor may another page show them."""
+    async def send_without_cors(message: Message) -> None:
+        if message['type'] == 'http.response.start':
+            kept = [(k, v) for k, v in message.get('headers', ()) if not k.lower().startswith(b'access-control-')]
+            message = {**message, 'headers': [
+                *kept, (b'cross-origin-resource-policy', b'same-origin'), (b'x-frame-options', b'DENY')]}
+        await send(message)
+    return send_without_cors
+
+
+async def _answer(send: Send, status: int, sentence: str) -> None:
+    headers = [(b'content-type', b'text/plain; charset=utf-8'), (b'connection', b'close')]
+    await send({'type': 'http.response.start', 'status': status, 'headers': headers})
+    await send({'type': 'http.response.body', 'body': f'{sentence}\n'.encode()})
+
+
+def _prune(folder: Path) -> None:
+    """Delete the oldest files beyond MAX_FILES and MAX_BYTES, and the folders that this leaves empty."""
+    files: List[Tuple[float, int, Path]] = []
+    for path in folder.rglob('*'):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            files.append((status.st_mtime, status.st_size, path))
+    count = size = 0
+    for _, bytes_, path in sorted(files, reverse=True):
+        count, size = count + 1, size + bytes_
+        if count > MAX_FILES or size > MAX_BYTES:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # is not empty
+                path.parent.rmdir()

@@ -24,8 +24,9 @@ from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .errors import InputError, first_line
 from .hub import find_hub_id
-from .images import ImageFolder, Split, find_split
+from .images import ImageFolder, Sample, Split, describe_split, find_split
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
+from .seeding import seed_of, seeded
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
 
@@ -124,17 +125,30 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
         raise InputError(f'model {name!r} cannot be trained here: {first_line(e)}') from e
 
 
+class _AugmentedImages(ImageFolder):
+    """Images whose augmentation is a function of seed, epoch and index, whichever process draws it."""
+
+    def __init__(self, samples: List[Sample], seed: int) -> None:
+        super().__init__(samples)
+        self.seed = seed
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        with seeded(seed_of(self.seed, self.epoch * len(self) + index)):
+            return super().__getitem__(index)
+
+
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
     common = {
         'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
         'interpolation': data_config['interpolation'], 'num_workers': workers, 'device': device,
-        'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # so that an epoch depends on its seed alone
+        'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # which would not learn of the epoch
     }
     try:
         train = create_loader(
-            ImageFolder(split.train), batch_size=min(settings.batch_size, len(split.train)), is_training=True,
-            scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
-            auto_augment=settings.aa, **common)
+            _AugmentedImages(split.train, settings.seed), batch_size=min(settings.batch_size, len(split.train)),
+            is_training=True, scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip,
+            color_jitter=settings.color_jitter, auto_augment=settings.aa, **common)
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
@@ -196,6 +210,7 @@ class _Run:
     def train_epoch(self, epoch: int, progress: bool) -> float:
         """Train for one epoch and return the mean loss."""
         random_seed(self.settings.seed, epoch + 1)
+        self.train_loader.dataset.epoch = epoch
         self.model.train()
         update = epoch * len(self.train_loader)
         losses = []
@@ -263,7 +278,7 @@ def finetune(
     The weights that are validated and kept are the moving average, after the last epoch: picking the best epoch by the
     held-out images would make their accuracy look better than it is. After each epoch the whole state is written, so
     that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
-    machine.
+    machine, with any number of workers.
 
     A bare name of a model that has a trunk (`vt_resnet18`) starts from it if the hub can be reached, else new, which a
     warning says; a name with a tag (`vt_resnet18.untrained`) is what it says. A run that goes on needs no hub.
@@ -295,11 +310,15 @@ def finetune(
         raise InputError(f'device {device} is not to be had on this machine')
     start = time.monotonic()
 
-    split = find_split(data_dir, settings.val_fraction, settings.seed, progress)
-    if resume and not overwrite and checkpoint.exists():
-        tensors, metadata = read_tensors(checkpoint)
-        if 'start' not in metadata:
-            raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
+    goes_on = resume and not overwrite and checkpoint.exists()
+    tensors, metadata = read_tensors(checkpoint) if goes_on else ({}, {})
+    if goes_on and 'start' not in metadata:
+        raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
+    classes = metadata['fingerprint']['classes'] if goes_on else ()
+    split = find_split(data_dir, settings.val_fraction, settings.seed, progress, classes)
+    if progress:
+        tqdm.write('\n'.join(describe_split(split)))
+    if goes_on:
         run = _Run(settings, metadata['start'], False, split, workers, device)
         run.load(tensors, metadata, out)
         _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')

@@ -24,9 +24,8 @@ from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .errors import InputError, first_line
 from .hub import find_hub_id
-from .images import ImageFolder, Sample, Split, describe_split, find_split
+from .images import ImageFolder, Split, describe_split, find_split
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
-from .seeding import seed_of, seeded
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
 
@@ -125,19 +124,6 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
         raise InputError(f'model {name!r} cannot be trained here: {first_line(e)}') from e
 
 
-class _AugmentedImages(ImageFolder):
-    """Images whose augmentation is a function of seed, epoch and index, whichever process draws it."""
-
-    def __init__(self, samples: List[Sample], seed: int) -> None:
-        super().__init__(samples)
-        self.seed = seed
-        self.epoch = 0
-
-    def __getitem__(self, index: int) -> Tuple[Any, int]:
-        with seeded(seed_of(self.seed, self.epoch * len(self) + index)):
-            return super().__getitem__(index)
-
-
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
     common = {
         'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
@@ -146,7 +132,7 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
     }
     try:
         train = create_loader(
-            _AugmentedImages(split.train, settings.seed), batch_size=min(settings.batch_size, len(split.train)),
+            ImageFolder(split.train, seed=settings.seed), batch_size=min(settings.batch_size, len(split.train)),
             is_training=True, scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip,
             color_jitter=settings.color_jitter, auto_augment=settings.aa, **common)
     except (AssertionError, ValueError) as e:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .folders import check_classes, find_labels, find_parts, is_part, name_order
+from .seeding import seed_of, seeded
 
 __all__ = ['ImageFolder', 'Split', 'describe_split', 'find_split', 'load_image']
 
@@ -75,11 +76,24 @@ class Split:
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`."""
+    """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`.
 
-    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None) -> None:
+    What a transform draws is a function of seed, epoch and index, whichever process draws it.
+
+    Args:
+        samples: The files.
+        transform: Called with the image. May be set later.
+        seed: Of what it draws.
+
+    Attributes:
+        epoch: Which pass over the images this is. To be set before each.
+    """
+
+    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None, seed: int = 0) -> None:
         self.samples = samples
         self.transform = transform
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -87,7 +101,10 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
         image = load_image(path)
-        return image if self.transform is None else self.transform(image), target
+        if self.transform is None:
+            return image, target
+        with seeded(seed_of(self.seed, self.epoch * len(self) + index)):
+            return self.transform(image), target
 
 
 def _split_by_class(samples: List[Sample], fraction: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
@@ -209,18 +226,17 @@ def _check_counts(samples: List[Sample], classes: List[str], at_least: int, root
 
 
 def describe_split(split: Split) -> List[str]:
-    """A line for each part that there is, with its images by class, or the smallest class where there are many."""
-    return [
-        _describe_part(name, samples, split.classes, note) for name, samples, note in (
-            ('train', split.train, ''), ('val', split.val, ''), ('test', split.test, ', not used')) if samples]
+    """A line for each part that there is, with its images by class; where classes are many, with the smallest alone."""
+    parts = (('train', split.train, ''), ('val', split.val, ''), ('test', split.test, '; not used'))
+    return [f'{name:<11}{_describe_counts(samples, split.classes)}{note}' for name, samples, note in parts if samples]
 
 
-def _describe_part(name: str, samples: List[Sample], classes: List[str], note: str) -> str:
+def _describe_counts(samples: List[Sample], classes: List[str]) -> str:
     counts = Counter(target for _, target in samples)
     if len(classes) <= MOST_NAMED:
-        each = ': ' + ', '.join(f'{label} ({counts[target]})' for target, label in enumerate(classes))
+        text = ', '.join(f'{name} ({counts[target]})' for target, name in enumerate(classes))
     else:
         smallest = min(range(len(classes)), key=lambda target: counts[target])
-        each = f', the smallest is {classes[smallest]} ({counts[smallest]})'
-    without = f'; {counts[-1]} images of none of them' if counts[-1] else ''
-    return f'{name:<11}{len(samples)} images of {len(classes)} classes{note}{each}{without}'
+        text = f'the smallest is {classes[smallest]} ({counts[smallest]})'
+    others = f', others ({counts[-1]})' if counts[-1] else ''
+    return f'{len(samples)} images of {len(classes)} classes: {text}{others}'

@@ -3,6 +3,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torchvision
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
@@ -67,6 +68,14 @@ def test_first_level_is_the_class(tmp_path, train, val):
     for part, samples in ((train, split.train), (val, split.val)):
         assert counted(samples, split.classes) == {'cat': 4, 'dog': 6}
         assert {Path(path).relative_to(tmp_path).parts[0] for path, _ in samples} == {part}
+
+
+def test_classes_are_those_of_torchvision(tmp_path):
+    make(tmp_path / 'train', 'cat', 'cat/augmented/2', 'dog/camera1', 'dog/camera2', 'ant/camera1')
+    theirs = torchvision.datasets.ImageFolder(str(tmp_path / 'train'))
+    split = find_split(tmp_path / 'train')
+    assert {(path, split.classes[target]) for path, target in split.train + split.val} == {
+        (path, theirs.classes[target]) for path, target in theirs.samples}
 
 
 def test_subfolders_of_class_folders(tmp_path):

@@ -34,21 +34,25 @@ def name_order(name: str) -> Tuple[list, str]:
     return [int(word) if i % 2 else word for i, word in enumerate(words)], name
 
 
+def _is_left_out(name: str) -> bool:
+    return name.startswith('.') or name in COPIES
+
+
 def find_images(folder: Union[str, Path]) -> List[str]:
     """Paths of all image files in a folder and its subfolders, by timm's image extensions, in order of their names.
 
     Raises:
-        InputError: A folder cannot be read.
+        OSError: A folder cannot be read.
     """
     def refuse(error: OSError) -> None:
-        raise InputError(f'folder {error.filename} cannot be read: {error.strerror}') from error
+        raise error
 
     extensions, paths = get_img_extensions(as_set=True), []
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.') and name not in COPIES]
+        folders[:] = [name for name in folders if not _is_left_out(name)]
         paths += [
             os.path.join(root, name) for name in files
-            if os.path.splitext(name)[1].lower() in extensions and not name.startswith('.')]
+            if os.path.splitext(name)[1].lower() in extensions and not _is_left_out(name)]
     return sorted(paths, key=name_order)
 
 

@@ -302,8 +302,6 @@ def finetune(
         raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
     classes = metadata['fingerprint']['classes'] if goes_on else ()
     split = find_split(data_dir, settings.val_fraction, settings.seed, progress, classes)
-    if progress:
-        tqdm.write('\n'.join(describe_split(split)))
     if goes_on:
         run = _Run(settings, metadata['start'], False, split, workers, device)
         run.load(tensors, metadata, out)
@@ -315,6 +313,8 @@ def finetune(
     if overwrite:
         checkpoint.unlink(missing_ok=True)
 
+    if progress:
+        tqdm.write('\n'.join(describe_split(split)))
     for epoch in range(len(run.history), settings.epochs):
         loss = run.train_epoch(epoch, progress)
         metrics, _ = evaluate(run.ema_model, run.val_loader, device)

@@ -201,7 +201,9 @@ def _order_classes(root: Path, labels: List[Tuple[str, str]], known: Sequence[st
     if '' in classes:
         raise InputError(f'data folder {root} holds images outside of class folders')
     if len(classes) < 2:
-        raise InputError(f'data folder {root} holds one class, {classes[0]!r}, at least 2 are needed')
+        deep = any(Path(path).parent != root / classes[0] for path, _ in labels)
+        hint = f'; give {root / classes[0]} if that is the data folder' if deep else ''
+        raise InputError(f'data folder {root} holds one class, {classes[0]!r}, at least 2 are needed{hint}')
     return list(known) if sorted(known) == sorted(classes) else classes
 
 

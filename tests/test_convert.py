@@ -237,7 +237,7 @@ def test_damaged_checkpoint(last, tmp_path, damage, input_error):
 
 @pytest.mark.parametrize('content, match', [
     ({'epoch': 3}, 'holds no weights'), ([1, 2], 'holds no weights'), (torch.zeros(3), 'holds no weights'),
-    ({'state_dict': {'x': 'a text'}}, 'holds no weights'), ({'state_dict': {}}, 'is not of test_vt_resnet'),
+    ({'state_dict': {'x': 'a text'}}, 'holds no weights'), ({'state_dict': {}}, 'holds no weights'),
     ({'state_dict': {'fc.weight': torch.zeros(3, 128)}}, r'is not of test_vt_resnet with 3 classes: \d+ of its')])
 def test_content_that_is_no_checkpoint(tmp_path, content, match, input_error):
     torch.save(content, tmp_path / 'a.pth')
@@ -247,7 +247,7 @@ def test_content_that_is_no_checkpoint(tmp_path, content, match, input_error):
 
 @pytest.mark.parametrize('arguments, match', [
     ({'model': 'no_such_model'}, "'no_such_model' is neither"),
-    ({'model': 'vt_resnet18'}, 'is not of vt_resnet18 with 3 classes: .* of its weights differ, the first is'),
+    ({'model': 'vt_resnet18'}, 'is not of vt_resnet18 with 3 classes: .* of its weights differ, the first missing is'),
     ({'num_classes': 7}, r'is not of test_vt_resnet with 7 classes: 2 of its weights differ, the first is fc\.weight'),
     ({'model_kwargs': {'no_such_argument': 1}}, 'asks for a test_vt_resnet that cannot be made: .*no_such_argument'),
     ({'model': 3}, 'does not say of which model'),

@@ -151,7 +151,7 @@ def test_coremltools(form, x):
 
 @pytest.mark.parametrize('form', ['classifier', 'classifier, inference form'])
 def test_torch_pruning_of_the_trunk(form, x):
-    """Its graph of dependencies has no products of two activations: the stage is left out, as docs/libraries.md says."""
+    """Its graph of dependencies has no products of two activations, so the stage is left out (docs/libraries.md)."""
     pruning = tool('torch_pruning')
     model = MODELS[form]()
     before = count_parameters(model)
@@ -176,4 +176,5 @@ def test_compile_with_free_sizes(form):
     model = MODELS[form]()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for size in ((2, 64, 64), (3, 96, 64), (1, 64, 128)):
-        torch.testing.assert_close(outputs(compiled, images(*size)), outputs(model, images(*size)), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            outputs(compiled, images(*size)), outputs(model, images(*size)), rtol=1e-3, atol=1e-3)

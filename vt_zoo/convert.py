@@ -1,19 +1,21 @@
-"""Checkpoints of timm's train.py as folders in timm's hub layout."""
+"""Checkpoints of timm's train.py and of other programs as folders in timm's hub layout."""
 import argparse
+import logging
 import pickle
 import re
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Collection, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict, create_model, get_pretrained_cfg
+from timm.models import create_model, get_pretrained_cfg
 
 from .checkpoint import check_name, write_model
 from .errors import InputError, first_line
@@ -29,6 +31,14 @@ _ARGUMENTS = (
     'decay_rate', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'aug_repeats', 'reprob', 'mixup',
     'cutmix', 'smoothing', 'bce_loss', 'drop', 'drop_path', 'model_ema', 'model_ema_decay', 'model_ema_warmup',
     'amp', 'amp_dtype', 'seed', 'kd_model_name', 'task_loss_weight', 'distill_loss_weight')
+
+# Names under which programs save weights, and moving averages of them
+WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'network', 'weights', 'params', 'module')
+AVERAGES = ('state_dict_ema', 'model_ema', 'ema', 'ema_state_dict', 'model_ema_state_dict', 'ema_model', 'params_ema')
+AVERAGE = re.compile(r'(^|[._])(ema|swa|avg|average|averaged)([._]|$)')  # in a prefix
+WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')  # at any depth
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,27 +95,108 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         raise InputError(f'checkpoint {path} is damaged or no checkpoint: {first_line(e)[:150]}') from e
 
 
-def _select_weights(checkpoint: Any, ema: Optional[bool], path: Path) -> tuple:
+def _read_arguments(checkpoint: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, int]]:
+    """Arguments of train.py, where it wrote the checkpoint, and the side of the images, where another program did."""
+    args = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
+    if 'arch' in checkpoint:
+        return args, {}
+    size = args.get('input_size')  # of DeiT and its descendants
+    return {}, {'img_size': size} if isinstance(size, int) else {}
+
+
+def _find_weights(content: Dict[str, Any], names: Sequence[str]) -> Optional[Dict[str, torch.Tensor]]:
+    """The state dict under the first of these names that has one, directly or below another of `WEIGHTS`."""
+    for name in names:
+        value = content.get(name)
+        if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+            return value
+        inner = _find_weights(value, WEIGHTS) if isinstance(value, dict) else None
+        if inner is not None:
+            return inner
+    return None
+
+
+def _select_weights(checkpoint: Any, ema: Optional[bool], path: Path) -> Tuple[Dict[str, torch.Tensor], bool]:
     """The state dict that is asked for, and whether it is the moving average."""
-    if not isinstance(checkpoint, dict):
-        raise InputError(f'checkpoint {path} holds no weights')
-    has_ema = isinstance(checkpoint.get('state_dict_ema'), dict)
-    if ema and not has_ema:
-        raise InputError(f'checkpoint {path} holds no moving average: leave --ema out')
-    use_ema = has_ema if ema is None else ema
-    state_dict = checkpoint.get('state_dict_ema' if use_ema else 'state_dict', checkpoint)
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise InputError(f'checkpoint {path} holds no weights')
-    return clean_state_dict(state_dict), use_ema
+    average = _find_weights(checkpoint, AVERAGES) if isinstance(checkpoint, dict) and ema is not False else None
+    weights = _find_weights({'': checkpoint}, ['']) if average is None else average
+    if weights is None:
+        raise InputError(f'checkpoint {path} holds no weights, neither as it is nor under {", ".join(WEIGHTS)}')
+    return {WRAPPERS.sub('', key): value for key, value in weights.items()}, average is not None
 
 
-def _create_model(name: str, args: Dict[str, Any], state_dict: Dict[str, torch.Tensor], path: Path) -> nn.Module:
-    """The model as train.py makes it, with the weights."""
+def _count_by_prefix(state_dict: Dict[str, torch.Tensor], own: Collection[str]) -> Counter:
+    """How many of a model's weights a state dict has below each prefix, '' among them."""
+    counts: Counter = Counter({'': 0})
+    for key in state_dict:
+        words = key.split('.')
+        for i in range(len(words)):
+            name = '.'.join(words[i:])
+            if name in own:
+                counts[key[:len(key) - len(name)]] += 1
+    return counts
+
+
+def _select_prefix(counts: Counter, num_weights: int, ema: Optional[bool], path: Path) -> str:
+    """The prefix below which the model is; where it is below none, that with the most of its weights."""
+    complete = [prefix for prefix, count in counts.items() if count == num_weights]
+    if len(complete) < 2:
+        return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
+    averages = [prefix for prefix in complete if AVERAGE.search(prefix)]
+    wanted = averages if averages and ema is not False else [p for p in complete if p not in averages]
+    if len(wanted) != 1:
+        raise InputError(
+            f'checkpoint {path} holds the model {len(complete)} times, below {", ".join(map(repr, sorted(complete)))}: '
+            'save the state dict of one of them')
+    return wanted[0]
+
+
+def _unwrap(
+        state_dict: Dict[str, torch.Tensor],
+        model: nn.Module,
+        name: str,
+        ema: Optional[bool],
+        path: Path,
+) -> Tuple[Dict[str, torch.Tensor], str]:
+    """The model's weights in a state dict that may hold it below a prefix, as Lightning's does, and that prefix."""
+    own = model.state_dict()
+    prefix = _select_prefix(_count_by_prefix(state_dict, own), len(own), ema, path)
+    weights = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    missing, unexpected = [k for k in own if k not in weights], [k for k in weights if k not in own]
+    differing = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+    if missing or unexpected:
+        firsts = [f'the first {kind} is {keys[0]}' for kind, keys in (('missing', missing), ('unexpected', unexpected))
+                  if keys]
+        reason = f'{", ".join(firsts)}, {f"below the prefix {prefix!r}" if prefix else "without a prefix"}'
+        differing = missing + unexpected
+    elif differing:
+        key = differing[0]
+        reason = f'the first is {key} of shape {list(weights[key].shape)} instead of {list(own[key].shape)}'
+    if differing:
+        raise InputError(
+            f'checkpoint {path} is not of {name} with {model.num_classes} classes: {len(differing)} of its weights '
+            f'differ, {reason}')
+    others = [key for key in state_dict if not key.startswith(prefix)]
+    if others:
+        more = f' and {len(others) - 1} more' if len(others) > 1 else ''
+        _logger.info(f'the model is what is below {prefix!r}, left out: {others[0]}{more}')
+    return weights, prefix
+
+
+def _create_model(
+        name: str,
+        args: Dict[str, Any],
+        state_dict: Dict[str, torch.Tensor],
+        ema: Optional[bool],
+        path: Path,
+) -> Tuple[nn.Module, str]:
+    """The model as train.py makes it, with the weights, and the prefix below which they are."""
     check_name(name)
     num_classes = args.get('num_classes')
-    classifier = state_dict.get(f'{get_pretrained_cfg(name).classifier}.weight')
-    if num_classes is None and classifier is not None:
-        num_classes = len(classifier)
+    classifier = f'{get_pretrained_cfg(name).classifier}.weight'
+    found = sorted((key for key in state_dict if f'.{key}'.endswith(f'.{classifier}')), key=len)
+    if num_classes is None and found:
+        num_classes = len(state_dict[found[0]])
     try:
         in_chans = args.get('in_chans') or (args.get('input_size') or [3])[0]
         model = create_model(
@@ -113,19 +204,15 @@ def _create_model(name: str, args: Dict[str, Any], state_dict: Dict[str, torch.T
             **args.get('model_kwargs') or {})
     except Exception as e:  # arguments are the checkpoint's own and may be anything
         raise InputError(f'checkpoint {path} asks for a {name} that cannot be made: {first_line(e)}') from e
+    state_dict, prefix = _unwrap(state_dict, model, name, ema, path)
     own = model.state_dict()
-    differing = sorted(own.keys() ^ state_dict.keys()) or [k for k in own if own[k].shape != state_dict[k].shape]
-    if differing:
-        raise InputError(
-            f'checkpoint {path} is not of {name} with {model.num_classes} classes: {len(differing)} of its weights '
-            f'differ, the first is {differing[0]}')
     integral = [k for k in own if own[k].is_floating_point() and not state_dict[k].is_floating_point()]
     if integral:
         raise InputError(
             f'checkpoint {path} has weights {integral[0]} of type {state_dict[integral[0]].dtype}, which is not '
             f'floating point')
     model.load_state_dict(state_dict)
-    return model.eval()
+    return model.eval(), prefix
 
 
 def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, Any], use_ema: bool) -> Dict[str, Any]:
@@ -159,7 +246,9 @@ def convert(
     """Write a checkpoint as a folder in timm's hub layout, with the arguments of its training.
 
     Args:
-        checkpoint: File of train.py (`last.pth.tar`, `model_best.pth.tar`, ...), or one with a state dict alone.
+        checkpoint: File of train.py (`last.pth.tar`, `model_best.pth.tar`, ...), or one with a state dict, by itself
+            or under a usual name (`model`, `model_state_dict`, ...). The model may be part of another module, as of
+            Lightning's: a prefix below which all of its weights are is taken off.
         out: Folder to write, which must not be there.
         name: Name of the model; the checkpoint's own where None.
         ema: Take the moving average, or the weights themselves; the moving average if there is one where None.
@@ -175,11 +264,16 @@ def convert(
         raise InputError(f'{out} is there already: choose another --out')
     content = read_checkpoint(path)
     state_dict, use_ema = _select_weights(content, ema, path)
-    args = vars(content['args']) if isinstance(content.get('args'), argparse.Namespace) else {}
+    args, img_size = _read_arguments(content)
     name = name or (content.get('arch') if args else None)
     if not isinstance(name, str):
         raise InputError(f'checkpoint {path} does not say of which model it is: add --model NAME')
-    model = _create_model(name, args, state_dict, path)
+    model, prefix = _create_model(name, args, state_dict, ema, path)
+    use_ema = use_ema or bool(AVERAGE.search(prefix))
+    if ema is not None and ema != use_ema:
+        raise InputError(
+            f'checkpoint {path} holds no moving average: leave --ema out' if ema else
+            f'checkpoint {path} holds a moving average alone: leave --no-ema out')
     if dtype is not None:
         model.to(dtype)
         for key, value in model.state_dict().items():
@@ -187,7 +281,7 @@ def convert(
                 raise InputError(f'weights {key} do not fit into {dtype}: use bfloat16, which has the range of float32')
     training = _describe_training(name, content, args, use_ema) if args else None
     try:
-        data_config = resolve_data_config(args, model=model)
+        data_config = resolve_data_config({**args, **img_size}, model=model)
         write_model(out, model, None, data_config, training, max_shard_size)
     except (AssertionError, TypeError, ValueError) as e:
         raise InputError(f'checkpoint {path} cannot be written as a model: {first_line(e)}') from e

@@ -24,7 +24,7 @@ from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .errors import InputError, first_line
 from .hub import find_hub_id
-from .images import ImageFolder, Split, find_split
+from .images import ImageFolder, Split, describe_split, find_split
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
@@ -130,13 +130,13 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
     common = {
         'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
         'interpolation': data_config['interpolation'], 'num_workers': workers, 'device': device,
-        'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # so that an epoch depends on its seed alone
+        'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # which would not learn of the epoch
     }
     try:
         train = create_loader(
-            ImageFolder(split.train), batch_size=min(settings.batch_size, len(split.train)), is_training=True,
-            scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
-            auto_augment=settings.aa, **common)
+            ImageFolder(split.train, seed=settings.seed), batch_size=min(settings.batch_size, len(split.train)),
+            is_training=True, scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip,
+            color_jitter=settings.color_jitter, auto_augment=settings.aa, **common)
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
@@ -193,6 +193,7 @@ class _Run:
     def train_epoch(self, epoch: int, progress: bool) -> float:
         """Train for one epoch and return the mean loss."""
         random_seed(self.settings.seed, epoch + 1)
+        self.train_loader.dataset.epoch = epoch
         self.model.train()
         update = epoch * len(self.train_loader)
         losses = []
@@ -260,7 +261,7 @@ def finetune(
     The weights that are validated and kept are the moving average, after the last epoch: picking the best epoch by the
     held-out images would make their accuracy look better than it is. After each epoch the whole state is written, so
     that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
-    machine.
+    machine, with any number of workers.
 
     A bare name of a model that has a trunk (`vt_resnet18`) starts from it if the hub can be reached, else new, which a
     warning says; a name with a tag (`vt_resnet18.untrained`) is what it says. A run that goes on needs no hub.
@@ -292,11 +293,13 @@ def finetune(
         raise InputError(f'device {device} is not to be had on this machine')
     start = time.monotonic()
 
-    split = find_split(data_dir, settings.val_fraction, settings.seed, progress)
-    if resume and not overwrite and checkpoint.exists():
-        tensors, metadata = read_tensors(checkpoint)
-        if 'start' not in metadata:
-            raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
+    goes_on = resume and not overwrite and checkpoint.exists()
+    tensors, metadata = read_tensors(checkpoint) if goes_on else ({}, {})
+    if goes_on and 'start' not in metadata:
+        raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
+    classes = metadata['fingerprint']['classes'] if goes_on else ()
+    split = find_split(data_dir, settings.val_fraction, settings.seed, progress, classes)
+    if goes_on:
         run = _Run(settings, metadata['start'], False, split, workers, device)
         run.load(tensors, metadata, out)
         _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')
@@ -307,6 +310,8 @@ def finetune(
     if overwrite:
         checkpoint.unlink(missing_ok=True)
 
+    if progress:
+        tqdm.write('\n'.join(describe_split(split)))
     for epoch in range(len(run.history), settings.epochs):
         loss = run.train_epoch(epoch, progress)
         metrics, _ = evaluate(run.ema_model, run.val_loader, device)

@@ -1,31 +1,32 @@
 """Folders of images: finding, checking and opening the files.
 
-A folder is read as timm's ImageFolder reader reads it: a subfolder a class, in natural order, under `train/` and `val/`
-(or `validation/`), with timm's image extensions. Opening differs from timm's in what a person would see: EXIF
-orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of clipped, and what has no
-known white (floating point) is refused.
+What is a class in a folder, and in which order, is in `vt_zoo.folders`. Opening differs from timm's in what a person
+would see: EXIF orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of clipped, and
+what has no known white (floating point) is refused.
 """
 import logging
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch.utils.data
 from PIL import ExifTags, Image, ImageOps
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from .errors import InputError
+from .folders import check_classes, find_labels, find_parts, is_part, name_order
+from .seeding import seed_of, seeded
 
-__all__ = ['ImageFolder', 'Split', 'find_split', 'load_image', 'load_upright']
+__all__ = ['ImageFolder', 'Split', 'describe_split', 'find_split', 'load_image', 'load_upright']
 
 _logger = logging.getLogger(__name__)
 
 Sample = Tuple[str, int]
+MOST_NAMED = 20  # classes that `describe_split` names one by one
 
 BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339  # tags of TIFF
 WHITE_IS_ZERO, YCBCR = 0, 6  # of PHOTOMETRIC
@@ -117,18 +118,39 @@ def _grey_of_8_bits(image: Image.Image, white: int, inverted: bool) -> Image.Ima
 
 @dataclass
 class Split:
-    """Training and held-out images of a folder: (path, class index) pairs, and the names of the classes."""
+    """Images of a folder: (path, class index) pairs, and the names of the classes.
+
+    Attributes:
+        classes: In the order of their indices.
+        train: Images to train on.
+        val: Held-out images.
+        test: Images that are neither, none of them looked at; the index is -1 where the folder is none of the classes.
+    """
     classes: List[str]
     train: List[Sample]
     val: List[Sample]
+    test: List[Sample] = field(default_factory=list)
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`."""
+    """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`.
 
-    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None) -> None:
+    What a transform draws is a function of seed, epoch and index, whichever process draws it.
+
+    Args:
+        samples: The files.
+        transform: Called with the image. May be set later.
+        seed: Of what it draws.
+
+    Attributes:
+        epoch: Which pass over the images this is. To be set before each.
+    """
+
+    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None, seed: int = 0) -> None:
         self.samples = samples
         self.transform = transform
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -136,7 +158,10 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
         image = load_image(path)
-        return image if self.transform is None else self.transform(image), target
+        if self.transform is None:
+            return image, target
+        with seeded(seed_of(self.seed, self.epoch * len(self) + index)):
+            return self.transform(image), target
 
 
 def _split_by_class(samples: List[Sample], fraction: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
@@ -168,56 +193,87 @@ def _readable(samples: List[Sample], progress: bool) -> List[Sample]:
     return [s for s, e in zip(samples, errors) if e is None]
 
 
-def find_split(root: Union[str, Path], val_fraction: float = 0.2, seed: int = 0, progress: bool = False) -> Split:
+def find_split(
+        root: Union[str, Path],
+        val_fraction: float = 0.2,
+        seed: int = 0,
+        progress: bool = False,
+        classes: Sequence[str] = (),
+) -> Split:
     """Find the images of a folder and check that each opens.
 
     Args:
-        root: Holds `train/` and `val/` (or `validation/`), or else the class folders themselves, which are then split.
+        root: Holds `train/` and `val/` (or `training/`, `valid/`, `validation/`, in any case), or else the class
+            folders themselves, which are then split. `test/` (or `testing/`, `evaluation/`) is a part of its own
+            beside them. See `vt_zoo.folders` for what is a class.
         val_fraction: Share of each class held out where there is no `val/`.
         seed: Of that split.
         progress: Show a progress bar.
+        classes: Order of the classes of a run that goes on; taken where the folder has the same classes.
 
     Returns:
-        The split, without the files that cannot be opened, of which each is named in a warning.
+        The split, without the files that cannot be opened, of which each is named in a warning. Those of `test/` are
+        not opened.
 
     Raises:
-        InputError: The folder is missing, holds no images or fewer than two classes, a class is left without images, or
-            `val/` has a class that `train/` has not.
+        InputError: The folder is missing, holds no images or fewer than two classes, a class is left without images,
+            `val/` has a class that `train/` has not, or folders may be parts of the data as well as classes.
     """
     root = Path(root)
     if not root.is_dir():
         raise InputError(f'data folder {root} {"is not a folder" if root.exists() else "does not exist"}')
-    val_root = next((root / n for n in ('val', 'validation') if (root / n).is_dir()), None)
-    train_root = root / 'train' if (root / 'train').is_dir() else root
-    if (train_root == root) != (val_root is None):
-        raise InputError(f'data folder {root} must hold both train/ and val/, or neither and the class folders instead')
-
-    samples, class_to_idx = find_images_and_targets(str(train_root))
-    classes = list(class_to_idx)
-    if not samples:
-        raise InputError(f'data folder {train_root} holds no images in class folders')
-    if '' in class_to_idx:
-        raise InputError(f'data folder {train_root} holds images outside of class folders')
-    if len(classes) < 2:
-        raise InputError(f'data folder {train_root} holds one class, {classes[0]!r}, at least 2 are needed')
-    if val_root is not None:
-        val_samples, val_classes = find_images_and_targets(str(val_root))
-        unknown = sorted(set(val_classes) - set(classes))
-        if unknown or not val_samples:
-            raise InputError(
-                f'data folder {val_root} has the class {unknown[0]!r}, which {train_root} has not' if unknown else
-                f'data folder {val_root} holds no images in class folders')
-        val = _readable([(path, class_to_idx[list(val_classes)[t]]) for path, t in val_samples], progress)
+    parts = find_parts(root)
+    if ('train' in parts) != ('val' in parts):
+        found = ' and '.join(f'{path.name}/' for path in parts.values())
+        hint = f': give {parts["train"]} to hold out a share of it' if 'train' in parts else ''
+        raise InputError(
+            f'data folder {root} must hold both train/ and val/, or neither and the class folders instead, it holds '
+            f'{found}{hint}')
+    train_root, test_root = parts.get('train', root), parts.get('test')
+    labels = find_labels(train_root, without=None if 'train' in parts else test_root)
+    if 'train' not in parts and not is_part(root, 'train'):
+        check_classes(root, labels)
+    classes = _order_classes(train_root, labels, classes)
+    index = {name: target for target, name in enumerate(classes)}
+    if 'val' in parts:
+        val = _readable(_find_val(parts['val'], index, train_root), progress)
         if not val:
-            raise InputError(f'data folder {val_root} holds no image that can be read')
-    samples = _readable(samples, progress)
-    if val_root is None:
-        _check_counts(samples, classes, 2, train_root)
-        train, val = _split_by_class(samples, val_fraction, seed)
-    else:
+            raise InputError(f'data folder {parts["val"]} holds no image that can be read')
+    samples = _readable([(path, index[label]) for path, label in labels], progress)
+    if 'val' in parts:
         _check_counts(samples, classes, 1, train_root)
         train = samples
-    return Split(classes, train, val)
+    else:
+        _check_counts(samples, classes, 2, train_root)
+        train, val = _split_by_class(samples, val_fraction, seed)
+    test = [] if test_root is None else [(path, index.get(label, -1)) for path, label in find_labels(test_root)]
+    return Split(classes, train, val, test)
+
+
+def _order_classes(root: Path, labels: List[Tuple[str, str]], known: Sequence[str]) -> List[str]:
+    """Names of the classes of a folder, in the order that is known where they are the same."""
+    classes = sorted({label for _, label in labels}, key=name_order)
+    if not classes:
+        raise InputError(f'data folder {root} holds no images in class folders')
+    if '' in classes:
+        raise InputError(f'data folder {root} holds images outside of class folders')
+    if len(classes) < 2:
+        deep = any(Path(path).parent != root / classes[0] for path, _ in labels)
+        hint = f'; give {root / classes[0]} if that is the data folder' if deep else ''
+        raise InputError(f'data folder {root} holds one class, {classes[0]!r}, at least 2 are needed{hint}')
+    return list(known) if sorted(known) == sorted(classes) else classes
+
+
+def _find_val(root: Path, index: Dict[str, int], train_root: Path) -> List[Sample]:
+    labels = find_labels(root)
+    for path, label in labels:
+        if not label:
+            raise InputError(f'data folder {root} holds images outside of class folders, as {path}')
+        if label not in index:
+            raise InputError(f'data folder {root} has the class {label!r}, which {train_root} has not')
+    if not labels:
+        raise InputError(f'data folder {root} holds no images in class folders')
+    return [(path, index[label]) for path, label in labels]
 
 
 def _check_counts(samples: List[Sample], classes: List[str], at_least: int, root: Path) -> None:
@@ -226,3 +282,20 @@ def _check_counts(samples: List[Sample], classes: List[str], at_least: int, root
         if counts[target] < at_least:
             raise InputError(
                 f'class folder {root / name} holds {counts[target]} readable images, at least {at_least} are needed')
+
+
+def describe_split(split: Split) -> List[str]:
+    """A line for each part that there is, with its images by class; where classes are many, with the smallest alone."""
+    parts = (('train', split.train, ''), ('val', split.val, ''), ('test', split.test, '; not used'))
+    return [f'{name:<11}{_describe_counts(samples, split.classes)}{note}' for name, samples, note in parts if samples]
+
+
+def _describe_counts(samples: List[Sample], classes: List[str]) -> str:
+    counts = Counter(target for _, target in samples)
+    if len(classes) <= MOST_NAMED:
+        text = ', '.join(f'{name} ({counts[target]})' for target, name in enumerate(classes))
+    else:
+        smallest = min(range(len(classes)), key=lambda target: counts[target])
+        text = f'the smallest is {classes[smallest]} ({counts[smallest]})'
+    others = f', others ({counts[-1]})' if counts[-1] else ''
+    return f'{len(samples)} images of {len(classes)} classes: {text}{others}'

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from .analysis.subject import create_prepare
 from .checkpoint import whole
 from .errors import InputError
 from .export import check_out, check_packages, quiet, sentence
+from .folders import find_images
 from .images import load_image
 
 __all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']
@@ -172,7 +172,7 @@ def _read_metadata(file: Path) -> Dict[str, str]:
 def _draw_images(folder: Path, limit: int) -> List[str]:
     if not folder.is_dir():
         raise InputError(f'image folder {folder} {"is not a folder" if folder.exists() else "does not exist"}')
-    paths = [path for path, _ in find_images_and_targets(str(folder))[0]]
+    paths = find_images(folder)
     if not paths:
         raise InputError(f'image folder {folder} holds no images')
     return random.Random(0).sample(paths, min(limit, len(paths)))

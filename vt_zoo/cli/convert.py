@@ -1,7 +1,8 @@
 """Convert a checkpoint of timm's train.py to safetensors in timm's hub layout.
 
-CHECKPOINT is what train.py saves (last.pth.tar, model_best.pth.tar, ...), or a file with a state dict alone. It is read
-without running anything in it; a file that needs more is refused. DIR then loads with
+CHECKPOINT is what train.py saves (last.pth.tar, model_best.pth.tar, ...), or what other programs save: a state dict,
+alone or under a usual name (model, model_state_dict, ...), with the model below any prefix, as in Lightning's. It is
+read without running anything in it; a file that needs more is refused. DIR then loads with
 timm.create_model('local-dir:DIR', pretrained=True), in `vt-zoo predict` and in `vt-zoo publish`.
 """
 import argparse

@@ -1,7 +1,9 @@
 """Train a model on a folder of images, on CPU or one GPU.
 
-DATA_DIR holds train/ and val/ with a subfolder a class, or the class folders themselves, which are then split. A file
-that cannot be read as an image is named in a warning and left out. A run that was interrupted goes on with --resume.
+DATA_DIR holds train/ and val/ (or training/, valid/, validation/, in any case) with a subfolder a class, or the class
+folders themselves, which are then split; test/ beside them is left alone. Pictures in subfolders of a class folder
+belong to the class. The classes are printed before training begins. A file that cannot be read as an image is named in
+a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers.
 vt_resnet18, 34, 50 and 101 start from the trunk of a pretrained ResNet if the Hugging Face Hub can be reached.
 """
 import argparse
@@ -44,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--aa', default=DEFAULTS.aa, metavar='POLICY', help="timm's AutoAugment policy, as rand-m9-mstd0.5")
     add('--val-fraction', type=fraction, default=DEFAULTS.val_fraction, help='share held out where there is no val/')
     add('--seed', type=whole_number, default=DEFAULTS.seed, help='of weights, order and augmentation')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
+    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1),
+        help='processes that load images; the outcome is the same with any number')
     add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
     add('--precision', choices=['auto', 'float32', 'bfloat16', 'float16'], default=DEFAULTS.precision,
         help='of the arithmetic in training; auto is mixed precision on a GPU')

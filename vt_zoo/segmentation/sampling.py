@@ -8,12 +8,9 @@ from typing import Any, Iterator, List, Tuple
 import torch
 from torch.utils.data import Dataset
 
-__all__ = ['IterationBatches', 'SeededDataset', 'seed_of']
+from ..seeding import seed_of, seeded
 
-
-def seed_of(seed: int, count: int) -> int:
-    """The seed of a run's sample number `count`."""
-    return (seed * 10 ** 12 + count) % 2 ** 63
+__all__ = ['IterationBatches', 'SeededDataset']
 
 
 class IterationBatches:
@@ -63,13 +60,12 @@ class IterationBatches:
 
 
 class SeededDataset(Dataset):
-    """A data set whose items are drawn with a seed: `self[index, seed]`. Torch's generator is as before afterwards."""
+    """A data set whose items are drawn with a seed: `self[index, seed]`. The generators are as before afterwards."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, key: Tuple[int, int]) -> Any:
         index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return self.dataset[index]

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from ..checkpoint import check_input_size, read_tensors, write_tensors
 from ..errors import InputError, first_line
 from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
+from ..seeding import seed_of
 from .datasets import SegmentationDataset, load_dataset
 from .evaluate import SegmentMetrics, evaluate, read_batches
 from .label_counts import check_classes, count_labels, describe_absent, describe_counts
 from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
-from .sampling import IterationBatches, SeededDataset, seed_of
+from .sampling import IterationBatches, SeededDataset
 from .schedule import learning_rate
 from .settings import SegmentSettings
 from .transforms import eval_transform, train_transform

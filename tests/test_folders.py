@@ -1,0 +1,175 @@
+"""Folders of pictures as people have them: what is a class, what is a part, in which order."""
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torchvision
+from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from vt_zoo.folders import find_images
+from vt_zoo.images import describe_split, find_split
+
+TIES = ['a', 'A', '1', '01', 'b 2', 'B 02', 'b 10', 'É', 'é', '5²', '²']
+
+
+def make(root, *names, count=2):
+    """Pictures 0.png, 1.png, ... in folders."""
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new('RGB', (4, 4), (i, 0, 0)).save(root / name / f'{i}.png')
+
+
+def counted(samples, classes):
+    return dict(Counter(classes[target] for _, target in samples))
+
+
+def test_order_of_names_that_tie(tmp_path):
+    """In timm it is that of a set, which is another in each process."""
+    make(tmp_path, *TIES)
+    assert find_split(tmp_path).classes == ['01', '1', '5²', 'A', 'a', 'B 02', 'b 2', 'b 10', '²', 'É', 'é']
+
+
+def test_order_does_not_depend_on_that_of_the_disk(tmp_path):
+    for name, order in (('one', TIES), ('two', TIES[::-1])):
+        make(tmp_path / name, *order)
+    one, two = (find_split(tmp_path / name) for name in ('one', 'two'))
+    assert one.classes == two.classes
+    for part in ('train', 'val'):
+        assert [path.replace('/one/', '/two/') for path, _ in getattr(one, part)] == [
+            path for path, _ in getattr(two, part)]
+
+
+def test_order_is_that_of_timm_where_no_names_tie(tmp_path):
+    make(tmp_path, 'Zebra', 'ant', '10', '9', 'a_b', 'a-b', 'ab', '٣', 'x1y10', 'x1y9')
+    split, reader = find_split(tmp_path), ReaderImageFolder(str(tmp_path))
+    assert split.classes == list(reader.class_to_idx)
+    assert find_images(tmp_path) == [path for path, _ in reader.samples]
+
+
+def test_order_of_names_that_tie_is_given_to_timm(tmp_path):
+    """By `--class-map`, as docs/training.md says."""
+    names = [name for name in TIES if '²' not in name]  # which timm cannot sort at all
+    make(tmp_path, *names)
+    classes = find_split(tmp_path).classes
+    (tmp_path / 'classes.txt').write_text('\n'.join(classes), encoding='utf-8')
+    reader = ReaderImageFolder(str(tmp_path), class_map='classes.txt')
+    assert [reader.class_to_idx[name] for name in classes] == list(range(len(names)))
+    assert {(Path(path).parent.name, target) for path, target in reader.samples} == set(reader.class_to_idx.items())
+
+
+@pytest.mark.parametrize('train, val', [('train', 'val'), ('Training', 'VALID'), ('TRAIN', 'Validation')])
+def test_first_level_is_the_class(tmp_path, train, val):
+    for part in (train, val):
+        make(tmp_path / part, 'cat/camera1', 'cat/camera2', 'dog/camera1', 'dog/camera2/day', 'dog')
+    split = find_split(tmp_path)
+    assert split.classes == ['cat', 'dog']
+    for part, samples in ((train, split.train), (val, split.val)):
+        assert counted(samples, split.classes) == {'cat': 4, 'dog': 6}
+        assert {Path(path).relative_to(tmp_path).parts[0] for path, _ in samples} == {part}
+
+
+def test_classes_are_those_of_torchvision(tmp_path):
+    make(tmp_path / 'train', 'cat', 'cat/augmented/2', 'dog/camera1', 'dog/camera2', 'ant/camera1')
+    theirs = torchvision.datasets.ImageFolder(str(tmp_path / 'train'))
+    split = find_split(tmp_path / 'train')
+    assert {(path, split.classes[target]) for path, target in split.train + split.val} == {
+        (path, theirs.classes[target]) for path, target in theirs.samples}
+
+
+def test_subfolders_of_class_folders(tmp_path):
+    make(tmp_path, 'cat', 'cat/augmented', 'dog', 'dog/augmented', 'bird/sparrow', 'bird/wren')
+    split = find_split(tmp_path)
+    assert counted(split.train + split.val, split.classes) == {'bird': 4, 'cat': 4, 'dog': 4}
+
+
+def test_folder_that_is_called_train_holds_classes_alone(tmp_path):
+    make(tmp_path / 'Train', 'cat/camera1', 'cat/camera2', 'dog/camera1', 'dog/camera2')
+    assert find_split(tmp_path / 'Train').classes == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('test', ['test', 'Testing', 'evaluation'])
+def test_test_part_is_not_trained_on(tmp_path, test):
+    for part in ('train', 'val', test):
+        make(tmp_path / part, 'cat', 'dog')
+    make(tmp_path / test, 'zebra')
+    split = find_split(tmp_path)
+    assert not [path for path, _ in split.train + split.val if f'/{test}/' in path]
+    assert [(Path(path).parts[-3:-1], target) for path, target in split.test] == [
+        ((test, name), target) for name, target in (('cat', 0), ('dog', 1), ('zebra', -1)) for _ in range(2)]
+
+
+def test_test_part_beside_class_folders(tmp_path):
+    make(tmp_path, 'cat', 'dog', 'test')
+    split = find_split(tmp_path)
+    assert split.classes == ['cat', 'dog']
+    assert (len(split.train), len(split.val), [target for _, target in split.test]) == (2, 2, [-1, -1])
+
+
+def test_what_systems_leave_behind_is_no_picture(tmp_path, caplog):
+    make(tmp_path, 'cat', 'dog', '.ipynb_checkpoints', 'cat/.thumbnails', '__MACOSX/cat', 'dog/@eaDir/0.png')
+    (tmp_path / 'cat' / '._0.png').write_bytes(b'\0\5\26\7')
+    split = find_split(tmp_path)
+    assert counted(split.train + split.val, split.classes) == {'cat': 2, 'dog': 2}
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('folders, match', [
+    (['Training/cat', 'Training/dog', 'Testing/cat', 'Testing/dog'],
+     'it holds Testing/ and Training/: give .*Training to hold out a share of it'),
+    (['train/cat', 'train/dog', 'test/cat'], 'must hold both train/ and val/.*holds test/ and train/'),
+    (['val/cat', 'val/dog', 'test/cat'], 'must hold both train/ and val/.*holds test/ and val/'),
+    (['valid', 'invalid'], 'must hold both train/ and val/.*holds valid/'),
+    (['train/a', 'train/b', 'val/a', 'Validation/b'], 'has both Validation/ and val/, one is needed'),
+    (['fold1/cat', 'fold1/dog', 'fold2/cat', 'fold2/dog'], 'has cat/ in fold1/ and in fold2/: if these are parts'),
+    (['x/deep/cat', 'x/deep/dog', 'y/cat', 'y/dog'], 'has cat/ in x/ and in y/: if these are parts'),
+    (['seg_train/seg_train/sea', 'seg_train/seg_train/wood', 'seg_test/seg_test/sea'],
+     'has seg_test/, which reads like a part of the data'),
+    (['training_set/cats', 'training_set/dogs', 'test_set'], 'has test_set/, which reads like a part of the data'),
+    (['cat', 'dog', 'Validation Images'], 'has Validation Images/, which reads like a part of the data'),
+    (['archive/train/cat', 'archive/train/dog', 'archive/val/cat'], "one class, 'archive', .*; give .*archive if that"),
+    (['cat/camera1', 'cat/camera2', 'dog/camera1'], 'has camera1/ in cat/ and in dog/.*call the data folder train/'),
+    (['train/cat', 'train/dog', 'val/Cat', 'val/dog'], "val has the class 'Cat', which .*train has not"),
+    (['train/cat', 'train/dog', 'val'], 'val holds images outside of class folders'),
+    (['test/cat', 'test/dog'], 'holds no images in class folders'),
+])
+def test_folders_of_which_the_classes_are_not_known(tmp_path, folders, match, input_error):
+    make(tmp_path, *folders)
+    with input_error(match):
+        find_split(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['bullet train', 'test tube', 'data', 'setter', 'part 1', 'validated'])
+def test_class_that_reads_only_somewhat_like_a_part(tmp_path, name):
+    make(tmp_path, name, 'cat')
+    assert name in find_split(tmp_path).classes
+
+
+def test_description(tmp_path):
+    for part in ('train', 'val'):
+        make(tmp_path / part, 'cat')
+    make(tmp_path / 'train', 'dog', count=3)
+    make(tmp_path / 'test', 'cat', 'new')
+    assert describe_split(find_split(tmp_path)) == [
+        'train      5 images of 2 classes: cat (2), dog (3)',
+        'val        2 images of 2 classes: cat (2), dog (0)',
+        'test       4 images of 2 classes: cat (2), dog (0), others (2); not used']
+
+
+def test_description_of_many_classes(tmp_path):
+    make(tmp_path, *map(str, range(21)), count=4)
+    make(tmp_path, '7', count=3)
+    (tmp_path / '7' / '3.png').unlink()
+    train, val = describe_split(find_split(tmp_path, 0.25))
+    assert train == 'train      62 images of 21 classes: the smallest is 7 (2)'
+    assert val == 'val        21 images of 21 classes: the smallest is 0 (1)'
+
+
+def test_command_prints_the_classes_before_it_trains(command, few_digits, tiny_arguments, tmp_path):
+    out = command('finetune', few_digits, *tiny_arguments, '--epochs', '1', '--out', tmp_path / 'run').stdout
+    lines = out.splitlines()
+    assert lines[:2] == [
+        'train      36 images of 3 classes: 0 (12), 1 (12), 2 (12)',
+        'val        18 images of 3 classes: 0 (6), 1 (6), 2 (6)']
+    assert lines[2].startswith('epoch')

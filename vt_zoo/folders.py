@@ -1,0 +1,121 @@
+"""Pictures in folders: which are parts of the data, which are classes, in an order that depends on the names alone.
+
+The first level below the folder, or below its parts, is the class, as torchvision has it; pictures in subfolders belong
+to it. The order is timm's, natural and without regard to case; names that tie in it (`A` and `a`, `1` and `01`), whose
+order in timm changes from process to process, are ordered by themselves. Hidden files and folders are left out, as are
+`__MACOSX` and `@eaDir`, in which systems keep copies.
+"""
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
+
+from timm.data.readers.img_extensions import get_img_extensions
+
+from .errors import InputError
+
+__all__ = ['check_classes', 'find_images', 'find_labels', 'find_parts', 'is_part', 'name_order']
+
+PARTS = {
+    'train': ('train', 'training'),
+    'val': ('val', 'valid', 'validation'),
+    'test': ('test', 'testing', 'evaluation'),
+}
+COPIES = ('__MACOSX', '@eaDir')
+
+_FILLER = '(data|dataset|set|image|img|picture|photo|split|seg|part)s?'
+_LIKE_A_PART = re.compile(f'({_FILLER})*(train|training|val|valid|validation|test|testing|eval|evaluation)({_FILLER})*')
+
+
+def name_order(name: str) -> Tuple[list, str]:
+    """Key by which names are sorted: timm's natural order, ties broken by the name itself."""
+    words = re.split(r'(\d+)', name.lower())
+    return [int(word) if i % 2 else word for i, word in enumerate(words)], name
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith('.') or name in COPIES
+
+
+def find_images(folder: Union[str, Path]) -> List[str]:
+    """Paths of all image files in a folder and its subfolders, by timm's image extensions, in order of their names.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    def refuse(error: OSError) -> None:
+        raise error
+
+    extensions, paths = get_img_extensions(as_set=True), []
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        paths += [
+            os.path.join(root, name) for name in files
+            if os.path.splitext(name)[1].lower() in extensions and not _is_left_out(name)]
+    return sorted(paths, key=name_order)
+
+
+def find_parts(root: Path) -> Dict[str, Path]:
+    """Folders of the parts 'train', 'val' and 'test' of a data folder, those that are there, in any of their spellings.
+
+    Raises:
+        InputError: A part is there twice.
+    """
+    parts: Dict[str, Path] = {}
+    for path in sorted(p for p in root.iterdir() if p.is_dir()):
+        for part, names in PARTS.items():
+            if path.name.lower() not in names:
+                continue
+            if part in parts:
+                raise InputError(f'data folder {root} has both {parts[part].name}/ and {path.name}/, one is needed')
+            parts[part] = path
+    return parts
+
+
+def is_part(folder: Path, part: str) -> bool:
+    """Whether a folder has the name of a part of a data set."""
+    return folder.resolve().name.lower() in PARTS[part]
+
+
+def find_labels(folder: Path, without: Optional[Path] = None) -> List[Tuple[str, str]]:
+    """Images of a folder with the name of their class, that of the first folder below it; '' for those outside of one.
+
+    Args:
+        folder: Holds the class folders.
+        without: A folder in it that is none of them.
+    """
+    labels = []
+    for path in find_images(folder):
+        first, *rest = Path(path).relative_to(folder).parts
+        if without is None or first != without.name:
+            labels.append((path, first if rest else ''))
+    return labels
+
+
+def check_classes(root: Path, labels: Sequence[Tuple[str, str]]) -> None:
+    """Raise InputError where the folders in a data folder may be parts of the data instead of classes.
+
+    Args:
+        root: The data folder.
+        labels: What `find_labels` found in it.
+    """
+    classes = {label for _, label in labels}
+    for name in sorted(classes, key=name_order):
+        if _LIKE_A_PART.fullmatch(''.join(re.findall(r'[^\W\d_]', name.lower()))):
+            raise InputError(
+                f'data folder {root} has {name}/, which reads like a part of the data and not like a class: call parts '
+                'train/, val/ and test/, or give the class another name')
+    flat = {label for path, label in labels if Path(path).parent == root / label}
+    parents: Dict[str, Set[str]] = defaultdict(set)
+    for path, label in labels:
+        if label not in flat:
+            for name in Path(path).relative_to(root / label).parts[:-1]:
+                parents[name].add(label)
+    for name in sorted(parents, key=name_order):
+        if len(parents[name]) > 1:
+            first, second = sorted(parents[name], key=name_order)[:2]
+            raise InputError(
+                f'data folder {root} has {name}/ in {first}/ and in {second}/: if these are parts of the data, call '
+                f'them train/ and val/; if they are classes, take the pictures out of their subfolders, or call the '
+                'data folder train/')

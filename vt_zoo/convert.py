@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, create_model, get_pretrained_cfg
 
 from .checkpoint import check_name, write_model
@@ -187,7 +187,7 @@ def convert(
                 raise InputError(f'weights {key} do not fit into {dtype}: use bfloat16, which has the range of float32')
     training = _describe_training(name, content, args, use_ema) if args else None
     try:
-        data_config = resolve_data_config(args, model=model)
+        data_config = resolve_input_data_config(model, args)
         write_model(out, model, None, data_config, training, max_shard_size)
     except (AssertionError, TypeError, ValueError) as e:
         raise InputError(f'checkpoint {path} cannot be written as a model: {first_line(e)}') from e

@@ -9,18 +9,20 @@ import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import torch.utils.data
 from PIL import Image, ImageOps
+from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
 from .errors import InputError
 
-__all__ = ['ImageFolder', 'Split', 'find_split', 'load_image']
+__all__ = ['ImageFolder', 'Split', 'find_split', 'image_mode', 'image_transform', 'load_image']
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +60,38 @@ def load_image(path: Union[str, Path]) -> Image.Image:
         raise InputError(f'image {path} cannot be read: {reason}') from e
 
 
+def image_mode(channels: int) -> str:
+    """Pillow's mode of the images for a model of so many channels: 'RGB', or 'L' (grey) for one.
+
+    Raises:
+        InputError: The number is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise InputError(
+            f'the model takes images of {channels} channels, of an image file 1 (grey) or 3 (RGB) are made')
+    return 'L' if channels == 1 else 'RGB'
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
+
+
+def image_transform(data_config: Dict[str, Any], **kwargs) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's transform for inference, of images as `load_image` gives them.
+
+    Args:
+        data_config: As of `timm.data.resolve_data_config`. A model of one channel gets the image in grey.
+        **kwargs: More arguments of `timm.data.create_transform`.
+
+    Raises:
+        InputError: The model takes neither 1 nor 3 channels.
+    """
+    to_mode = partial(_convert, mode=image_mode(data_config['input_size'][0]))
+    transform = create_transform(**data_config, **kwargs)
+    transform.transforms.insert(0, to_mode)
+    return transform
+
+
 @dataclass
 class Split:
     """Training and held-out images of a folder: (path, class index) pairs, and the names of the classes."""
@@ -67,18 +101,25 @@ class Split:
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`."""
+    """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`.
 
-    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None) -> None:
+    Args:
+        samples: The files and their classes.
+        transform: Called with each image.
+        mode: Of the images, as of `image_mode`.
+    """
+
+    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None, mode: str = 'RGB') -> None:
         self.samples = samples
         self.transform = transform
+        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
-        image = load_image(path)
+        image = _convert(load_image(path), self.mode)
         return image if self.transform is None else self.transform(image), target
 
 

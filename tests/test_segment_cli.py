@@ -304,16 +304,19 @@ def test_predict(segment_command, segment_model, composed, tmp_path):
 
 @pytest.mark.parametrize('make, words', [
     (lambda folder: folder / 'missing.png', ['missing.png', 'does not exist']),
-    (lambda folder: folder, ['is a folder']),
+    (lambda folder: folder, ['holds no images']),
     (lambda folder: (folder / 'note.png').write_text('Hello') and folder / 'note.png', ['note.png', 'not an image']),
-    (lambda folder: folder / '00000.jpg', ['00000.jpg', 'same name']),
+    (lambda folder: Image.new('RGB', (48, 48)).save(folder / '00000.jpg') or folder / '00000.jpg',
+     ['00000.jpg', 'same name']),
 ])
 def test_predict_of_a_file_that_cannot_be_used(segment_command, picture, segment_model, tmp_path, make, words):
-    result = segment_command(
-        'segment', 'predict', picture, make(tmp_path), '--model', segment_model, '--out', tmp_path / 'out')
-    check_refused(result, *words)
-    assert result.stdout == ''
-    assert not (tmp_path / 'out').exists()
+    bad, out = make(tmp_path), tmp_path / 'out'
+    result = segment_command('segment', 'predict', picture, bad, '--model', segment_model, '--out', out)
+    check_refused(result, '1 of 2 images', code=1)
+    good, name, error = result.stdout.splitlines()
+    assert (good, name) == (f'{out}/00000_overlay.png  {out}/00000_classes.png', str(bad))
+    assert error.startswith('  error: ') and all(word in error for word in words)
+    assert sorted(p.name for p in out.iterdir()) == ['00000_classes.png', '00000_overlay.png']
 
 
 @pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place'])

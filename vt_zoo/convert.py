@@ -16,7 +16,7 @@ from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, create_model, get_pretrained_cfg
 
 from .checkpoint import check_name, write_model
-from .errors import InputError, first_line
+from .errors import InputError, check_utf8, first_line
 from .hub import find_hub_id
 
 __all__ = ['Converted', 'convert', 'read_checkpoint']
@@ -167,10 +167,12 @@ def convert(
         max_shard_size: As in `write_model`.
 
     Raises:
-        InputError: The checkpoint cannot be read or is not of this model, or `out` is there.
+        InputError: The checkpoint cannot be read or is not of this model, `out` is there, or its
+            name is not UTF-8.
         OSError: `out` cannot be written.
     """
     path, out = Path(checkpoint), Path(out)
+    check_utf8(out)
     if out.exists():
         raise InputError(f'{out} is there already: choose another --out')
     content = read_checkpoint(path)

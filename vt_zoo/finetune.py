@@ -168,8 +168,8 @@ class _Run:
         self.settings, self.start, self.device = settings, start, device
         model = _create_model(start, settings, len(split.classes), pretrained)
         model.to(device, memory_format=torch.channels_last)  # a training step on CPU is a third faster
-        size = {'img_size': settings.img_size} if settings.img_size else {}
-        self.data_config = resolve_data_config(size, model=model)
+        size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
+        self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
         self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
         self.task = ClassificationTask(

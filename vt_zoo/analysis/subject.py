@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 
 from ..checkpoint import load_model
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..images import image_transform
 
 __all__ = ['Subject', 'create_prepare', 'load_subject']
@@ -67,7 +67,7 @@ def load_subject(name_or_dir: str) -> Subject:
         return Subject(loaded.model, loaded.classes, preprocessing, True)
     model = load_model(name_or_dir)
     data_config = resolve_data_config({}, model=model)
-    classes = list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    classes = [printable(str(n)) for n in model.pretrained_cfg.get('label_names') or range(model.num_classes)]
     if len(classes) != model.num_classes:
         raise InputError(f'model {name_or_dir} has {model.num_classes} classes, its config.json names {len(classes)}')
     return Subject(model, classes, data_config, False)

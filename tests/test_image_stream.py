@@ -162,25 +162,49 @@ def test_reader_that_goes_away_amid_many(tiny_model, picture_of):
 
 @pytest.mark.parametrize('form', [[], ['--csv'], ['--json'], ['--jsonl']])
 @pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
-def test_names_that_the_console_cannot_print(tiny_model, my_model, picture_of, tmp_path, form, encoding):
-    """In process: what `vt-zoo` does to standard output is done to one of this encoding."""
+def test_names_that_the_console_cannot_print(command, my_model, picture_of, tmp_path, form, encoding):
     config = json.loads((my_model / 'config.json').read_text())
     config['label_names'] = ['Straße', '猫', os.fsdecode(b'caf\xe9')]
     (my_model / 'config.json').write_text(json.dumps(config))
     shutil.copy(picture_of, tmp_path / NOT_UTF8)
-    code = (f'import io, sys; sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding={encoding!r})\n'
-            'from vt_zoo.cli import main; sys.exit(main())')
-    result = subprocess.run(
-        [sys.executable, '-c', code, 'predict', tmp_path / NOT_UTF8, '--model', my_model, *form], capture_output=True)
-    assert (result.returncode, result.stderr) == (0, b'')
-    text = result.stdout.decode(encoding)
-    if 'json' in ''.join(form):
-        entry, = json.loads(text) if form == ['--json'] else [json.loads(text)]
+    result = command(
+        'predict', tmp_path / NOT_UTF8, '--model', my_model, *form,
+        before=f'import sys; sys.stdout.reconfigure(encoding={encoding!r})')
+    assert (result.code, result.stderr) == (0, '')
+    text = result.stdout.encode('utf-8', 'surrogateescape').decode(encoding)
+    if form in (['--json'], ['--jsonl']):
+        entry = json.loads(text)
+        entry, = entry if form == ['--json'] else [entry]
         assert entry['image'] == str(tmp_path / NOT_UTF8)
         assert {top['label'] for top in entry['top']} == set(config['label_names'])
     else:
         words = 'caf\\udce9.png', '\\u732b', 'Stra\\xdfe' if encoding == 'ascii' else 'Straße'
         assert all(word in text for word in words)
+
+
+def test_card_and_pictures_of_names_that_are_not_utf8(command, my_model, picture_of, tmp_path):
+    config = json.loads((my_model / 'config.json').read_text())
+    config['label_names'] = ['Straße', '猫', os.fsdecode(b'caf\xe9')]
+    (my_model / 'config.json').write_text(json.dumps(config))
+    result = command(
+        'publish', my_model, '--repo-id', 'a/b', '--out', tmp_path / 'out', '--dry-run',
+        before='import sys; sys.stdout.reconfigure(encoding="cp1252")')
+    assert result.code == 0, result.stderr
+    assert 'Straße, 猫, caf\\udce9' in (tmp_path / 'out' / 'README.md').read_text(encoding='utf-8')
+    shutil.copy(picture_of, tmp_path / NOT_UTF8)
+    assert command('tokens', tmp_path / NOT_UTF8, '--model', my_model, '--out', tmp_path / 'tokens').code == 0
+    assert os.fsdecode(b'caf\xe9_tokens.png') in os.listdir(tmp_path / 'tokens')
+
+
+@pytest.mark.parametrize('words', [
+    ['finetune', 'data', '--model', 'test_vt_resnet'], ['convert', 'last.pth.tar'],
+    ['export', 'test_vt_resnet', '--format', 'torchscript']])
+def test_places_that_libraries_could_not_read(command, few_digits, tmp_path, words):
+    """Refused before the work, not after it."""
+    shutil.copytree(few_digits, tmp_path / 'data')
+    result = command(*words, '--out', tmp_path / os.fsdecode(b'caf\xe9.pt'), cwd=tmp_path)
+    assert (result.code, os.listdir(tmp_path)) == (2, ['data'])
+    assert result.lines[-1].endswith('caf\\udce9.pt') and 'out must be a name in UTF-8' in result.lines[-1]
 
 
 @pytest.mark.parametrize('channels', [1, 4, 13])

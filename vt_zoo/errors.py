@@ -15,11 +15,11 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(name: str) -> str:
-    r"""A name of the file system as text that can be written as UTF-8: bytes that are none become `\udcff` and alike."""
+    r"""A name of a file as text that can be written as UTF-8: bytes that are none become `\udcff` and the like."""
     return name.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def check_utf8(out: Union[str, Path]) -> None:
-    """Raise InputError where a file or folder to write has a name that is not UTF-8, which some libraries cannot read."""
+    """Raise InputError where what is to be written has a name that is not UTF-8, which some libraries cannot read."""
     if printable(str(out)) != str(out):
         raise InputError(f'out must be a name in UTF-8, as the libraries that read it need, got {out}')

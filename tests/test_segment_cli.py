@@ -1,9 +1,11 @@
 """`vt-zoo segment`: what it prints, and one sentence and an exit code for each input that cannot be used."""
+import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +396,21 @@ def test_models_are_copied_without_their_run(segment_command, picture, segment_m
     """A folder of a model is all that is needed."""
     model = shutil.copytree(segment_model, tmp_path / 'model')
     assert segment_command('segment', 'predict', picture, '--model', model, '--out', tmp_path / 'out').code == 0
+
+
+def test_predict_of_a_folder_in_each_form(segment_command, segment_model, composed, tmp_path):
+    images = sorted((composed / 'images').rglob('*.png'))
+    names = [str(path.relative_to(composed / 'images')) for path in images]
+    expected = [
+        {'image': str(path), **{k: f'{tmp_path}/out/{n[:-4]}_{k}.png' for k in ('overlay', 'classes')}}
+        for path, n in zip(images, names)]
+    read = {
+        'json': json.loads, 'jsonl': lambda out: [json.loads(line) for line in out.splitlines()],
+        'csv': lambda out: [{k: v for k, v in row.items() if k != 'error'} for row in csv.DictReader(out.splitlines())]}
+    for form in read:
+        result = segment_command(
+            'segment', 'predict', composed / 'images', '--model', segment_model, '--out', tmp_path / 'out',
+            '--batch-size', 4, f'--{form}')
+        found = read[form](result.stdout)
+        assert found == expected
+    assert all(Path(entry[kind]).exists() for entry in expected for kind in ('overlay', 'classes'))

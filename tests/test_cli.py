@@ -246,20 +246,17 @@ def test_predict_odd_pictures(command, odd_pictures, tiny_model):
 
 @pytest.mark.parametrize('make, words', [
     (lambda folder: folder / 'missing.png', ['missing.png', 'does not exist']),
-    (lambda folder: folder, ['is a folder']),
+    (lambda folder: folder, ['holds no images']),
     (lambda folder: (folder / 'note.png').write_text('Hello') and folder / 'note.png', ['note.png', 'not an image']),
     (lambda folder: (folder / 'empty.png').touch() or folder / 'empty.png', ['empty.png', 'not an image']),
 ])
 def test_predict_of_a_file_that_is_no_image(command, picture, tiny_model, tmp_path, make, words):
-    result = command('predict', picture, make(tmp_path), '--model', tiny_model)
-    check_refused(result, *words)
-    assert result.stdout == ''
-
-
-def test_predict_of_a_truncated_image(command, picture, half_a_picture, tiny_model):
-    result = command('predict', picture, half_a_picture, '--model', tiny_model, '--json')
-    check_refused(result, half_a_picture)
-    assert result.stdout == ''
+    bad = make(tmp_path)
+    result = command('predict', bad, picture, '--model', tiny_model, '--top', 1)
+    check_refused(result, '1 of 2 images', code=1)
+    lines = result.stdout.splitlines()
+    assert [lines[0], lines[2]] == [str(bad), str(picture)] and len(lines) == 4
+    assert lines[1].startswith('  error: ') and all(word in lines[1] for word in words)
 
 
 @pytest.mark.parametrize('words', [
@@ -521,10 +518,14 @@ def test_ctrl_c_in_finetune_with_workers(
 
 def test_ctrl_c_in_predict(command, signal_at, few_digits, tiny_model):
     paths = sorted((few_digits / 'train').rglob('*.png'))
-    before = signal_at('vt_zoo.cli.predict.load_image', len(paths) + 5, signal.SIGINT)
+    before = signal_at('vt_zoo.cli.predict.check_input_size', 1, signal.SIGINT)
     result = command('predict', *paths, '--model', tiny_model, before=before)
     check_interrupted(result)
     assert result.stdout == ''
+    before = signal_at('vt_zoo.cli.results.json.dumps', 20, signal.SIGINT, after=True)
+    result = command('predict', *paths, '--model', tiny_model, '--jsonl', before=before)
+    check_interrupted(result)
+    assert [json.loads(line)['image'] for line in result.stdout.splitlines()] == [str(p) for p in paths[:19]]
 
 
 @pytest.mark.parametrize('function, call', [

@@ -311,3 +311,15 @@ def test_full_file_system(last, tmp_path):
     assert process.stdout == 'code 2\n'
     assert 'No space left on device' in process.stderr
     assert 'Traceback' not in process.stderr
+
+
+def test_one_channel_without_a_mean(tmp_path):
+    """As of `train.py --input-size 1 64 64`: what timm trains with is the average over the model's own channels."""
+    model = timm.create_model('test_vt_resnet', num_classes=3, in_chans=1)
+    args = argparse.Namespace(input_size=[1, 64, 64], in_chans=None, img_size=None, mean=None, std=None, num_classes=3)
+    torch.save({'arch': 'test_vt_resnet', 'args': args, 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    own = model.pretrained_cfg
+    assert cfg['input_size'] == [1, 64, 64]
+    assert (cfg['mean'], cfg['std']) == ([pytest.approx(sum(own['mean']) / 3)], [pytest.approx(sum(own['std']) / 3)])

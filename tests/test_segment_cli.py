@@ -1,9 +1,11 @@
 """`vt-zoo segment`: what it prints, and one sentence and an exit code for each input that cannot be used."""
+import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,16 +307,19 @@ def test_predict(segment_command, segment_model, composed, tmp_path):
 
 @pytest.mark.parametrize('make, words', [
     (lambda folder: folder / 'missing.png', ['missing.png', 'does not exist']),
-    (lambda folder: folder, ['is a folder']),
+    (lambda folder: folder, ['holds no images']),
     (lambda folder: (folder / 'note.png').write_text('Hello') and folder / 'note.png', ['note.png', 'not an image']),
-    (lambda folder: folder / '00000.jpg', ['00000.jpg', 'same name']),
+    (lambda folder: Image.new('RGB', (48, 48)).save(folder / '00000.jpg') or folder / '00000.jpg',
+     ['00000.jpg', 'same name']),
 ])
 def test_predict_of_a_file_that_cannot_be_used(segment_command, picture, segment_model, tmp_path, make, words):
-    result = segment_command(
-        'segment', 'predict', picture, make(tmp_path), '--model', segment_model, '--out', tmp_path / 'out')
-    check_refused(result, *words)
-    assert result.stdout == ''
-    assert not (tmp_path / 'out').exists()
+    bad, out = make(tmp_path), tmp_path / 'out'
+    result = segment_command('segment', 'predict', picture, bad, '--model', segment_model, '--out', out)
+    check_refused(result, '1 of 2 images', code=1)
+    good, name, error = result.stdout.splitlines()
+    assert (good, name) == (f'{out}/00000_overlay.png  {out}/00000_classes.png', str(bad))
+    assert error.startswith('  error: ') and all(word in error for word in words)
+    assert sorted(p.name for p in out.iterdir()) == ['00000_classes.png', '00000_overlay.png']
 
 
 @pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place'])
@@ -392,3 +397,21 @@ def test_models_are_copied_without_their_run(segment_command, picture, segment_m
     """A folder of a model is all that is needed."""
     model = shutil.copytree(segment_model, tmp_path / 'model')
     assert segment_command('segment', 'predict', picture, '--model', model, '--out', tmp_path / 'out').code == 0
+
+
+def test_predict_of_a_folder_in_each_form(segment_command, segment_model, composed, tmp_path):
+    images = sorted((composed / 'images').rglob('*.png'))
+    names = [str(path.relative_to(composed / 'images')) for path in images]
+    expected = [
+        {'image': str(path), **{k: f'{tmp_path}/out/{n[:-4]}_{k}.png' for k in ('overlay', 'classes')}}
+        for path, n in zip(images, names)]
+    read = {
+        'json': json.loads, 'jsonl': lambda out: [json.loads(line) for line in out.splitlines()],
+        'csv': lambda out: [{k: v for k, v in row.items() if k != 'error'} for row in csv.DictReader(out.splitlines())]}
+    for form in read:
+        result = segment_command(
+            'segment', 'predict', composed / 'images', '--model', segment_model, '--out', tmp_path / 'out',
+            '--batch-size', 4, f'--{form}')
+        found = read[form](result.stdout)
+        assert found == expected
+    assert all(Path(entry[kind]).exists() for entry in expected for kind in ('overlay', 'classes'))

@@ -7,12 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
+from vt_zoo.image_stream import find_images
 from vt_zoo.segmentation.model_files import load_segmentation_model
-from vt_zoo.segmentation.predict import draw_overlay, palette, predict_classes, predict_files
+from vt_zoo.segmentation.predict import draw_overlay, palette, predict_classes
+from vt_zoo.segmentation.predict import predict_files as stream
 
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def predict_files(loaded, paths, out, **kwargs):
+    """The paths that are written for files of which none is refused."""
+    results = list(stream(loaded, find_images(map(str, paths)), out, **kwargs))
+    assert [(r.path, r.error) for r in results] == [(str(p), None) for p in paths]
+    return [(r.overlay, r.classes) for r in results]
 
 
 @pytest.fixture(scope='module')
@@ -150,34 +159,42 @@ def test_transparent_and_grey_images(loaded, tmp_path):
     assert np.array_equal(grey, rgb)
 
 
-def test_two_images_of_one_name(loaded, pictures, tmp_path, input_error):
+def refused(loaded, paths, out, **kwargs):
+    """The one error among the results."""
+    error, = (r.error for r in stream(loaded, find_images(map(str, paths)), out, **kwargs) if r.error is not None)
+    return error
+
+
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_two_images_of_one_name(loaded, pictures, tmp_path, batch_size):
     (tmp_path / 'other').mkdir()
-    same = shutil.copy(pictures[0], tmp_path / 'other' / f'{pictures[0].stem}.jpg')
-    with input_error(f'{pictures[0]} and {same} would be written to the same name'):
-        predict_files(loaded, [pictures[0], same], tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
+    same = shutil.copy(pictures[1], tmp_path / 'other' / f'{pictures[0].stem}.jpg')
+    error = refused(loaded, [*pictures[:2], same], tmp_path / 'out', batch_size=batch_size)
+    assert error.startswith(f'image {same} would be written to the same name as an earlier one')
+    assert np.array_equal(
+        read(tmp_path / 'out' / f'{pictures[0].stem}_classes.png')[1], predict_classes(loaded, Image.open(pictures[0])))
 
 
-@pytest.mark.parametrize('content', [None, b'', b'text'])
-def test_image_that_cannot_be_read(loaded, pictures, tmp_path, content, input_error):
+@pytest.mark.parametrize('content', [None, b'', b'text', 'half'])
+def test_image_that_cannot_be_read(loaded, pictures, tmp_path, content):
     bad = tmp_path / 'bad.png'
     if content is not None:
-        bad.write_bytes(content)
-    with input_error(f'image {bad} '):
-        predict_files(loaded, [pictures[0], bad], tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
+        bad.write_bytes(pictures[0].read_bytes()[:-100] if content == 'half' else content)
+    assert refused(loaded, [pictures[0], bad, pictures[1]], tmp_path / 'out').startswith(f'image {bad} ')
+    assert len(os.listdir(tmp_path / 'out')) == 4
 
 
-def test_half_of_an_image(loaded, pictures, tmp_path, input_error):
-    pictures[1].write_bytes(pictures[1].read_bytes()[:-100])
-    with input_error(f'image {pictures[1]} cannot be read'):
-        predict_files(loaded, pictures, tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
+def test_images_of_several_sizes_in_one_batch(loaded, pictures, tmp_path):
+    Image.fromarray(noise(40, 60, 3)).save(tmp_path / 'wide.png')
+    paths = [pictures[0], tmp_path / 'wide.png', *pictures[1:4]]
+    one, many = (predict_files(loaded, paths, tmp_path / str(n), batch_size=n, workers=2) for n in (1, 5))
+    for (_, first), (_, second) in zip(one, many):
+        assert np.array_equal(read(first)[1], read(second)[1])
 
 
-def test_progress_of_many_images(loaded, pictures, tmp_path, capfd):
-    predict_files(loaded, pictures[:2], tmp_path / 'out')
-    predict_files(loaded, pictures, tmp_path / 'out', progress=False)
-    assert capfd.readouterr() == ('', '')
-    predict_files(loaded, pictures, tmp_path / 'out')
-    assert 'segmenting' in capfd.readouterr().err
+def test_folders_keep_their_subfolders(loaded, pictures, tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / 'in' / name).mkdir(parents=True)
+        shutil.copy(pictures[0], tmp_path / 'in' / name / 'x.png')
+    results = list(stream(loaded, find_images([str(tmp_path / 'in')]), tmp_path / 'out'))
+    assert [r.overlay for r in results] == [tmp_path / 'out' / name / 'x_overlay.png' for name in ('a', 'b')]

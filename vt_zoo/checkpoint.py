@@ -114,14 +114,14 @@ def write_model(
         save_for_hf(model, str(new), model_config=model_config, safe_serialization=True, data_config=data_config)
         if max_shard_size is not None:
             save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size)
-        config = json.loads((new / 'config.json').read_text())
+        config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
         drop_second_num_classes(config)
         config['pretrained_cfg'].pop('tag', None)  # of the weights that the model began with
         (new / 'config.json').write_text(json.dumps(config, indent=2))
 
 
 def _read_shard_index(folder: Path) -> Dict[str, str]:
-    shards = json.loads((folder / SHARD_INDEX).read_text())['weight_map']
+    shards = json.loads((folder / SHARD_INDEX).read_text(encoding='utf-8'))['weight_map']
     if not all(Path(shard).name == shard for shard in shards.values()):
         raise InputError(f'{SHARD_INDEX} names files outside of the folder')
     return shards

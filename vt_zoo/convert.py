@@ -18,7 +18,7 @@ from timm.data import resolve_data_config
 from timm.models import create_model, get_pretrained_cfg
 
 from .checkpoint import check_name, write_model
-from .errors import InputError, first_line
+from .errors import InputError, check_utf8, first_line
 from .hub import find_hub_id
 
 __all__ = ['Converted', 'convert', 'read_checkpoint']
@@ -235,6 +235,16 @@ def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, An
     return training
 
 
+def _data_config(model: nn.Module, args: Dict[str, Any]) -> Dict[str, Any]:
+    """timm's data config; mean and std that are of other channels than the model's are averaged, as train.py does."""
+    config = resolve_data_config(args, model=model)
+    for name in ('mean', 'std'):
+        values = config[name]
+        if len(values) not in (1, config['input_size'][0]):
+            config[name] = (sum(values) / len(values),)
+    return config
+
+
 def convert(
         checkpoint: Union[str, Path],
         out: Union[str, Path],
@@ -256,10 +266,12 @@ def convert(
         max_shard_size: As in `write_model`.
 
     Raises:
-        InputError: The checkpoint cannot be read or is not of this model, or `out` is there.
+        InputError: The checkpoint cannot be read or is not of this model, `out` is there, or its
+            name is not UTF-8.
         OSError: `out` cannot be written.
     """
     path, out = Path(checkpoint), Path(out)
+    check_utf8(out)
     if out.exists():
         raise InputError(f'{out} is there already: choose another --out')
     content = read_checkpoint(path)
@@ -281,7 +293,7 @@ def convert(
                 raise InputError(f'weights {key} do not fit into {dtype}: use bfloat16, which has the range of float32')
     training = _describe_training(name, content, args, use_ema) if args else None
     try:
-        data_config = resolve_data_config({**args, **img_size}, model=model)
+        data_config = _data_config(model, {**args, **img_size})
         write_model(out, model, None, data_config, training, max_shard_size)
     except (AssertionError, TypeError, ValueError) as e:
         raise InputError(f'checkpoint {path} cannot be written as a model: {first_line(e)}') from e

@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 from ._version import __version__
 from .analysis.subject import Subject, load_subject
 from .checkpoint import whole
-from .errors import InputError, first_line
+from .errors import InputError, check_utf8, first_line
 
 __all__ = [
     'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'export', 'quiet',
@@ -231,7 +231,9 @@ def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]
 
 
 def check_out(file_format: str, out: Path) -> None:
-    """Raise InputError where a file of this format cannot be written as `out`: another ending, there, no folder."""
+    """Raise InputError where a file of this format cannot be written as `out`: another ending or not UTF-8, there, no
+    folder."""
+    check_utf8(out)
     suffix = FORMATS[file_format].suffix
     if out.suffix != suffix:
         raise InputError(f'out must end in {suffix} for format {file_format}, got {out}')

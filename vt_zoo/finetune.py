@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
+from .device import choose_device
 from .errors import InputError, first_line
 from .hub import find_hub_id
-from .images import ImageFolder, Split, describe_split, find_split
+from .images import ImageFolder, Split, describe_split, find_split, image_mode
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
@@ -127,6 +128,7 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
 
 
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
+    mode = image_mode(data_config['input_size'][0])
     common = {
         'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
         'interpolation': data_config['interpolation'], 'num_workers': workers, 'device': device,
@@ -134,13 +136,13 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
     }
     try:
         train = create_loader(
-            ImageFolder(split.train, seed=settings.seed), batch_size=min(settings.batch_size, len(split.train)),
+            ImageFolder(split.train, mode=mode, seed=settings.seed), batch_size=min(settings.batch_size, len(split.train)),
             is_training=True, scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip,
             color_jitter=settings.color_jitter, auto_augment=settings.aa, **common)
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
-        ImageFolder(split.val), batch_size=settings.batch_size, crop_pct=data_config['crop_pct'], **common)
+        ImageFolder(split.val, mode=mode), batch_size=settings.batch_size, crop_pct=data_config['crop_pct'], **common)
     return train, val
 
 
@@ -168,8 +170,8 @@ class _Run:
         self.settings, self.start, self.device = settings, start, device
         model = _create_model(start, settings, len(split.classes), pretrained)
         model.to(device, memory_format=torch.channels_last)  # a training step on CPU is a third faster
-        size = {'img_size': settings.img_size} if settings.img_size else {}
-        self.data_config = resolve_data_config(size, model=model)
+        size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
+        self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
         self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
         self.model = model
@@ -288,9 +290,7 @@ def finetune(
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
         check_run_folder(checkpoint, model_dir, resume)
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise InputError(f'device {device} is not to be had on this machine')
+    device = choose_device(device)
     start = time.monotonic()
 
     goes_on = resume and not overwrite and checkpoint.exists()

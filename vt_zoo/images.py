@@ -9,19 +9,22 @@ import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch.utils.data
 from PIL import ExifTags, Image, ImageOps
+from timm.data import create_transform
 from tqdm import tqdm
 
 from .errors import InputError
 from .folders import check_classes, find_labels, find_parts, is_part, name_order
 from .seeding import seed_of, seeded
 
-__all__ = ['ImageFolder', 'Split', 'describe_split', 'find_split', 'load_image', 'load_upright']
+__all__ = [
+    'ImageFolder', 'Split', 'describe_split', 'find_split', 'image_mode', 'image_transform', 'load_image', 'load_upright']
 
 _logger = logging.getLogger(__name__)
 
@@ -116,6 +119,40 @@ def _grey_of_8_bits(image: Image.Image, white: int, inverted: bool) -> Image.Ima
     return grey
 
 
+def image_mode(channels: int) -> str:
+    """Pillow's mode of the images for a model of so many channels: 'RGB', or 'L' (grey) for one.
+
+    Raises:
+        InputError: The number is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise InputError(
+            f'the model takes images of {channels} channels, of an image file 1 (grey) or 3 (RGB) are made')
+    return 'L' if channels == 1 else 'RGB'
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
+
+
+def image_transform(data_config: Dict[str, Any], **kwargs) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's transform for inference, of images as `load_image` gives them.
+
+    Args:
+        data_config: As of `timm.data.resolve_data_config`. A model of one channel gets the image in grey.
+        **kwargs: More arguments of `timm.data.create_transform`.
+
+    Raises:
+        InputError: The model takes neither 1 nor 3 channels.
+    """
+    to_mode = partial(_convert, mode=image_mode(data_config['input_size'][0]))
+    transform = create_transform(**data_config, **kwargs)
+    transform.transforms.insert(0, to_mode)
+    return transform
+
+
+
+
 @dataclass
 class Split:
     """Images of a folder: (path, class index) pairs, and the names of the classes.
@@ -138,17 +175,25 @@ class ImageFolder(torch.utils.data.Dataset):
     What a transform draws is a function of seed, epoch and index, whichever process draws it.
 
     Args:
-        samples: The files.
-        transform: Called with the image. May be set later.
-        seed: Of what it draws.
+        samples: The files and their classes.
+        transform: Called with each image. May be set later.
+        mode: Of the images, as of `image_mode`.
+        seed: Of what the transform draws.
 
     Attributes:
         epoch: Which pass over the images this is. To be set before each.
     """
 
-    def __init__(self, samples: List[Sample], transform: Optional[Callable] = None, seed: int = 0) -> None:
+    def __init__(
+            self,
+            samples: List[Sample],
+            transform: Optional[Callable] = None,
+            mode: str = 'RGB',
+            seed: int = 0,
+    ) -> None:
         self.samples = samples
         self.transform = transform
+        self.mode = mode
         self.seed = seed
         self.epoch = 0
 
@@ -157,7 +202,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
-        image = load_image(path)
+        image = _convert(load_image(path), self.mode)
         if self.transform is None:
             return image, target
         with seeded(seed_of(self.seed, self.epoch * len(self) + index)):

@@ -10,6 +10,8 @@ import timm
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .errors import printable
+
 __all__ = ['UNKNOWN', 'create_card']
 
 UNKNOWN = 'unknown'
@@ -172,4 +174,4 @@ def create_card(
         arguments=_table('arguments', {**training.get('arguments', {}), **training.get('versions', {})}),
         result=_result(training), license=license_id or UNKNOWN)
     header = _metadata(repo_id, training, license_id, dataset).to_yaml()
-    return ModelCard(f'---\n{header}\n---\n{text}{_CITATION if is_ours else ""}')
+    return ModelCard(printable(f'---\n{header}\n---\n{text}{_CITATION if is_ours else ""}'))

@@ -73,7 +73,7 @@ def write_release(
         raise InputError(f'{out} is there already: choose another --out')
     model = load_model(str(folder))
     check_input_size(model, model.pretrained_cfg['input_size'], str(folder))
-    config: Dict[str, Any] = json.loads((folder / 'config.json').read_text())
+    config: Dict[str, Any] = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     names = config.get('label_names')
     if names is not None and len(names) != model.num_classes:
         raise InputError(f'model {folder} has {model.num_classes} classes, its config.json names {len(names)}')

@@ -7,13 +7,13 @@ import torch
 import torch.nn as nn
 
 from .checkpoint import whole
-from .errors import InputError
+from .errors import InputError, check_utf8
 
 __all__ = ['check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
 
 
 def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool) -> None:
-    """Raise InputError where a folder holds a run that is not to be lost.
+    """Raise InputError where a folder holds a run that is not to be lost, or its name is not UTF-8.
 
     Args:
         checkpoint: File of an unfinished run.
@@ -21,6 +21,7 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool) -> None:
         resume: Whether an unfinished run is to go on.
     """
     out = checkpoint.parent
+    check_utf8(out)
     if checkpoint.exists() and not resume:
         raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
     if model_dir.exists() and not checkpoint.exists():

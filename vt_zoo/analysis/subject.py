@@ -1,16 +1,18 @@
 """A model to look into, classifier or segmenter, with its own way to prepare images."""
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 
 from ..checkpoint import load_model
-from ..errors import InputError
+from ..errors import InputError, printable
+from ..images import image_transform
 
 __all__ = ['Subject', 'create_prepare', 'load_subject']
 
@@ -22,22 +24,25 @@ class Subject:
     Attributes:
         model: In eval mode.
         classes: Names of its classes.
-        prepare: PIL image to a normalised tensor (C, H, W).
         preprocessing: What `prepare` does, in timm's terms: `input_size` (C, H, W), with H and W None where images keep
             their own or get a `short_side`; `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`.
         is_segmenter: Whether it gives a class for each pixel.
     """
     model: nn.Module
     classes: List[str]
-    prepare: Callable[[Image.Image], torch.Tensor]
     preprocessing: Dict[str, Any]
     is_segmenter: bool
+
+    @cached_property
+    def prepare(self) -> Callable[[Image.Image], torch.Tensor]:
+        """Makes a PIL image a normalised tensor (C, H, W); as `create_prepare`."""
+        return create_prepare(self.preprocessing)
 
     def shown(self, x: torch.Tensor) -> Image.Image:
         """The image that a prepared tensor (C, H, W) stands for: what the model sees."""
         mean, std = (torch.tensor(self.preprocessing[key])[:, None, None] for key in ('mean', 'std'))
         pixels = ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
 def load_subject(name_or_dir: str) -> Subject:
@@ -59,23 +64,23 @@ def load_subject(name_or_dir: str) -> Subject:
             'input_size': (len(loaded.mean), *(loaded.eval_size if fixed else (None, None))),
             'short_side': None if fixed else loaded.eval_size, 'interpolation': 'bilinear', 'crop_pct': 1.0,
             'crop_mode': 'squash', 'mean': loaded.mean, 'std': loaded.std}
-        return Subject(loaded.model, loaded.classes, create_prepare(preprocessing), preprocessing, True)
+        return Subject(loaded.model, loaded.classes, preprocessing, True)
     model = load_model(name_or_dir)
     data_config = resolve_data_config({}, model=model)
-    classes = list(model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    classes = [printable(str(n)) for n in model.pretrained_cfg.get('label_names') or range(model.num_classes)]
     if len(classes) != model.num_classes:
         raise InputError(f'model {name_or_dir} has {model.num_classes} classes, its config.json names {len(classes)}')
-    return Subject(model, classes, create_prepare(data_config), data_config, False)
+    return Subject(model, classes, data_config, False)
 
 
 def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     """`Subject.prepare` of `Subject.preprocessing`.
 
     Raises:
-        InputError: It is a segmenter's, and what segmentation needs is not installed.
+        InputError: It takes neither 1 nor 3 channels, or is a segmenter's and what segmentation needs is not installed.
     """
     if 'short_side' not in preprocessing:
-        return create_transform(**preprocessing)
+        return image_transform(preprocessing)
 
     try:
         from ..segmentation.evaluate import to_eval_size

@@ -9,14 +9,14 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 
 from vt_zoo.analysis.figures import draw_locality
 from vt_zoo.analysis.metrics import locality, uniform_locality
 from vt_zoo.analysis.vit_attention import capture_self_attention, patch_grid
 from vt_zoo.checkpoint import check_name, load_model
 from vt_zoo.errors import InputError
-from vt_zoo.images import load_image
+from vt_zoo.images import image_transform, load_image
 
 from .arguments import whole_number
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         model = load_model(args.model)
     data_config = resolve_data_config({}, model=model)
-    transform = create_transform(**data_config)
+    transform = image_transform(data_config)
     height, width = data_config['input_size'][1:]
     noise = Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy())
     images = [load_image(path) for path in args.images] or [noise]

@@ -1,5 +1,6 @@
 """Entry point: finds the command, turns errors of use into one sentence and an exit code."""
 import argparse
+import io
 import logging
 import os
 import sys
@@ -58,13 +59,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Its words; those of the process where None.
 
     Returns:
-        The exit code, 0, 2 for input that cannot be used, 130 after Ctrl-C.
+        The exit code, 0, 1 where some of many images cannot be used, 2 for input that cannot be used, 130 after
+        Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # for names that the console cannot print
     args = create_parser().parse_args(argv)
     logging.basicConfig(format='vt-zoo: %(levelname)s: %(message)s', level=logging.WARNING)
     logging.getLogger('vt_zoo').setLevel(logging.INFO)
     try:
-        COMMANDS[args.command].run(args)
+        code = COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except InputError as e:
         print(f'vt-zoo: error: {e}', file=sys.stderr)
@@ -78,4 +82,4 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('vt-zoo: interrupted', file=sys.stderr)
         return 130
-    return 0
+    return code or 0

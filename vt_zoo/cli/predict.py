@@ -1,54 +1,86 @@
 """Print the most likely classes of images.
 
-All images are opened before the first is classified: one that cannot be read stops the command, by name.
+Results come while the images are read. One that cannot be read gets a line with its error and the others go on; the
+exit code is then 1, and the number of such images is said at the end.
 """
 import argparse
-import json
+from typing import Any, Dict, Iterator, List
 
 import torch
-from timm.data import create_transform, resolve_data_config
-from tqdm import tqdm
+import torch.nn as nn
+from timm.data import resolve_data_config
 
 from vt_zoo.checkpoint import check_input_size, load_model
+from vt_zoo.device import choose_device
 from vt_zoo.errors import InputError
-from vt_zoo.images import load_image
+from vt_zoo.image_stream import OpenedImage, find_images, open_images
+from vt_zoo.images import image_transform
 
 from .arguments import positive_int
+from .results import add_image_arguments, print_results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
     parser.add_argument(
         '--model', required=True, metavar='NAME_OR_DIR',
         help="folder with weights in timm's hub layout, hf-hub:org/name, or a model name that has weights")
     parser.add_argument('--top', type=positive_int, default=5, help='classes an image')
-    parser.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
+    add_image_arguments(parser, batch_size=32)
 
 
-@torch.inference_mode()
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Print the predictions."""
+    device = choose_device(args.device)
     model = load_model(args.model)
     names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
     if len(names) != model.num_classes:
         raise InputError(f'model {args.model} has {model.num_classes} classes, its config.json names {len(names)}')
     data_config = resolve_data_config({}, model=model)
     check_input_size(model, data_config['input_size'], args.model)
-    transform = create_transform(**data_config)
-    for path in args.images:
-        load_image(path)
-    results = []
-    for path in tqdm(args.images, desc='predicting', disable=len(args.images) < 20, leave=False):
-        probabilities = model(transform(load_image(path))[None]).softmax(-1)[0]
-        top = probabilities.topk(min(args.top, len(probabilities)))
-        results.append({'image': path, 'top': [
-            {'index': i, 'label': names[i], 'probability': round(p, 6)}
-            for i, p in zip(top.indices.tolist(), top.values.tolist())]})
-    if args.json:
-        print(json.dumps(results, indent=2))
-        return
-    for result in results:
-        print(result['image'])
-        for entry in result['top']:
-            print(f'  {100 * entry["probability"]:6.2f} %  {entry["label"]}')
+    transform = image_transform(data_config, use_prefetcher=True)
+    top = min(args.top, model.num_classes)
+    columns = [f'{name}_{i}' for i in range(1, top + 1) for name in ('index', 'label', 'probability')]
+    batches = open_images(find_images(args.images), transform, args.batch_size, args.workers)
+    results = _classify(model.to(device), batches, data_config, names, top)
+    return print_results(args, results, ['image', *columns, 'error'], _to_row, _to_text)
+
+
+@torch.inference_mode()
+def _classify(
+        model: nn.Module,
+        batches: Iterator[List[OpenedImage]],
+        data_config: Dict[str, Any],
+        names: List[str],
+        top: int,
+) -> Iterator[Dict[str, Any]]:
+    """Classify images (C, H, W) of values 0 to 255."""
+    parameter = next(model.parameters())
+    like = {'device': parameter.device, 'dtype': parameter.dtype}
+    mean, std = (255 * torch.tensor(data_config[key], **like)[:, None, None] for key in ('mean', 'std'))
+    for batch in batches:
+        images = [opened.content for opened in batch if opened.error is None]
+        found = iter(())
+        if images:
+            try:
+                x = torch.stack(images).to(**like).sub_(mean).div_(std)
+                best = model(x).softmax(-1).topk(top)
+            except torch.OutOfMemoryError as e:
+                raise InputError(
+                    f'batch-size {len(images)} does not fit into the memory of {parameter.device}: give less') from e
+            found = zip(best.indices.tolist(), best.values.tolist())
+        for opened in batch:
+            if opened.error is not None:
+                yield {'image': opened.source.path, 'error': opened.error}
+                continue
+            yield {'image': opened.source.path, 'top': [
+                {'index': i, 'label': names[i], 'probability': round(p, 6)} for i, p in zip(*next(found))]}
+
+
+def _to_row(result: Dict[str, Any]) -> List[Any]:
+    return [result['image'], *(value for entry in result['top'] for value in entry.values()), '']
+
+
+def _to_text(result: Dict[str, Any]) -> str:
+    lines = [f'  {100 * entry["probability"]:6.2f} %  {entry["label"]}' for entry in result['top']]
+    return '\n'.join([result['image'], *lines, ''])

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         if args.dry_run:
             for path in sorted(folder.iterdir()):
                 print(f'{path.stat().st_size:12,} bytes  {path.name}')
-            print(f'\n{(folder / "README.md").read_text()}', end='')
+            print(f'\n{(folder / "README.md").read_text(encoding="utf-8")}', end='')
         else:
             print(f'published  {upload(folder, args.repo_id, args.private)}')
             print(f'use        vt-zoo predict IMAGE --model hf-hub:{args.repo_id}')

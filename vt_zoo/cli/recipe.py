@@ -15,6 +15,6 @@ def run(args: argparse.Namespace) -> None:
     """Print the recipe's path or text."""
     path = recipe_path(args.name)
     if args.show:
-        print(path.read_text(), end='')
+        print(path.read_text(encoding='utf-8'), end='')
     else:
         print(path)

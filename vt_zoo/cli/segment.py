@@ -9,15 +9,18 @@ import sys
 from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 
+from vt_zoo.device import choose_device
 from vt_zoo.errors import InputError
+from vt_zoo.image_stream import find_images
 from vt_zoo.segmentation.label_map import read_label_map
 from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
 
 from .arguments import positive_int, whole_number
+from .results import add_image_arguments, print_results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,16 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
     add('--json', action='store_true', help='print an object instead of a table')
 
-    add = command('predict', 'segment images').add_argument
-    add('images', nargs='+', metavar='IMAGE', help='image file')
+    predict = command('predict', 'segment images; one that cannot be used gets a line with its error')
+    add = predict.add_argument
     add('--model', required=True, metavar='DIR', help='folder of the model')
-    add('--out', default='vt_zoo_segmented', metavar='DIR', help='folder to write')
+    add('--out', default='vt_zoo_segmented', metavar='DIR', help='folder to write, of a folder with its subfolders')
+    add_image_arguments(predict, batch_size=1)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Optional[int]:
     """Run the action."""
     try:
-        {'train': _train, 'eval': _eval, 'predict': _predict, 'digits': _digits}[args.action](args)
+        return {'train': _train, 'eval': _eval, 'predict': _predict, 'digits': _digits}[args.action](args)
     except ImportError as e:
         raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None
 
@@ -144,12 +148,20 @@ def _eval(args: argparse.Namespace) -> None:
     print(f'mIoU {miou:.2f} %, pixel accuracy {accuracy:.2f} %, {len(dataset)} images')
 
 
-def _predict(args: argparse.Namespace) -> None:
+def _predict(args: argparse.Namespace) -> int:
     from vt_zoo.segmentation.model_files import load_segmentation_model
     from vt_zoo.segmentation.predict import predict_files
 
-    for overlay, classes in predict_files(load_segmentation_model(args.model), args.images, args.out):
-        print(f'{overlay}  {classes}')
+    device = choose_device(args.device)
+    loaded = load_segmentation_model(args.model)
+    loaded.model.to(device)
+    segmented = predict_files(loaded, find_images(args.images), args.out, args.batch_size, args.workers)
+    results = (
+        {'image': s.path, 'overlay': str(s.overlay), 'classes': str(s.classes)} if s.error is None else
+        {'image': s.path, 'error': s.error} for s in segmented)
+    return print_results(
+        args, results, ['image', 'overlay', 'classes', 'error'], lambda result: [*result.values(), ''],
+        lambda result: f'{result["overlay"]}  {result["classes"]}\n')
 
 
 def _digits(args: argparse.Namespace) -> None:

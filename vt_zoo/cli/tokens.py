@@ -18,7 +18,7 @@ from vt_zoo.analysis.figures import draw_interaction, draw_token_attention
 from vt_zoo.analysis.metrics import attention_entropy, attention_spread, record_interaction, token_similarity
 from vt_zoo.analysis.subject import load_subject
 from vt_zoo.checkpoint import whole
-from vt_zoo.errors import InputError
+from vt_zoo.errors import InputError, printable
 from vt_zoo.images import load_image
 
 from .arguments import positive_int
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
         shown = subject.shown(x)
         if interaction is not None:
             draw_interaction(
-                shown, attention[0], interaction[0], f'{path.name}, module {args.module}',
+                shown, attention[0], interaction[0], f'{printable(path.name)}, module {args.module}',
                 out / f'{path.stem}_tokens.{args.format}')
-        drawn.append((shown, attention, path.name))
+        drawn.append((shown, attention, printable(path.name)))
         written.append({'image': str(path), 'modules': numbers(records)})
         similarities.append([None if r.attention is None else token_similarity(r.attention) for r in records])
     _draw_grid(drawn[:GRID_IMAGES], out / f'tokens.{args.format}')

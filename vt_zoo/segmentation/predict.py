@@ -1,24 +1,42 @@
 """Segmenting image files: a picture to look at and a file of class indices to compute with."""
 import colorsys
+import hashlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from ..checkpoint import whole
 from ..errors import InputError
 from ..fonts import drawable
-from ..images import load_image
+from ..image_stream import OpenedImage, Source, open_images
 from .evaluate import segment
 from .model_files import LoadedModel
 
-__all__ = ['draw_overlay', 'palette', 'predict_classes', 'predict_files', 'prepare_image']
+__all__ = ['Segmented', 'draw_overlay', 'palette', 'predict_classes', 'predict_files', 'prepare_image']
 
 Color = Tuple[int, int, int]
+
+
+@dataclass
+class Segmented:
+    """What became of an image file.
+
+    Attributes:
+        path: The file.
+        overlay: Picture of the classes over the image; None where there is an error.
+        classes: Image of class indices; None where there is an error.
+        error: One sentence; None where the image was segmented.
+    """
+    path: str
+    overlay: Optional[Path] = None
+    classes: Optional[Path] = None
+    error: Optional[str] = None
 
 
 def palette(num_classes: int) -> List[Color]:
@@ -31,19 +49,24 @@ def palette(num_classes: int) -> List[Color]:
     return colors
 
 
-def prepare_image(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """An RGB image as a model of this mean and std takes it, normalised, (3, H, W)."""
+def prepare_image(
+        image: Union[Image.Image, torch.Tensor], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """An RGB image, of PIL or a tensor (..., 3, H, W), as a model of this mean and std takes it, normalised."""
     x = F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), mean, std)
     return x.as_subclass(torch.Tensor)
 
 
-@torch.inference_mode()
 def predict_classes(loaded: LoadedModel, image: Image.Image) -> np.ndarray:
     """Class of each pixel of an RGB image, uint8 (H, W)."""
-    device = next(loaded.model.parameters()).device
-    x = prepare_image(image, loaded.mean, loaded.std)[None].to(device)
+    return _predict_same_size(loaded, F.pil_to_tensor(image)[None])[0]
+
+
+@torch.inference_mode()
+def _predict_same_size(loaded: LoadedModel, images: torch.Tensor) -> np.ndarray:
+    """Class of each pixel (B, H, W) of images (B, 3, H, W), both uint8."""
+    x = prepare_image(images.to(next(loaded.model.parameters()).device), loaded.mean, loaded.std)
     logits = segment(loaded.model, x, tuple(x.shape[-2:]), loaded.eval_size)
-    return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    return logits.argmax(1).to(torch.uint8).cpu().numpy()
 
 
 def draw_overlay(image: Image.Image, classes: np.ndarray, names: Sequence[str]) -> Image.Image:
@@ -71,43 +94,75 @@ def draw_overlay(image: Image.Image, classes: np.ndarray, names: Sequence[str]) 
 
 def predict_files(
         loaded: LoadedModel,
-        images: Sequence[Union[str, Path]],
+        sources: Iterable[Optional[Source]],
         out: Union[str, Path],
-        progress: bool = True,
-) -> List[Tuple[Path, Path]]:
-    """Segment image files.
+        batch_size: int = 1,
+        workers: int = 1,
+) -> Iterator[Segmented]:
+    """Segment image files, one batch after the other while the results are taken.
 
     Args:
         loaded: The model.
-        images: Files; all are opened before the first is segmented.
+        sources: Files, as of `vt_zoo.image_stream.find_images`.
         out: Folder to write to: of each image NAME the overlay `NAME_overlay.png`, and `NAME_classes.png`, a palette
-            image of the image's size whose values are class indices. Files of these names are replaced.
-        progress: Show a progress bar.
+            image of the image's size whose values are class indices, in subfolders as the sources' names have them.
+            Files of these names are replaced, but not those of an earlier image: the later one gets an error.
+        batch_size: Images that are read at a time; those of one size go through the model together.
+        workers: Threads that open files.
 
-    Returns:
-        The two paths for each image.
+    Yields:
+        What was written of each image, or why it was not. To tell names apart, 16 bytes of each are kept.
 
     Raises:
-        InputError: An image cannot be read, or two have the same name.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
-    by_name = {}
-    for path in map(Path, images):
-        if path.stem in by_name:
-            raise InputError(f'images {by_name[path.stem]} and {path} would be written to the same name {path.stem}')
-        by_name[path.stem] = path
-        load_image(path)
-    colors = [c for color in palette(len(loaded.classes)) for c in color]
-    written = []
-    for name, path in tqdm(by_name.items(), desc='segmenting', disable=not progress or len(by_name) < 3, leave=False):
-        image = load_image(path)
-        classes = predict_classes(loaded, image)
-        mask = Image.fromarray(classes)
-        mask.putpalette(colors)
-        paths = out / f'{name}_overlay.png', out / f'{name}_classes.png'
-        for target, picture in zip(paths, (draw_overlay(image, classes, loaded.classes), mask)):
-            with whole(target) as new:
-                picture.save(new)
-        written.append(paths)
-    return written
+    out, colors, seen = Path(out), [c for color in palette(len(loaded.classes)) for c in color], set()
+    for batch in open_images(sources, F.pil_to_tensor, batch_size, workers):
+        for opened in batch:
+            if opened.error is None and _digest(opened.source) in seen:
+                opened.error = (
+                    f'image {opened.source.path} would be written to the same name as an earlier one, '
+                    f'{_target(out, opened.source, "overlay")}')
+            elif opened.error is None:
+                seen.add(_digest(opened.source))
+        classes = _predict_batch(loaded, batch)
+        for i, opened in enumerate(batch):
+            if opened.error is not None:
+                yield Segmented(opened.source.path, error=opened.error)
+                continue
+            image = F.to_pil_image(opened.content)
+            mask = Image.fromarray(classes[i])
+            mask.putpalette(colors)
+            paths = [_target(out, opened.source, kind) for kind in ('overlay', 'classes')]
+            for target, picture in zip(paths, (draw_overlay(image, classes[i], loaded.classes), mask)):
+                with whole(target) as new:
+                    picture.save(new)
+            yield Segmented(opened.source.path, *paths)
+
+
+def _stem(source: Source) -> str:
+    return os.path.splitext(source.name)[0]
+
+
+def _digest(source: Source) -> bytes:
+    return hashlib.blake2b(os.fsencode(_stem(source)), digest_size=16).digest()
+
+
+def _target(out: Path, source: Source, kind: str) -> Path:
+    return out / f'{_stem(source)}_{kind}.png'
+
+
+def _predict_batch(loaded: LoadedModel, batch: List[OpenedImage]) -> Dict[int, np.ndarray]:
+    """Classes as of `predict_classes`, by the image's index; images of a size that cannot be used get an error."""
+    by_size: Dict[torch.Size, List[int]] = {}
+    for i, opened in enumerate(batch):
+        if opened.error is None:
+            by_size.setdefault(opened.content.shape, []).append(i)
+    classes = {}
+    for indices in by_size.values():
+        try:
+            classes.update(zip(indices, _predict_same_size(loaded, torch.stack([batch[i].content for i in indices]))))
+        except InputError as e:
+            for i in indices:
+                batch[i].error = f'image {batch[i].source.path} cannot be segmented: {e}'
+    return classes

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..checkpoint import check_input_size, read_tensors, write_tensors
+from ..device import choose_device
 from ..errors import InputError, first_line
 from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 from ..seeding import seed_of
@@ -291,8 +292,7 @@ def train(
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
         check_run_folder(checkpoint, last_dir, resume)
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise InputError('device cuda is not to be had on this machine')
+    choose_device(device)
     start = time.monotonic()
     try:
         accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)

@@ -198,6 +198,8 @@ class VTResNet(ResNet):
                 f'dynamic_tokens={dynamic_tokens}, last_projector={last_projector}, recurrent={recurrent}')
         num_blocks, num_modules = sum(layers[:3]), layers[3]
         _check_positive('layers[3]', num_modules)
+        if dynamic_tokens and num_modules == 1:
+            raise ValueError('dynamic_tokens=True is of modules after the first, got layers[3]=1, no other module')
         last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate
         super().__init__(
             block,
@@ -271,10 +273,15 @@ class VTResNet(ResNet):
         too; maps of all pixels that a map of the tokens can do for them merge into that one (see the modules'
         `reparameterize`). With average pooling the last map of the last module runs once on the mean of the tokens.
         Where only tokens are asked for, the map that the projectors refine is not written (see `ImplicitMap`).
-        Where a norm or an option forbids one of these, it alone is left out.
+        Where a norm or an option forbids one of these, it alone is left out. After an error the model is as it was.
         """
-        reparameterize_model(self.vt_stage, inplace=True)
-        fold_norms(self)
+        stage = self.vt_stage
+        self.vt_stage = reparameterize_model(stage)
+        try:
+            fold_norms(self)
+        except BaseException:
+            self.vt_stage = stage
+            raise
         if len(self.vt_stage):
             self.pool_early = self.vt_stage[-1].transformer.can_pool()
             self.implicit_map = all(module.takes_implicit_map() for module in self.vt_stage)

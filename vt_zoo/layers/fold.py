@@ -56,7 +56,7 @@ def fold_norm(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> nn.C
 
 
 class _Tracer(torch.fx.Tracer):
-    """Traces all but the norms, what torch has and the `leaves`; an error leaves the module that raised it in `failed`."""
+    """Looks into all but norms, torch's own modules and `leaves`; `failed` is the innermost module that raised."""
 
     def __init__(self, leaves: List[nn.Module]) -> None:
         super().__init__()
@@ -135,6 +135,11 @@ class Reparameterizer(nn.Module):
         """
         super().__init__()
         self._model = (model,)  # in a tuple, so that the model is no child of its child
+
+    @classmethod
+    def add_to(cls, model: nn.Module) -> None:
+        """Make one the first child of a model, so that an error comes before timm changed any other child."""
+        model._modules = type(model._modules)({'reparameterizer': cls(model), **model._modules})
 
     @torch.jit.ignore
     def reparameterize(self) -> None:

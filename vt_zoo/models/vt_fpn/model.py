@@ -6,7 +6,6 @@ Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446
 Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
 """
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional, Type, Union
 
@@ -91,18 +90,18 @@ class PyramidModel(SegmentationModel):
         self.classification_head = None
         self.name = f'{type(self).__name__.lower()}-{encoder_name}'
         initialize_head(self.segmentation_head)
-        self.reparameterizer = Reparameterizer(self)
+        Reparameterizer.add_to(self)
 
     def reparameterize(self) -> None:
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
 
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the encoder
-        too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys.
+        too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys. After an error the
+        model is as it was.
         """
-        reparameterize_model(self.encoder, inplace=True)
-        reparameterize_model(self.decoder, inplace=True)
-        with suppress(Exception):  # of whatever kind an encoder raises that torch.fx cannot trace
-            fold_norms(self.encoder)
+        encoder, decoder = reparameterize_model(self.encoder), reparameterize_model(self.decoder)
+        fold_norms(encoder)
+        self.encoder, self.decoder = encoder, decoder
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment images.

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
+from .devices import find_device
 from .errors import InputError, first_line
 from .hub import find_hub_id
 from .images import ImageFolder, Split, find_split
@@ -200,7 +201,8 @@ class _Run:
         update = epoch * len(self.train_loader)
         losses = []
         bar = tqdm(
-            self.train_loader, desc=f'epoch {epoch + 1}/{self.settings.epochs}', disable=not progress, leave=False)
+            self.train_loader, desc=f'epoch {epoch + 1}/{self.settings.epochs}', disable=None if progress else True,
+            leave=False)
         for x, target in bar:
             self.scheduler.step_update(update)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -276,8 +278,8 @@ def finetune(
         resume: Go on with the run that `out` holds, if it holds one.
         overwrite: Begin anew where `out` holds a run.
         workers: Processes that load images; 0 for none.
-        device: 'cpu' or 'cuda'; the GPU if there is one where None.
-        progress: Show progress bars.
+        device: As for `find_device`.
+        progress: Say what each epoch gave, with a progress bar where standard error is a terminal.
 
     Returns:
         The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files.
@@ -290,9 +292,7 @@ def finetune(
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
         check_run_folder(checkpoint, model_dir, resume)
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise InputError(f'device {device} is not to be had on this machine')
+    device = find_device(device)
     start = time.monotonic()
 
     split = find_split(data_dir, settings.val_fraction, settings.seed, progress)

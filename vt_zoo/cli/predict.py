@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     for path in args.images:
         load_image(path)
     results = []
-    for path in tqdm(args.images, desc='predicting', disable=len(args.images) < 20, leave=False):
+    for path in tqdm(args.images, desc='predicting', disable=len(args.images) < 20 or None, leave=False):
         probabilities = model(transform(load_image(path))[None]).softmax(-1)[0]
         top = probabilities.topk(min(args.top, len(probabilities)))
         results.append({'image': path, 'top': [

@@ -116,7 +116,7 @@ def _eval(args: argparse.Namespace) -> None:
             f'model {args.model} and data set {args.data_dir} must have the same classes, got {ours!r} and {theirs!r}')
     batches = read_batches(DataLoader(dataset, num_workers=args.workers))
     metrics = evaluate(
-        loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), leave=False), len(loaded.classes),
+        loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), leave=False, disable=None), len(loaded.classes),
         loaded.eval_size)
     if args.json:
         print(json.dumps({

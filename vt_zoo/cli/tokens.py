@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     images = _open(args.images)
     out = Path(args.out)
     drawn, written, similarities = [], [], []
-    for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5, leave=False):
+    for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
         x = subject.prepare(image)
         try:
             records = capture(subject.model, x[None])

@@ -235,9 +235,10 @@ def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]
 def default_out(name_or_dir: str, file_format: str) -> Path:
     """File for a model without another: beside its folder and named after it; of a name, here."""
     folder = Path(name_or_dir.removeprefix('local-dir:'))
-    path = folder.resolve() if folder.is_dir() else Path(name_or_dir.rpartition('/')[2].rpartition(':')[2])
-    if folder.is_dir() and not folder.is_absolute() and folder.name:
-        path = folder
+    if folder.is_dir():
+        path = folder.resolve() if folder.name in ('', '..') else folder
+    else:
+        path = Path(name_or_dir.rpartition('/')[2].rpartition(':')[2])
     return path.with_name(path.name + FORMATS[file_format].suffix)
 
 

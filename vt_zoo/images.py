@@ -105,7 +105,8 @@ def _readable(samples: List[Sample], progress: bool) -> List[Sample]:
 
     with ThreadPoolExecutor() as pool:
         errors = list(tqdm(
-            pool.map(error, samples), total=len(samples), desc='checking images', disable=not progress, leave=False))
+            pool.map(error, samples), total=len(samples), desc='checking images',
+            disable=None if progress else True, leave=False))
     for e in filter(None, errors):
         _logger.warning(f'{e}; left out')
     return [s for s, e in zip(samples, errors) if e is None]

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from ..checkpoint import load_model
 from ..errors import InputError
 
-__all__ = ['Subject', 'create_prepare', 'load_subject']
+__all__ = ['Subject', 'create_prepare', 'is_segmenter', 'load_subject']
 
 
 @dataclass
@@ -50,7 +50,7 @@ def load_subject(name_or_dir: str) -> Subject:
     Raises:
         InputError: As `load_model`, or `load_segmentation_model`; the model has not as many classes as names for them.
     """
-    if _is_segmenter(Path(name_or_dir)):
+    if is_segmenter(Path(name_or_dir)):
         from ..segmentation.model_files import load_segmentation_model
 
         loaded = load_segmentation_model(name_or_dir)
@@ -90,7 +90,8 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
     return prepare
 
 
-def _is_segmenter(folder: Path) -> bool:
+def is_segmenter(folder: Path) -> bool:
+    """Whether a folder holds a model of `vt-zoo segment train`."""
     try:
         return '_model_class' in json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):

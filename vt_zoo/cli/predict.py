@@ -4,9 +4,11 @@ All images are opened before the first is classified: one that cannot be read st
 """
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from timm.data import create_transform, resolve_data_config
+from timm.models import create_model, get_arch_name, get_pretrained_cfg, list_models
 from tqdm import tqdm
 
 from vt_zoo.checkpoint import check_input_size, load_model
@@ -22,14 +24,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model', required=True, metavar='NAME_OR_DIR',
         help="folder with weights in timm's hub layout, hf-hub:org/name, or a model name that has weights")
-    parser.add_argument('--top', type=positive_int, default=5, help='classes an image')
-    parser.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
+    parser.add_argument('--top', type=positive_int, default=5, metavar='K', help='number of classes to print per image')
+    parser.add_argument('--json', action='store_true', help='print a JSON list instead of a table')
+    parser.add_argument(
+        '--untrained', action='store_true',
+        help='allow a model whose classifier was never trained (NAME.untrained, NAME.trunk_*); its answers mean nothing')
+
+
+def _load(name_or_dir: str, untrained: bool) -> torch.nn.Module:
+    """Load a model, one whose classifier was never trained only where `untrained`."""
+    is_name = ':' not in name_or_dir and not Path(name_or_dir).is_dir()
+    cfg = get_pretrained_cfg(name_or_dir) if is_name else None
+    tag = (cfg.tag or '') if cfg and get_arch_name(name_or_dir) in list_models(module='vt_resnet') else ''
+    if tag.startswith(('untrained', 'trunk_')):
+        if not untrained:
+            raise InputError(
+                f'the classifier of model {name_or_dir} was never trained: train it with `vt-zoo finetune`, or add '
+                '--untrained to see what it answers')
+        torch.manual_seed(0)
+        if tag == 'untrained':
+            return create_model(name_or_dir).eval()
+    return load_model(name_or_dir)
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     """Print the predictions."""
-    model = load_model(args.model)
+    model = _load(args.model, args.untrained)
     names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
     if len(names) != model.num_classes:
         raise InputError(f'model {args.model} has {model.num_classes} classes, its config.json names {len(names)}')

@@ -19,8 +19,8 @@ from .checkpoint import whole
 from .errors import InputError, first_line
 
 __all__ = [
-    'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'default_out', 'export',
-    'quiet', 'sentence']
+    'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'default_out',
+    'export', 'quiet', 'sentence']
 
 _logger = logging.getLogger(__name__)
 

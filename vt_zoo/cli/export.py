@@ -14,7 +14,7 @@ from .arguments import positive_int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('model', metavar='MODEL', help='model as in `vt-zoo predict`, or folder of `vt-zoo segment`')
+    add('model', metavar='MODEL', help='model as in `vt-zoo predict`, or a folder of `vt-zoo segment`')
     add('--format', required=True, choices=FORMATS,
         help='kind of file; pt2 is that of torch.export, aoti is compiled by AOTInductor for the CPU of this machine')
     add('--out', default=argparse.SUPPRESS, metavar='FILE',

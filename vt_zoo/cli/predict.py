@@ -20,10 +20,10 @@ from .arguments import positive_int
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='path to an image')
     parser.add_argument(
         '--model', required=True, metavar='NAME_OR_DIR',
-        help="folder with weights in timm's hub layout, hf-hub:org/name, or a model name that has weights")
+        help="folder in timm's hub layout, hf-hub:ORG/NAME, or the name of a model that has weights")
     parser.add_argument('--top', type=positive_int, default=5, metavar='K', help='number of classes to print per image')
     parser.add_argument('--json', action='store_true', help='print a JSON list instead of a table')
     parser.add_argument(

@@ -14,9 +14,10 @@ from .arguments import positive_int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('file', metavar='FILE', help='file of `vt-zoo export --format onnx`')
+    add('file', metavar='FILE', help='path to a file of `vt-zoo export --format onnx`')
     add('--images', required=True, metavar='DIR', help='folder of images like those that the model will see')
-    add('--out', default=argparse.SUPPRESS, metavar='OUT', help='file to write (default: NAME_int8.onnx beside NAME.onnx)')
+    add('--out', default=argparse.SUPPRESS, metavar='OUT',
+        help='file to write (default: NAME_int8.onnx beside NAME.onnx)')
     add('--overwrite', action='store_true', help='replace OUT if it exists')
     add('--limit', type=positive_int, default=DEFAULT_LIMIT, metavar='N',
         help='maximum number of images to calibrate on, drawn with a fixed seed')

@@ -96,7 +96,8 @@ def predict_files(
         load_image(path)
     colors = [c for color in palette(len(loaded.classes)) for c in color]
     written = []
-    for name, path in tqdm(by_name.items(), desc='segmenting', disable=not progress or len(by_name) < 3 or None, leave=False):
+    bar = tqdm(by_name.items(), desc='segmenting', disable=not progress or len(by_name) < 3 or None, leave=False)
+    for name, path in bar:
         image = load_image(path)
         classes = predict_classes(loaded, image)
         mask = Image.fromarray(classes)

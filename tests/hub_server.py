@@ -155,7 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repo):
         if (self.server.folder / repo).is_dir():
             private = self.server.visibility.get(repo) == 'private'
-            self._json({'id': repo, 'sha': COMMIT, 'private': private, 'siblings': [{'rfilename': p.name} for p in self._files(repo)]})
+            self._json({
+                'id': repo, 'sha': COMMIT, 'private': private,
+                'siblings': [{'rfilename': p.name} for p in self._files(repo)]})
         else:
             self._send(404, X_Error_Code='RepoNotFound')
 

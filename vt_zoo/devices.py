@@ -23,7 +23,7 @@ def find_device(name: Optional[str] = None) -> torch.device:
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-        if device.type in DEVICES:
+        if device.type in DEVICES and (device.type != 'cuda' or torch.cuda.is_available()):
             torch.empty(1, device=device)
             return device
     except (RuntimeError, AssertionError, NotImplementedError):  # each kind its own

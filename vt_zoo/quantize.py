@@ -141,12 +141,13 @@ def quantize(
         for path in tqdm(paths, desc=desc, disable=None if progress else True, leave=False):
             yield prepare(load_image(path))[None].numpy()
 
+    size = file.stat().st_size  # the tools write as much at least
     with whole(out) as new:
         _logger.info(f'calibrating on {len(paths)} images')
-        with _quiet_tools(), sentence(f'{file} cannot be quantised'), _disk_errors(new.parent, 2 * file.stat().st_size):
+        with _quiet_tools(), sentence(f'{file} cannot be quantised'), _disk_errors(new.parent, size):
             nodes = _write(file, prepared('calibrating'), new)
         _logger.info(f'comparing with {file}')
-        with _quiet_tools(), sentence(f'the int8 file of {file} does not run'):
+        with _quiet_tools(), sentence(f'the int8 file of {file} does not run'), _disk_errors(new.parent, size):
             quantized = Quantized(nodes, len(paths), *_compare(file, new, prepared('comparing')))
             _write_metadata(new, metadata, quantized)
     return quantized

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--json', action='store_true', help='print a JSON list instead of a table')
     parser.add_argument(
         '--untrained', action='store_true',
-        help='allow a model whose classifier was never trained (NAME.untrained, NAME.trunk_*); its answers mean nothing')
+        help='allow a model whose classifier was never trained, as NAME.untrained; its answers mean nothing')
 
 
 def _load(name_or_dir: str, untrained: bool) -> torch.nn.Module:

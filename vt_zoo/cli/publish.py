@@ -14,7 +14,8 @@ from vt_zoo.publish import upload, write_release
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('checkpoint_dir', metavar='CHECKPOINT_DIR', help='path to the model folder, or to the run folder that holds model/')
+    add('checkpoint_dir', metavar='CHECKPOINT_DIR',
+        help='path to the model folder, or to the run folder with model/ in it')
     add('--repo-id', required=True, metavar='ORG/NAME', help='repository on the hub, created if it does not exist')
     add('--license', default=UNKNOWN, metavar='ID', help="license of the weights, by the hub's name, e.g. apache-2.0")
     add('--dataset', default=UNKNOWN, metavar='NAME', help='name of the training data, for the model card')

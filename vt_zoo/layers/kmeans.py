@@ -15,7 +15,11 @@ def _nearest(products: torch.Tensor) -> torch.Tensor:
     alone, which is another one in each batch.
     """
     top = products.amax(dim=1, keepdim=True)
-    tie = 0.01 if products.dtype in (torch.float16, torch.bfloat16) else 1e-5
+    tie = 2e-6
+    if products.dtype == torch.float64:
+        tie = 1e-12
+    elif products.dtype in (torch.float16, torch.bfloat16):
+        tie = 0.01
     return (products >= top - tie).to(torch.uint8).argmax(dim=1, keepdim=True)
 
 

@@ -130,6 +130,4 @@ def test_untrained_is_asked_for(few_digits, capsys):
 
 def test_no_bars_where_nobody_watches(command, few_digits, tiny_arguments, tmp_path):
     result = command('finetune', few_digits, *tiny_arguments, '--out', tmp_path / 'run')
-    assert result.code == 0
-    assert '\r' not in result.stderr and 'it/s' not in result.stderr
-    assert [line.split(':')[0].split() for line in result.stdout.splitlines()[:2]] == [['epoch', '1'], ['epoch', '2']]
+    assert (result.code, result.stderr) == (0, '')

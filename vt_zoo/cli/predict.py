@@ -4,11 +4,12 @@ All images are opened before the first is classified: one that cannot be read st
 """
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from timm.data import create_transform, resolve_data_config
-from timm.models import create_model, get_arch_name, get_pretrained_cfg, list_models
+from timm.models import create_model, get_pretrained_cfg, list_models
 from tqdm import tqdm
 
 from vt_zoo.checkpoint import check_input_size, load_model
@@ -33,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _load(name_or_dir: str, untrained: bool) -> torch.nn.Module:
     """Load a model, one whose classifier was never trained only where `untrained`."""
-    is_name = ':' not in name_or_dir and not Path(name_or_dir).is_dir()
-    cfg = get_pretrained_cfg(name_or_dir) if is_name else None
-    tag = (cfg.tag or '') if cfg and get_arch_name(name_or_dir) in list_models(module='vt_resnet') else ''
+    tag = ''
+    if ':' not in name_or_dir and not Path(name_or_dir).is_dir() and name_or_dir.split('.')[0] in list_models(
+            module='vt_resnet'):
+        with suppress(RuntimeError):  # an unknown tag, of which `load_model` says more
+            tag = get_pretrained_cfg(name_or_dir).tag or ''
     if tag.startswith(('untrained', 'trunk_')):
         if not untrained:
             raise InputError(

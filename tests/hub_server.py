@@ -154,7 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repo):
         if (self.server.folder / repo).is_dir():
-            self._json({'id': repo, 'sha': COMMIT, 'siblings': [{'rfilename': p.name} for p in self._files(repo)]})
+            private = self.server.visibility.get(repo) == 'private'
+            self._json({
+                'id': repo, 'sha': COMMIT, 'private': private,
+                'siblings': [{'rfilename': p.name} for p in self._files(repo)]})
         else:
             self._send(404, X_Error_Code='RepoNotFound')
 
@@ -164,7 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
             repo = f'{asked["organization"]}/{asked["name"]}'
             exists = (self.server.folder / repo).is_dir()
             (self.server.folder / repo).mkdir(parents=True, exist_ok=True)
-            self.server.visibility[repo] = asked.get('visibility')
+            if not exists:
+                self.server.visibility[repo] = asked.get('visibility')
             self._json({'url': f'{self.server.url}/{repo}'}, 409 if exists else 200)
 
     def _validate_card(self):

@@ -279,7 +279,6 @@ def test_command_prints_nothing_of_the_exporter(command, tmp_path):
 @pytest.mark.parametrize('words, holds', [
     (['--format', 'tflite', '--out', 'a.onnx'], "invalid choice: 'tflite'"),
     (['--out', 'a.onnx'], '--format'),
-    (['--format', 'onnx'], '--out'),
     (['--format', 'onnx', '--out', 'a.pt'], 'out must end in .onnx for format onnx, got a.pt'),
     (['--format', 'torchscript', '--out', 'a'], 'out must end in .pt for format torchscript, got a'),
     (['--format', 'onnx', '--out', 'there.onnx'], 'there.onnx is there already: choose another --out'),

@@ -157,7 +157,7 @@ def test_base_model(hub, few_digits, tiny_settings, tmp_path):
 
 @newer_client
 def test_upload(hub, release, tmp_path):
-    assert upload(release, REPO) == f'{hub.url}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567'
+    assert upload(release, REPO) == (f'{hub.url}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567', False)
     assert tree(tmp_path / 'hub' / REPO) == tree(release)
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
     assert torch.equal(logits(model), logits(load_model(str(release))))
@@ -177,6 +177,40 @@ def test_upload_to_a_repository_that_is_there(hub, release, tiny_model, tmp_path
     write_release(tiny_model, tmp_path / 'second', REPO, 'mit')
     upload(tmp_path / 'second', REPO)
     assert ModelCard.load(REPO).data.license == 'mit'
+
+
+@newer_client
+@pytest.mark.parametrize('then', [None, 'public'])
+def test_private_never_ends_in_a_public_upload(hub, release, tmp_path, then, input_error):
+    repo = tmp_path / 'hub' / REPO
+    repo.mkdir(parents=True)
+    hub.visibility[REPO] = then
+    with input_error(f'{REPO} is public: nothing was uploaded'):
+        upload(release, REPO, private=True)
+    assert list(repo.iterdir()) == []
+    hub.visibility[REPO] = 'private'
+    upload(release, REPO, private=True)
+    assert tree(repo) == tree(release)
+
+
+@newer_client
+@pytest.mark.parametrize('edit', [
+    lambda card: card + 'By me.', lambda card: card.replace('## Limits', '## My limits'), lambda card: ''])
+def test_edited_card_is_kept_unless_asked(hub, release, tmp_path, edit):
+    upload(release, REPO)
+    path = tmp_path / 'hub' / REPO / 'README.md'
+    path.write_text(edit(path.read_text()))
+    edited = path.read_text()
+    assert upload(release, REPO)[1]
+    assert path.read_text() == edited
+    assert not upload(release, REPO, replace_card=True)[1]
+    assert path.read_bytes() == (release / 'README.md').read_bytes()
+
+
+def test_segmenter_is_not_published(segment_run, tmp_path, input_error):
+    for folder in (segment_run.out, segment_run.out / 'best'):
+        with input_error('holds a segmenter, publish is for classifiers.* `hf upload ORG/NAME '):
+            write_release(folder, tmp_path / 'release', REPO)
 
 
 @newer_client

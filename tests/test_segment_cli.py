@@ -127,7 +127,8 @@ def test_options_replace_the_recipes_values(segment_command, composed, segment_s
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(segment_settings))
     result = segment_command(
         'segment', 'train', '--config', tmp_path / 'recipe.yaml', '--data-dir', composed, '--out', tmp_path / 'run',
-        '--iterations', '1', '--arch', 'panoptic_fpn', '--eval-size', '[40, 36]', '--mean', '[.1, 2e-1, 0.3]',
+        '--iterations', '1', '--arch', 'panoptic_fpn', '--eval-size', '40', '36', '--mean', '[.1, 2e-1, 0.3]',
+        '--crop-size', '32', '36', '--std', '.5', '0.5', '5e-1', '--scale', '0.5', '2', '--steps', '1', '2',
         '--lr', '1e-3', '--precision', 'no', '--workers', '0', '--device', 'cpu')
     assert result.code == 0, result.stderr
     loaded = load_segmentation_model(tmp_path / 'run' / 'last')

@@ -19,8 +19,8 @@ from .checkpoint import whole
 from .errors import InputError, check_utf8, first_line
 
 __all__ = [
-    'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'export', 'quiet',
-    'sentence']
+    'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'default_out',
+    'export', 'quiet', 'sentence']
 
 _logger = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ def export(
         out: Union[str, Path],
         dynamic_size: bool = False,
         opset: Optional[int] = None,
+        overwrite: bool = False,
 ) -> Exported:
     """Write a model, in its inference form, as a file of another runtime.
 
@@ -174,9 +175,10 @@ def export(
         name_or_dir: What `load_subject` takes.
         file_format: 'onnx'; 'torchscript'; 'pt2', of torch.export; or 'aoti', compiled by AOTInductor for this
             machine's CPU.
-        out: File to write, which must not be there, in a folder that is.
+        out: File to write, in a folder that is there.
         dynamic_size: Leave height and width free. TorchScript does without being asked.
         opset: Of ONNX, one of `OPSETS`; `DEFAULT_OPSET` where None.
+        overwrite: Replace `out` if it is there, which is refused otherwise.
 
     Raises:
         InputError: An argument cannot be used, the model cannot be loaded or is none that the format can hold, what the
@@ -184,7 +186,7 @@ def export(
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    _check(file_format, out, dynamic_size, opset)
+    _check(file_format, out, dynamic_size, opset, overwrite)
     _check_installed(file_format)
     subject = load_subject(name_or_dir)
     any_size = dynamic_size or file_format == 'torchscript'
@@ -218,10 +220,10 @@ def export(
     return Exported(inputs, outputs, difference, shapes)
 
 
-def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]) -> None:
+def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int], overwrite: bool) -> None:
     if file_format not in FORMATS:
         raise InputError(f'format must be one of {", ".join(FORMATS)}, got {file_format!r}')
-    check_out(file_format, out)
+    check_out(file_format, out, overwrite)
     if opset is not None and file_format != 'onnx':
         raise InputError(f'opset is for format onnx, got format {file_format}')
     if opset is not None and opset not in OPSETS:
@@ -230,15 +232,27 @@ def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]
         raise InputError('format torchscript takes images of any size as it is: leave --dynamic-size out')
 
 
-def check_out(file_format: str, out: Path) -> None:
+def default_out(name_or_dir: str, file_format: str) -> Path:
+    """File for a model without another: beside its folder and named after it; of a name, here."""
+    folder = Path(name_or_dir.removeprefix('local-dir:'))
+    if folder.is_dir():
+        path = folder.resolve() if folder.name in ('', '..') else folder
+    else:
+        path = Path(name_or_dir.rpartition('/')[2].rpartition(':')[2])
+    return path.with_name(path.name + FORMATS[file_format].suffix)
+
+
+def check_out(file_format: str, out: Path, overwrite: bool = False) -> None:
     """Raise InputError where a file of this format cannot be written as `out`: another ending or not UTF-8, there, no
     folder."""
     check_utf8(out)
     suffix = FORMATS[file_format].suffix
     if out.suffix != suffix:
         raise InputError(f'out must end in {suffix} for format {file_format}, got {out}')
-    if out.exists():
-        raise InputError(f'{out} is there already: choose another --out')
+    if out.is_dir():
+        raise InputError(f'out must be a file, got the folder {out}')
+    if out.exists() and not overwrite:
+        raise InputError(f'{out} is there already: choose another --out, or replace it with --overwrite')
     if not out.parent.is_dir():
         raise InputError(f'folder {out.parent} of --out does not exist')
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
-from .device import choose_device
+from .devices import find_device
 from .errors import InputError, first_line
 from .hub import find_hub_id
 from .images import ImageFolder, Split, describe_split, find_split, image_mode
@@ -136,9 +136,10 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
     }
     try:
         train = create_loader(
-            ImageFolder(split.train, mode=mode, seed=settings.seed), batch_size=min(settings.batch_size, len(split.train)),
-            is_training=True, scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip,
-            color_jitter=settings.color_jitter, auto_augment=settings.aa, **common)
+            ImageFolder(split.train, mode=mode, seed=settings.seed),
+            batch_size=min(settings.batch_size, len(split.train)), is_training=True, scale=settings.scale,
+            ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
+            auto_augment=settings.aa, **common)
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
@@ -200,7 +201,8 @@ class _Run:
         update = epoch * len(self.train_loader)
         losses = []
         bar = tqdm(
-            self.train_loader, desc=f'epoch {epoch + 1}/{self.settings.epochs}', disable=not progress, leave=False)
+            self.train_loader, desc=f'epoch {epoch + 1}/{self.settings.epochs}', disable=None if progress else True,
+            leave=False)
         for x, target in bar:
             self.scheduler.step_update(update)
             with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -276,8 +278,8 @@ def finetune(
         resume: Go on with the run that `out` holds, if it holds one.
         overwrite: Begin anew where `out` holds a run.
         workers: Processes that load images; 0 for none.
-        device: 'cpu' or 'cuda'; the GPU if there is one where None.
-        progress: Show progress bars.
+        device: As for `find_device`.
+        progress: Say what each epoch gave, with a progress bar where standard error is a terminal.
 
     Returns:
         The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files.
@@ -290,7 +292,7 @@ def finetune(
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
         check_run_folder(checkpoint, model_dir, resume)
-    device = choose_device(device)
+    device = find_device(device)
     start = time.monotonic()
 
     goes_on = resume and not overwrite and checkpoint.exists()

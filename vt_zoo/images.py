@@ -24,7 +24,8 @@ from .folders import check_classes, find_labels, find_parts, is_part, name_order
 from .seeding import seed_of, seeded
 
 __all__ = [
-    'ImageFolder', 'Split', 'describe_split', 'find_split', 'image_mode', 'image_transform', 'load_image', 'load_upright']
+    'ImageFolder', 'Split', 'describe_split', 'find_split', 'image_mode', 'image_transform', 'load_image',
+    'load_upright']
 
 _logger = logging.getLogger(__name__)
 
@@ -232,7 +233,8 @@ def _readable(samples: List[Sample], progress: bool) -> List[Sample]:
 
     with ThreadPoolExecutor() as pool:
         errors = list(tqdm(
-            pool.map(error, samples), total=len(samples), desc='checking images', disable=not progress, leave=False))
+            pool.map(error, samples), total=len(samples), desc='checking images',
+            disable=None if progress else True, leave=False))
     for e in filter(None, errors):
         _logger.warning(f'{e}; left out')
     return [s for s, e in zip(samples, errors) if e is None]

@@ -1,20 +1,38 @@
 """Models on the Hugging Face Hub: the folder that goes up, and the upload."""
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, Optional, Tuple, Union
 
-from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from ._version import __version__
+from .analysis.subject import is_segmenter
 from .checkpoint import check_input_size, drop_second_num_classes, load_model, whole
 from .errors import InputError
 from .hub import WEIGHTS, hub_reason
 from .model_card import create_card
 
 __all__ = ['check_repo_id', 'upload', 'write_release']
+
+
+CARD = 'README.md'
+
+
+def _signed(card: str) -> str:
+    """A card with a comment at its end by which `_is_edited` knows it again."""
+    card = card.rstrip('\n') + '\n'
+    return f'{card}\n<!-- written by vt-zoo publish, {hashlib.sha256(card.encode()).hexdigest()} -->\n'
+
+
+def _is_edited(card: str) -> bool:
+    """Whether a card is another than `_signed` made."""
+    return _signed(re.sub(r'\n<!-- written by vt-zoo publish, \w+ -->\n$', '', card)) != card
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -29,6 +47,11 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _find_model(checkpoint_dir: Path) -> Path:
+    for folder in (checkpoint_dir, checkpoint_dir / 'last', checkpoint_dir / 'model'):
+        if is_segmenter(folder):
+            raise InputError(
+                f'{folder} holds a segmenter, publish is for classifiers: its folder has a model card, upload it with '
+                f'`hf upload ORG/NAME {folder}`')
     for folder in (checkpoint_dir, checkpoint_dir / 'model'):
         if (folder / 'config.json').is_file():
             if not (folder / WEIGHTS).is_file():
@@ -86,20 +109,34 @@ def write_release(
         new.mkdir()
         shutil.copyfile(folder / WEIGHTS, new / WEIGHTS)
         (new / 'config.json').write_text(json.dumps(config, indent=2))
-        card.save(new / 'README.md')
+        (new / CARD).write_text(_signed(str(card)), encoding='utf-8')
 
 
-def upload(folder: Union[str, Path], repo_id: str, private: bool = False) -> str:
+def upload(
+        folder: Union[str, Path],
+        repo_id: str,
+        private: bool = False,
+        replace_card: bool = False,
+) -> Tuple[str, bool]:
     """Create the repository where it is not there, and upload a folder of `write_release` as one commit.
+
+    A model card on the hub that is not as `vt-zoo publish` wrote it, since someone edited it, stays.
 
     The token is that of `hf auth login` or the environment's HF_TOKEN. The hub's own validator reads the card before
     anything is created.
 
+    Args:
+        folder: Folder of `write_release`.
+        repo_id: `org/name` on the hub.
+        private: Make a new repository private, and upload to none that is public.
+        replace_card: Replace an edited model card too.
+
     Returns:
-        Address of the commit.
+        Address of the commit, and whether a card that was edited stays.
 
     Raises:
-        InputError: There is no token, the hub refuses the card or the token, or it cannot be reached.
+        InputError: There is no token, the hub refuses the card or the token, the repository is public though it should
+            be private, or the hub cannot be reached.
     """
     if get_token() is None:
         raise InputError('there is no token of the hub: run `hf auth login` or set HF_TOKEN')
@@ -107,9 +144,27 @@ def upload(folder: Union[str, Path], repo_id: str, private: bool = False) -> str
     try:
         ModelCard.load(Path(folder) / 'README.md').validate()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload model with vt_zoo')
+        if private and not api.model_info(repo_id).private:
+            raise InputError(
+                f'{repo_id} is public: nothing was uploaded; make it private in its settings at the hub, or leave '
+                '--private out')
+        keep = not replace_card and _has_edited_card(repo_id)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message='Upload model with vt_zoo',
+            ignore_patterns=[CARD] if keep else None)
+    except InputError:
+        raise
     except ValueError as e:
         raise InputError(f'the hub refuses {repo_id}: {" ".join(str(e).split())[:200]}') from e
     except Exception as e:  # of the client, of the library that it sends with, of the system
         raise InputError(f'{repo_id} cannot be published at {api.endpoint}: {hub_reason(e)}') from e
-    return commit.commit_url
+    return commit.commit_url, keep
+
+
+def _has_edited_card(repo_id: str) -> bool:
+    with TemporaryDirectory() as cache:  # the client would take an old one from its own where the hub does not answer
+        try:
+            card = Path(hf_hub_download(repo_id, CARD, cache_dir=cache)).read_bytes()
+        except EntryNotFoundError:
+            return False
+    return _is_edited(card.decode(errors='replace'))

@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
@@ -106,6 +107,7 @@ def quantize(
         out: Union[str, Path],
         limit: int = DEFAULT_LIMIT,
         progress: bool = True,
+        overwrite: bool = False,
 ) -> Quantized:
     """Write an int8 file of a float32 file of `vt-zoo export --format onnx`.
 
@@ -116,9 +118,10 @@ def quantize(
     Args:
         file: The float32 file.
         images: Folder with images, in subfolders or not, of the kind that the model is for.
-        out: File to write, which must not be there, in a folder that is.
+        out: File to write, another than `file`, in a folder that is there.
         limit: Take so many of the images, drawn with a fixed seed.
-        progress: Show progress bars.
+        progress: Show progress bars where standard error is a terminal.
+        overwrite: Replace `out` if it is there, which is refused otherwise.
 
     Raises:
         InputError: An argument cannot be used, an image cannot be read, onnxruntime is not installed or cannot quantise
@@ -127,21 +130,24 @@ def quantize(
     """
     file, out = Path(file), Path(out)
     check_packages('quantize', 'onnx', 'onnxruntime')
-    check_out('onnx', out)
+    check_out('onnx', out, overwrite)
+    if out.exists() and file.exists() and out.samefile(file):
+        raise InputError(f'out must be another file than {file}')
     metadata = _read_metadata(file)
     prepare = create_prepare(json.loads(metadata['preprocessing']))
     paths = _draw_images(Path(images), limit)
 
     def prepared(desc: str) -> Iterator[np.ndarray]:
-        for path in tqdm(paths, desc=desc, disable=not progress, leave=False):
+        for path in tqdm(paths, desc=desc, disable=None if progress else True, leave=False):
             yield prepare(load_image(path))[None].numpy()
 
+    size = file.stat().st_size  # the tools write as much at least
     with whole(out) as new:
         _logger.info(f'calibrating on {len(paths)} images')
-        with _quiet_tools(), sentence(f'{file} cannot be quantised'):
+        with _quiet_tools(), sentence(f'{file} cannot be quantised'), _disk_errors(new.parent, size):
             nodes = _write(file, prepared('calibrating'), new)
         _logger.info(f'comparing with {file}')
-        with _quiet_tools(), sentence(f'the int8 file of {file} does not run'):
+        with _quiet_tools(), sentence(f'the int8 file of {file} does not run'), _disk_errors(new.parent, size):
             quantized = Quantized(nodes, len(paths), *_compare(file, new, prepared('comparing')))
             _write_metadata(new, metadata, quantized)
     return quantized
@@ -189,6 +195,24 @@ def _quiet_tools() -> Iterator[None]:
             yield
     finally:
         onnxruntime.set_default_logger_severity(2)  # its default
+
+
+@contextmanager
+def _disk_errors(folder: Path, size: int) -> Iterator[None]:
+    """Make an OSError of any error where a folder has no place for so many bytes: some versions of the tools do not."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        try:
+            with NamedTemporaryFile(dir=folder) as probe:
+                for _ in range(size // 2 ** 20 + 1):
+                    probe.write(bytes(2 ** 20))
+                probe.flush()
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(folder)) from error
+        raise
 
 
 def _write(file: Path, images: Iterator[np.ndarray], path: Path) -> Dict[str, Tuple[int, int]]:

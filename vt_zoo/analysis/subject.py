@@ -14,7 +14,7 @@ from ..checkpoint import load_model
 from ..errors import InputError, printable
 from ..images import image_transform
 
-__all__ = ['Subject', 'create_prepare', 'load_subject']
+__all__ = ['Subject', 'create_prepare', 'is_segmenter', 'load_subject']
 
 
 @dataclass
@@ -55,7 +55,7 @@ def load_subject(name_or_dir: str) -> Subject:
     Raises:
         InputError: As `load_model`, or `load_segmentation_model`; the model has not as many classes as names for them.
     """
-    if _is_segmenter(Path(name_or_dir)):
+    if is_segmenter(Path(name_or_dir)):
         from ..segmentation.model_files import load_segmentation_model
 
         loaded = load_segmentation_model(name_or_dir)
@@ -95,7 +95,8 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
     return prepare
 
 
-def _is_segmenter(folder: Path) -> bool:
+def is_segmenter(folder: Path) -> bool:
+    """Whether a folder holds a model of `vt-zoo segment train`."""
     try:
         return '_model_class' in json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):

@@ -1,8 +1,20 @@
 """Types of command-line arguments."""
 import argparse
 import re
+from typing import Optional
 
-__all__ = ['file_size', 'fraction', 'port', 'positive_float', 'positive_int', 'whole_number']
+__all__ = ['HelpFormatter', 'file_size', 'fraction', 'port', 'positive_float', 'positive_int', 'whole_number']
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of an option that has one, as it would be given."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        if action.required or action.default in (None, False):
+            return action.help
+        if isinstance(action.default, tuple):
+            return f'{action.help} (default: {" ".join(f"{value:.3g}" for value in action.default)})'
+        return super()._get_help_string(action)
 
 
 def _number(text: str, kind: type, allowed: str, accept) -> float:

@@ -17,15 +17,15 @@ from .arguments import file_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('checkpoint', metavar='CHECKPOINT', help='file to read')
-    add('--out', required=True, metavar='DIR', help='folder to write, which must not be there')
-    add('--model', default=None, metavar='NAME', help="name of the model; the checkpoint's own if not given")
+    add('checkpoint', metavar='CHECKPOINT', help='path to the checkpoint')
+    add('--out', required=True, metavar='DIR', help='path to the output folder, which must not exist')
+    add('--model', default=None, metavar='NAME', help='model name, if not the one in the checkpoint')
     add('--ema', action=argparse.BooleanOptionalAction, default=None,
-        help='take the moving average; done if there is one, if neither is given')
-    add('--dtype', choices=['float16', 'bfloat16'], default=None, help='half the size; as it is if not given')
+        help='use the moving average of the weights, or not, if not wherever there is one')
+    add('--dtype', choices=['float16', 'bfloat16'], default=None, help='data type of the weights, if not their own')
     add('--max-shard-size', type=file_size, default=None, metavar='SIZE',
-        help='split files above it, as 500MB; timm does not read shards, but `vt-zoo predict`, transformers and '
-             'huggingface_hub.load_torch_model do')
+        help='maximum file size, e.g. 500MB, above which the weights are split into shards; timm cannot read them, '
+             '`vt-zoo predict`, transformers and huggingface_hub.load_torch_model can')
 
 
 def run(args: argparse.Namespace) -> None:

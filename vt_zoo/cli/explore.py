@@ -26,8 +26,9 @@ HOST = '127.0.0.1'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('--model', required=True, metavar='NAME_OR_DIR', help='model as in `vt-zoo predict`, or of `vt-zoo segment`')
-    add('--port', type=port, default=7860, help='port to listen on, 0 for any that is free')
+    add('--model', required=True, metavar='NAME_OR_DIR',
+        help='model as in `vt-zoo predict`, or a folder of `vt-zoo segment`')
+    add('--port', type=port, default=7860, metavar='PORT', help='port to listen on, 0 for any free one')
 
 
 def run(args: argparse.Namespace) -> None:

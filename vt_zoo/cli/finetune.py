@@ -12,6 +12,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from vt_zoo.devices import DEVICES
 from vt_zoo.finetune import FinetuneSettings, finetune
 
 from .arguments import fraction, positive_float, positive_int, whole_number
@@ -22,43 +23,54 @@ DEFAULTS = FinetuneSettings()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('data_dir', metavar='DATA_DIR', help='folder of images')
+    add('data_dir', metavar='DATA_DIR', help='path to the data set')
     add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR',
-        help='name, or name.tag or folder with weights; name.untrained begins new')
-    add('--out', default='vt_zoo_finetune', metavar='DIR', help='folder to write')
-    add('--resume', action='store_true', help='go on with the run that DIR holds')
-    add('--overwrite', action='store_true', help='begin anew where DIR holds a run')
-    add('--epochs', type=positive_int, default=DEFAULTS.epochs, help='passes over the training images')
-    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, help='images a step')
-    add('--img-size', type=positive_int, default=None, help="side of the input; the model's own if not given")
-    add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt, help="timm's optimizer")
-    add('--lr', type=positive_float, default=DEFAULTS.lr, help='peak learning rate')
-    add('--weight-decay', type=fraction, default=DEFAULTS.weight_decay, help='weight decay')
-    add('--warmup-epochs', type=whole_number, default=DEFAULTS.warmup_epochs, help='epochs of rising learning rate')
-    add('--smoothing', type=fraction, default=DEFAULTS.smoothing, help='label smoothing')
-    add('--drop', type=fraction, default=DEFAULTS.drop, help='dropout before the classifier')
-    add('--drop-path', type=fraction, default=DEFAULTS.drop_path, help='stochastic depth')
-    add('--model-ema-decay', type=fraction, default=DEFAULTS.model_ema_decay, help='decay of the moving average')
-    add('--scale', type=positive_float, nargs=2, default=DEFAULTS.scale, help='area of a random crop')
-    add('--ratio', type=positive_float, nargs=2, default=DEFAULTS.ratio, help='aspect ratio of a random crop')
-    add('--hflip', type=fraction, default=DEFAULTS.hflip, help='probability of a horizontal flip')
-    add('--color-jitter', type=fraction, default=DEFAULTS.color_jitter, help='strength of colour jitter')
-    add('--aa', default=DEFAULTS.aa, metavar='POLICY', help="timm's AutoAugment policy, as rand-m9-mstd0.5")
-    add('--val-fraction', type=fraction, default=DEFAULTS.val_fraction, help='share held out where there is no val/')
-    add('--seed', type=whole_number, default=DEFAULTS.seed, help='of weights, order and augmentation')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1),
-        help='processes that load images; the outcome is the same with any number')
-    add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
+        help='name of the model to train, NAME.TAG or a folder for its weights, NAME.untrained for new ones')
+    add('--out', default='vt_zoo_finetune', metavar='DIR', help='path to the output folder')
+    add('--resume', action='store_true', help='continue the run in the output folder')
+    add('--overwrite', action='store_true', help='replace the run in the output folder')
+    add('--epochs', type=positive_int, default=DEFAULTS.epochs, metavar='N', help='number of epochs to train')
+    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, metavar='N', help='batch size in images')
+    add('--img-size', type=positive_int, default=argparse.SUPPRESS, metavar='PIXELS',
+        help="height and width of the input (default: the model's own)")
+    add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt,
+        help='optimizer, by its name in timm')
+    add('--lr', type=positive_float, default=DEFAULTS.lr, metavar='LR', help='peak learning rate')
+    add('--weight-decay', type=fraction, default=DEFAULTS.weight_decay, metavar='W', help='weight decay')
+    add('--warmup-epochs', type=whole_number, default=DEFAULTS.warmup_epochs, metavar='N',
+        help='number of epochs in which the learning rate rises')
+    add('--smoothing', type=fraction, default=DEFAULTS.smoothing, metavar='P', help='label smoothing')
+    add('--drop', type=fraction, default=DEFAULTS.drop, metavar='P', help='dropout rate before the classifier')
+    add('--drop-path', type=fraction, default=DEFAULTS.drop_path, metavar='P', help='drop path (stochastic depth) rate')
+    add('--model-ema-decay', type=fraction, default=DEFAULTS.model_ema_decay, metavar='DECAY',
+        help='decay of the moving average of the weights')
+    add('--scale', type=positive_float, nargs=2, default=DEFAULTS.scale, metavar=('MIN', 'MAX'),
+        help='random crop area, as a share of the image')
+    add('--ratio', type=positive_float, nargs=2, default=DEFAULTS.ratio, metavar=('MIN', 'MAX'),
+        help='random crop aspect ratio, width by height')
+    add('--hflip', type=fraction, default=DEFAULTS.hflip, metavar='P', help='horizontal flip probability')
+    add('--color-jitter', type=fraction, default=DEFAULTS.color_jitter, metavar='X', help='color jitter factor')
+    add('--aa', default=argparse.SUPPRESS, metavar='POLICY',
+        help='AutoAugment policy of timm, e.g. rand-m9-mstd0.5 (default: none)')
+    add('--val-fraction', type=fraction, default=DEFAULTS.val_fraction, metavar='P',
+        help='share of the images to hold out if DATA_DIR has no val/')
+    add('--seed', type=whole_number, default=DEFAULTS.seed, metavar='N',
+        help='random seed of weights, order and augmentation')
+    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='number of data loading processes; the outcome is the same with any number')
+    add('--device', choices=DEVICES, default=argparse.SUPPRESS,
+        help='device to train on (default: cuda if there is one)')
     add('--precision', choices=['auto', 'float32', 'bfloat16', 'float16'], default=DEFAULTS.precision,
-        help='of the arithmetic in training; auto is mixed precision on a GPU')
+        help='precision of training; auto is mixed precision on cuda, else float32')
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, and print what came of it."""
-    settings = FinetuneSettings(**{f.name: getattr(args, f.name) for f in fields(FinetuneSettings)})
+    settings = FinetuneSettings(**{f.name: getattr(args, f.name, f.default) for f in fields(FinetuneSettings)})
     try:
         result = finetune(
-            args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+            args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers,
+            getattr(args, 'device', None))
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last complete epoch is kept in {args.out}, go on with --resume', file=sys.stderr)

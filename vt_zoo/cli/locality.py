@@ -24,11 +24,11 @@ from .arguments import whole_number
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('images', nargs='*', metavar='IMAGE', help='image file; noise if none is given')
-    add('--model', required=True, metavar='NAME_OR_DIR', help='Vision Transformer of timm, as vit_base_patch16_224')
-    add('--random', action='store_true', help='random weights instead of pretrained ones')
-    add('--seed', type=whole_number, default=0, help='of random weights and noise')
-    add('--out', default='locality.png', metavar='FILE', help='picture to write, .png or .svg')
+    add('images', nargs='*', metavar='IMAGE', help='path to an image (default: noise)')
+    add('--model', required=True, metavar='NAME_OR_DIR', help='Vision Transformer of timm, e.g. vit_base_patch16_224')
+    add('--random', action='store_true', help='use random weights instead of pretrained ones')
+    add('--seed', type=whole_number, default=0, metavar='N', help='random seed of weights and noise')
+    add('--out', default='locality.png', metavar='FILE', help='path to the output picture, .png or .svg')
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from . import (
     segment,
     tokens,
 )
+from .arguments import HelpFormatter
 
 __all__ = ['create_parser', 'main']
 
@@ -47,7 +48,7 @@ def create_parser() -> argparse.ArgumentParser:
         text = module.__doc__.strip()
         command = commands.add_parser(
             name, help=text.splitlines()[0].rstrip('.'), description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            formatter_class=HelpFormatter)
         module.add_arguments(command)
     return parser
 

@@ -12,7 +12,7 @@ from vt_zoo.analysis.count import count_multiply_adds, count_weights
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
+    parser.add_argument('--json', action='store_true', help='print a JSON list instead of a table')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,14 +4,17 @@ Results come while the images are read. One that cannot be read gets a line with
 exit code is then 1, and the number of such images is said at the end.
 """
 import argparse
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
+from timm.models import create_model, get_pretrained_cfg, list_models
 
 from vt_zoo.checkpoint import check_input_size, load_model
-from vt_zoo.device import choose_device
+from vt_zoo.devices import find_device
 from vt_zoo.errors import InputError
 from vt_zoo.image_stream import OpenedImage, find_images, open_images
 from vt_zoo.images import image_transform
@@ -24,15 +27,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument(
         '--model', required=True, metavar='NAME_OR_DIR',
-        help="folder with weights in timm's hub layout, hf-hub:org/name, or a model name that has weights")
-    parser.add_argument('--top', type=positive_int, default=5, help='classes an image')
+        help="folder in timm's hub layout, hf-hub:ORG/NAME, or the name of a model that has weights")
+    parser.add_argument('--top', type=positive_int, default=5, metavar='K', help='number of classes to print per image')
+    parser.add_argument(
+        '--untrained', action='store_true',
+        help='allow a model whose classifier was never trained, as NAME.untrained; its answers mean nothing')
     add_image_arguments(parser, batch_size=32)
+
+
+def _load(name_or_dir: str, untrained: bool) -> nn.Module:
+    """Load a model, one whose classifier was never trained only where `untrained`."""
+    tag = ''
+    if ':' not in name_or_dir and not Path(name_or_dir).is_dir() and name_or_dir.split('.')[0] in list_models(
+            module='vt_resnet'):
+        with suppress(RuntimeError):  # an unknown tag, of which `load_model` says more
+            tag = get_pretrained_cfg(name_or_dir).tag or ''
+    if tag.startswith(('untrained', 'trunk_')):
+        if not untrained:
+            raise InputError(
+                f'the classifier of model {name_or_dir} was never trained: train it with `vt-zoo finetune`, or add '
+                '--untrained to see what it answers')
+        torch.manual_seed(0)
+        if tag == 'untrained':
+            return create_model(name_or_dir).eval()
+    return load_model(name_or_dir)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the predictions."""
-    device = choose_device(args.device)
-    model = load_model(args.model)
+    device = find_device(args.device)
+    model = _load(args.model, args.untrained)
     names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
     if len(names) != model.num_classes:
         raise InputError(f'model {args.model} has {model.num_classes} classes, its config.json names {len(names)}')

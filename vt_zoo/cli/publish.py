@@ -7,19 +7,23 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from vt_zoo.model_card import UNKNOWN
 from vt_zoo.publish import upload, write_release
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('checkpoint_dir', metavar='CHECKPOINT_DIR', help='folder with a model, or with model/')
-    add('--repo-id', required=True, metavar='ORG/NAME', help='where it goes on the hub')
-    add('--license', default=None, metavar='ID', help='of the weights, as apache-2.0; unknown if not given')
-    add('--dataset', default=None, metavar='NAME', help='name of the data; unknown if not given')
-    add('--private', action='store_true', help='make a new repository private')
-    add('--dry-run', action='store_true', help='show what would go up, and upload nothing')
-    add('--out', default=None, metavar='DIR', help='keep what goes up in this folder, which must not be there')
+    add('checkpoint_dir', metavar='CHECKPOINT_DIR',
+        help='path to the model folder, or to the run folder with model/ in it')
+    add('--repo-id', required=True, metavar='ORG/NAME', help='repository on the hub, created if it does not exist')
+    add('--license', default=UNKNOWN, metavar='ID', help="license of the weights, by the hub's name, e.g. apache-2.0")
+    add('--dataset', default=UNKNOWN, metavar='NAME', help='name of the training data, for the model card')
+    add('--private', action='store_true',
+        help='create the repository as a private one; stop, with nothing uploaded, if it exists and is public')
+    add('--replace-card', action='store_true', help='replace a model card that was edited on the hub, else it is kept')
+    add('--dry-run', action='store_true', help='print the files and the model card without uploading them')
+    add('--out', default=None, metavar='DIR', help='new folder to keep the uploaded files in')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,5 +36,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f'{path.stat().st_size:12,} bytes  {path.name}')
             print(f'\n{(folder / "README.md").read_text(encoding="utf-8")}', end='')
         else:
-            print(f'published  {upload(folder, args.repo_id, args.private)}')
+            address, kept = upload(folder, args.repo_id, args.private, args.replace_card)
+            print(f'published  {address}')
+            if kept:
+                print('card       kept, it was edited on the hub; --replace-card replaces it')
             print(f'use        vt-zoo predict IMAGE --model hf-hub:{args.repo_id}')

@@ -27,9 +27,10 @@ WRITTEN = ('data', 'model', 'history.csv', 'tokens.png', 'checkpoint.safetensors
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument('--out', default='vt_zoo_quickstart', metavar='DIR', help='folder to write')
-    parser.add_argument('--epochs', type=positive_int, default=12, help='passes over the training images')
-    parser.add_argument('--seed', type=whole_number, default=0, help='of weights, order and augmentation')
+    parser.add_argument('--out', default='vt_zoo_quickstart', metavar='DIR', help='path to the output folder')
+    parser.add_argument('--epochs', type=positive_int, default=12, metavar='N', help='number of epochs to train')
+    parser.add_argument(
+        '--seed', type=whole_number, default=0, metavar='N', help='random seed of weights, order and augmentation')
 
 
 def run(args: argparse.Namespace) -> None:

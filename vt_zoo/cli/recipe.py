@@ -7,8 +7,8 @@ from vt_zoo.recipes import list_recipes, recipe_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     names = list_recipes()
-    parser.add_argument('name', choices=names, metavar='NAME', help=f'one of: {", ".join(names)}')
-    parser.add_argument('--show', action='store_true', help="print the recipe's text instead")
+    parser.add_argument('name', choices=names, metavar='NAME', help=f'recipe: {", ".join(names[:-1])} or {names[-1]}')
+    parser.add_argument('--show', action='store_true', help='print the recipe instead of its path')
 
 
 def run(args: argparse.Namespace) -> None:

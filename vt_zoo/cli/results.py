@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Iterable, List
 
 from tqdm import tqdm
 
+from vt_zoo.devices import DEVICES
 from vt_zoo.errors import InputError
 
 from .arguments import positive_int
@@ -26,9 +27,10 @@ def add_image_arguments(parser: argparse.ArgumentParser, batch_size: int) -> Non
     add = parser.add_argument
     add('images', nargs='+', metavar='IMAGE',
         help="image file; folder, for the images in it and below; or '-' for paths on standard input, one a line")
-    add('--batch-size', type=positive_int, default=batch_size, help='images at a time through the model')
-    add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
-    add('--workers', type=positive_int, default=min(4, os.cpu_count() or 1), help='threads that open images')
+    add('--batch-size', type=positive_int, default=batch_size, metavar='N', help='batch size in images')
+    add('--device', choices=DEVICES, default=None, help='device to run on (default: cuda if there is one)')
+    add('--workers', type=positive_int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='number of threads that open images')
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--json', action='store_true', help='print one list of objects instead of a table')
     form.add_argument('--jsonl', action='store_true', help='print an object a line, and nothing around them')

@@ -9,18 +9,73 @@ import sys
 from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, List, Optional, Union
 
 import yaml
 
-from vt_zoo.device import choose_device
+from vt_zoo.devices import DEVICES, find_device
 from vt_zoo.errors import InputError
 from vt_zoo.image_stream import find_images
 from vt_zoo.segmentation.label_map import read_label_map
-from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
+from vt_zoo.segmentation.settings import (
+    ARCHITECTURES,
+    PRECISIONS,
+    SCHEDULES,
+    SegmentSettings,
+    list_segmentation_recipes,
+    read_settings,
+    read_yaml,
+)
 
-from .arguments import positive_int, whole_number
+from .arguments import HelpFormatter, positive_int, whole_number
 from .results import add_image_arguments, print_results
+
+# of each field of SegmentSettings: what stands for its value, and what it is
+FIELDS = {
+    'format': ('NAME', 'layout of the data set: folder, coco_panoptic_stuff, coco_stuff or lip'),
+    'label_map': ('MAP', 'class of each value of the masks, e.g. {0: 0, 255: 1} or {"255,0,0": 1}'),
+    'arch': ('NAME', f'model architecture: {" or ".join(ARCHITECTURES)}'),
+    'encoder_name': ('NAME', 'backbone, an encoder of segmentation_models_pytorch; tu-NAME is the model NAME of timm'),
+    'encoder_weights': ('BOOL', 'start from the pretrained weights of the encoder: true or false'),
+    'num_tokens': ('N', 'visual tokens per pyramid level; only for vt_fpn'),
+    'token_dim': ('N', 'channels of a visual token; only for vt_fpn'),
+    'pyramid_channels': ('N', 'channels of each level of the feature pyramid'),
+    'head_channels': ('N', 'channels of the segmentation head, a multiple of 32'),
+    'iterations': ('N', 'number of optimizer steps'),
+    'batch_size': ('N', 'total batch size in images, over all processes'),
+    'opt': ('NAME', 'optimizer of timm, e.g. momentum or adamw'),
+    'lr': ('LR', 'peak learning rate'),
+    'momentum': ('M', 'optimizer momentum, from 0 to under 1'),
+    'weight_decay': ('W', 'weight decay, from 0 to under 1'),
+    'schedule': ('NAME', f'learning rate schedule: {", ".join(SCHEDULES[:-1])} or {SCHEDULES[-1]}'),
+    'steps': ('N', 'iterations at which the learning rate falls to a tenth; only for multistep'),
+    'power': ('P', 'exponent of the decay; only for poly'),
+    'warmup': ('N', 'number of iterations in which the learning rate rises'),
+    'crop_size': ('PIXELS', 'height and width of the training crops, in pixels'),
+    'scale': ('FACTOR', 'smallest and largest factor by which a training image is resized before it is cropped'),
+    'hflip': ('P', 'horizontal flip probability, from 0 to 1'),
+    'mean': ('MEAN', 'mean of each channel, red, green and blue, of images with values from 0 to 1'),
+    'std': ('STD', 'standard deviation of each channel, red, green and blue'),
+    'eval_size': ('PIXELS', 'size of images at evaluation: their short side, or height and width; null for their own'),
+    'eval_every': ('N', 'iterations between evaluations on the validation images'),
+    'checkpoint_every': ('N', 'iterations between checkpoints'),
+    'ema_decay': ('DECAY', 'decay of the moving average of the weights, from 0 to under 1; 0 for none'),
+    'precision': ('NAME', f'mixed precision: {", ".join(PRECISIONS[:-1])} or {PRECISIONS[-1]}'),
+    'seed': ('N', 'random seed of weights, order and augmentation'),
+}
+LISTS = ('steps', 'crop_size', 'scale', 'mean', 'std', 'eval_size')
+DEFAULTS = SegmentSettings()
+
+
+def _shown_default(name: str) -> str:
+    value = getattr(DEFAULTS, name)
+    if value is None:
+        return 'their own' if name == 'eval_size' else "the encoder's own"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(str, value)) or 'none'
+    return str(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,42 +84,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            name, help=text, description=text, formatter_class=HelpFormatter)
 
-    add = command('train', 'train a model').add_argument
+    train = command('train', 'train a model')
+    add = train.add_argument
     recipes = ', '.join(list_segmentation_recipes())
-    add('--config', metavar='RECIPE', help=f'YAML file, or one of: {recipes}')
-    add('--data-dir', required=True, metavar='DIR', help='folder of the data set')
-    add('--out', default='vt_zoo_segment', metavar='DIR', help='folder to write')
-    add('--resume', action='store_true', help='go on with the run that DIR holds')
-    add('--overwrite', action='store_true', help='begin anew where DIR holds a run')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
-    add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
+    add('--config', metavar='RECIPE', help=f'recipe, a YAML file or one of: {recipes}')
+    add('--data-dir', required=True, metavar='DIR', help='path to the data set')
+    add('--out', default='vt_zoo_segment', metavar='DIR', help='path to the output folder')
+    add('--resume', action='store_true', help='continue the run in the output folder')
+    add('--overwrite', action='store_true', help='replace the run in the output folder')
+    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='number of data loading processes, for each process that trains')
+    add('--device', choices=DEVICES, default=argparse.SUPPRESS,
+        help='device to train on (default: a GPU if there is one)')
+    add = train.add_argument_group(
+        'settings', 'Each replaces the field of its name in the recipe. Without either the default holds.').add_argument
     for f in fields(SegmentSettings):
-        add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS, metavar='VALUE',
-            help='in place of the recipe\'s, as YAML')
+        metavar, text = FIELDS[f.name]
+        add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS,
+            nargs='+' if f.name in LISTS else None, metavar=metavar,
+            help=f"{text} (default: the recipe's, else {_shown_default(f.name)})")
 
     add = command('digits', 'write a set of handwritten digits on textured backgrounds, to try it').add_argument
-    add('root', metavar='DIR', help='folder to write, new or empty')
-    add('--train', type=positive_int, default=1200, metavar='N', help='training images')
-    add('--val', type=positive_int, default=300, metavar='N', help='validation images')
-    add('--size', type=positive_int, default=64, metavar='PIXELS', help='height and width')
-    add('--seed', type=whole_number, default=0, help='of what is drawn at random')
+    add('root', metavar='DIR', help='path to the output folder, new or empty')
+    add('--train', type=positive_int, default=1200, metavar='N', help='number of training images')
+    add('--val', type=positive_int, default=300, metavar='N', help='number of validation images')
+    add('--size', type=positive_int, default=64, metavar='PIXELS', help='height and width of the images')
+    add('--seed', type=whole_number, default=0, metavar='N', help='random seed')
 
     add = command('eval', 'measure a model on a data set').add_argument
-    add('--model', required=True, metavar='DIR', help='folder of the model')
-    add('--data-dir', required=True, metavar='DIR', help='folder of the data set')
-    add('--format', default='folder', help='layout of the data set')
-    add('--label-map', metavar='VALUE', default=argparse.SUPPRESS,
-        help="class of each value of the masks, as YAML; the model's own if not given, null for none")
-    add('--split', choices=['train', 'val', 'test'], default='val', help='part of the data set')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
-    add('--json', action='store_true', help='print an object instead of a table')
+    add('--model', required=True, metavar='DIR', help='path to the model folder')
+    add('--data-dir', required=True, metavar='DIR', help='path to the data set')
+    add('--format', default='folder', metavar='NAME', help=FIELDS['format'][1])
+    add('--label-map', metavar='MAP', default=argparse.SUPPRESS,
+        help=f"{FIELDS['label_map'][1]}; null for none (default: the model's own)")
+    add('--split', choices=['train', 'val', 'test'], default='val', help='split of the data set')
+    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='number of data loading processes')
+    add('--json', action='store_true', help='print a JSON object instead of a table')
 
     predict = command('predict', 'segment images; one that cannot be used gets a line with its error')
     add = predict.add_argument
-    add('--model', required=True, metavar='DIR', help='folder of the model')
-    add('--out', default='vt_zoo_segmented', metavar='DIR', help='folder to write, of a folder with its subfolders')
+    add('--model', required=True, metavar='DIR', help='path to the model folder')
+    add('--out', default='vt_zoo_segmented', metavar='DIR',
+        help='path to the output folder; of a folder of images it gets the subfolders')
     add_image_arguments(predict, batch_size=1)
 
 
@@ -76,11 +140,16 @@ def run(args: argparse.Namespace) -> Optional[int]:
         raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None
 
 
-def _from_yaml(name: str, text: str) -> Any:
+def _from_yaml(name: str, given: Union[str, List[str]]) -> Any:
+    """The value of an option: a YAML text, or several that make a list; one of a list may stand for it whole."""
+    if isinstance(given, list):
+        values = [_from_yaml(name, text) for text in given]
+        whole = len(values) == 1 and (name == 'eval_size' or not isinstance(values[0], (int, float)))
+        return values[0] if whole else values
     try:
-        return read_yaml(text)
+        return read_yaml(given)
     except yaml.YAMLError as e:
-        raise InputError(f'{name} must be a value as in YAML, got {text!r}') from e
+        raise InputError(f'{name} must be a value as in YAML, got {given!r}') from e
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -91,7 +160,7 @@ def _train(args: argparse.Namespace) -> None:
     from vt_zoo.segmentation.train import train
     try:
         result = train(
-            args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+            args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, getattr(args, 'device', None))
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last checkpoint is kept in {args.out}, go on with --resume', file=sys.stderr)
@@ -134,8 +203,8 @@ def _eval(args: argparse.Namespace) -> None:
         raise InputError(f'{e}; the label_map is that of the model, --label-map gives another') from e
     batches = read_batches(DataLoader(dataset, num_workers=args.workers))
     metrics = evaluate(
-        loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), leave=False), len(loaded.classes),
-        loaded.eval_size)
+        loaded.model, tqdm(batches, desc='evaluating', total=len(dataset), disable=None, leave=False),
+        len(loaded.classes), loaded.eval_size)
     if args.json:
         print(json.dumps({
             'images': len(dataset), 'miou': metrics.miou, 'pixel_accuracy': metrics.pixel_accuracy,
@@ -152,7 +221,7 @@ def _predict(args: argparse.Namespace) -> int:
     from vt_zoo.segmentation.model_files import load_segmentation_model
     from vt_zoo.segmentation.predict import predict_files
 
-    device = choose_device(args.device)
+    device = find_device(args.device)
     loaded = load_segmentation_model(args.model)
     loaded.model.to(device)
     segmented = predict_files(loaded, find_images(args.images), args.out, args.batch_size, args.workers)

@@ -31,11 +31,13 @@ GRID_IMAGES = 16  # that tokens.png shows, the first ones
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('images', nargs='+', metavar='IMAGE', help='image file')
-    add('--model', required=True, metavar='NAME_OR_DIR', help='model as in `vt-zoo predict`, or of `vt-zoo segment`')
-    add('--out', required=True, metavar='DIR', help='folder to write')
-    add('--module', type=positive_int, default=1, help='VT module to draw, from 1; for VT-FPN the level')
-    add('--format', choices=['png', 'svg'], default='png', help='of the pictures')
+    add('images', nargs='+', metavar='IMAGE', help='path to an image')
+    add('--model', required=True, metavar='NAME_OR_DIR',
+        help='model as in `vt-zoo predict`, or a folder of `vt-zoo segment`')
+    add('--out', required=True, metavar='DIR', help='path to the output folder')
+    add('--module', type=positive_int, default=1, metavar='N',
+        help='number of the VT module to draw, from 1; for VT-FPN that of the pyramid level')
+    add('--format', choices=['png', 'svg'], default='png', help='file format of the pictures')
 
 
 def numbers(records: List[VTRecord]) -> List[Dict[str, Any]]:
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     images = _open(args.images)
     out = Path(args.out)
     drawn, written, similarities = [], [], []
-    for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5, leave=False):
+    for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
         x = subject.prepare(image)
         try:
             records = capture(subject.model, x[None])

@@ -1,7 +1,7 @@
 """Folding of norms into the maps before them, exact in eval mode."""
 import copy
 from collections import Counter
-from typing import Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 import torch.fx
@@ -83,33 +83,66 @@ def _scaled(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> nn.Mo
 
 
 class _Tracer(torch.fx.Tracer):
+    """Looks into all but norms, torch's own modules and `leaves`; `failed` is the innermost module that raised."""
+
+    def __init__(self, leaves: List[nn.Module]) -> None:
+        super().__init__()
+        self.leaves, self.failed = leaves, None
+
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return isinstance(m, FOLDABLE) or super().is_leaf_module(m, qualified_name)
+        return isinstance(m, FOLDABLE) or m in self.leaves or super().is_leaf_module(m, qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable, args: Tuple, kwargs: Dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m  # the innermost one comes first
+            raise
+
+
+def _trace(model: nn.Module) -> Tuple[List[torch.fx.Node], Set[nn.Module]]:
+    """Nodes of a model, and the modules that lie in parts which torch.fx cannot trace, each of them one node.
+
+    No nodes where the model's own `forward` cannot be traced.
+    """
+    leaves: List[nn.Module] = []
+    while True:
+        tracer = _Tracer(leaves)
+        try:
+            nodes = list(tracer.trace(model).nodes)
+        except Exception:  # of which kind depends on what the model does
+            if tracer.failed is None or tracer.failed in leaves:
+                return [], set()
+            leaves.append(tracer.failed)
+        else:
+            return nodes, {module for leaf in leaves for module in leaf.modules()}
 
 
 def fold_norms(model: nn.Module) -> None:
     """Fold each batch norm that takes a convolution's output, and nothing else does, into that convolution, in place.
 
-    Which ones these are is read from a trace of the model.
-
-    Raises:
-        Exception: torch.fx cannot trace the model; of which kind depends on what the model does.
+    Which ones these are is read from a trace of the model. Modules that torch.fx cannot trace stay as they are.
     """
     traced = copy.deepcopy(model).eval()
     if hasattr(traced, 'set_grad_checkpointing'):
         traced.set_grad_checkpointing(False)
-    nodes = _Tracer().trace(traced).nodes
+    nodes, untraced = _trace(traced)
     calls = Counter(node.target for node in nodes if node.op == 'call_module')
+    replaced = {}
     for node in nodes:
         source = node.args[0] if node.op == 'call_module' and node.args else None
         if not isinstance(source, torch.fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+            continue
+        if untraced.intersection((traced.get_submodule(source.target), traced.get_submodule(node.target))):
             continue
         conv, norm = model.get_submodule(source.target), model.get_submodule(node.target)
         affine = _affine(norm)
         once = calls[source.target] == calls[node.target] == 1
         if isinstance(conv, nn.Conv2d) and is_plain(conv) and affine is not None and once:
-            _replace(model, source.target, _scaled(conv, *affine))
-            _replace(model, node.target, getattr(norm, 'act', nn.Identity()))
+            replaced[source.target] = _scaled(conv, *affine)
+            replaced[node.target] = getattr(norm, 'act', nn.Identity())
+    for name, module in replaced.items():
+        _replace(model, name, module)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -130,6 +163,11 @@ class Reparameterizer(nn.Module):
         """
         super().__init__()
         self._model = (model,)  # in a tuple, so that the model is no child of its child
+
+    @classmethod
+    def add_to(cls, model: nn.Module) -> None:
+        """Make one the first child of a model, so that an error comes before timm changed any other child."""
+        model._modules = type(model._modules)({'reparameterizer': cls(model), **model._modules})
 
     @torch.jit.ignore
     def reparameterize(self) -> None:

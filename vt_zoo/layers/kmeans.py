@@ -8,6 +8,24 @@ import torch.nn.functional as F
 __all__ = ['KMeans']
 
 
+def _nearest(products: torch.Tensor) -> torch.Tensor:
+    """Index (B, 1, H*W) of the largest of the products (B, L, H*W), of several that are equal the first.
+
+    A map of fewer rows than the grid of the first centroids gives equal centroids, whose products differ by rounding
+    alone, which is another one in each batch.
+    """
+    top = products.amax(dim=1, keepdim=True)
+    tie = 2e-6
+    if products.dtype == torch.float64:
+        tie = 1e-12
+    elif products.dtype in (torch.float16, torch.bfloat16):
+        tie = 0.01
+    return (products >= top - tie).to(torch.uint8).argmax(dim=1, keepdim=True)
+
+
+torch.fx.wrap('_nearest')
+
+
 class KMeans(nn.Module):
     """Spherical k-means: pixels and centroids have unit length, the nearest centroid is that of the largest product.
 
@@ -41,7 +59,7 @@ class KMeans(nn.Module):
             pixels = F.normalize(x.flatten(2), dim=1)  # (B, C, H*W)
             for _ in range(self.iterations):
                 products = centroids @ pixels
-                nearest = products.argmax(dim=1, keepdim=True)  # (B, 1, H*W)
+                nearest = _nearest(products)  # (B, 1, H*W)
                 members = torch.zeros_like(products).scatter(1, nearest, 1.)  # (B, L, H*W)
                 sums = (members @ pixels.transpose(1, 2)).to(centroids.dtype)
                 some = sums.abs().amax(-1, keepdim=True) > 0  # neither empty nor of black pixels only

@@ -57,6 +57,8 @@ TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
     'none': LinearMixer,
 }
 
+FEW_TOKENS = 2  # with more of them those of one image differ enough for batch norms
+
 
 def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """Return x, or raise ValueError where it is not (B, in_chans, H, W) with H, W >= 32."""
@@ -66,6 +68,17 @@ def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 torch.fx.wrap('_check_input')
+
+
+def _check_different(x: torch.Tensor, num_tokens: int) -> None:
+    """Raise ValueError where all maps of a batch (B, C, H, W) are the same but for rounding."""
+    if len(x) > 1 and (x - x[:1]).abs().max() <= 1e-6 * x.abs().max():
+        raise ValueError(
+            f'num_tokens={num_tokens} cannot be trained on a batch of {len(x)} equal images: the tokens have no '
+            'variance, which their batch norms divide by')
+
+
+torch.fx.wrap('_check_different')
 
 
 def _check_choice(name: str, value: Any, choices: List[Any]) -> None:
@@ -145,7 +158,8 @@ class VTResNet(ResNet):
             channels: Widths of the three stages of the trunk, before the expansion of the block.
             feature_dim: Channels C_out of the feature map that the VT modules refine.
             token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6).
+            num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6). With 1 or 2 a batch of equal
+                images cannot be trained on, and `forward` raises ValueError.
             tokenizer: 'filter' (equation 1) or 'clustering' in the first module, recurrent ones (equation 2) after it;
                 or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
             recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
@@ -192,6 +206,8 @@ class VTResNet(ResNet):
                 f'dynamic_tokens={dynamic_tokens}, last_projector={last_projector}, recurrent={recurrent}')
         num_blocks, num_modules = sum(layers[:3]), layers[3]
         _check_positive('layers[3]', num_modules)
+        if dynamic_tokens and num_modules == 1:
+            raise ValueError('dynamic_tokens=True is of modules after the first, got layers[3]=1, no other module')
         last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate
         super().__init__(
             block,
@@ -245,6 +261,7 @@ class VTResNet(ResNet):
             ))
             in_chs = feature_dim if modules[-1].projector is not None else in_chs
         self.vt_stage = nn.ModuleList(modules)
+        self.few_tokens = num_tokens if num_tokens <= FEW_TOKENS else 0
         self.feature_info.append(dict(num_chs=in_chs, reduction=output_stride, module='vt_stage'))
         if zero_init_last:
             for m in self.vt_stage.modules():
@@ -252,11 +269,11 @@ class VTResNet(ResNet):
                     m.zero_init_last()
 
         self.pool_early = False
-        self.reparameterizer = Reparameterizer(self)  # before the classifier, which many tools take the last child for
         self.num_classes = num_classes
         self.num_features = token_dim
         self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = token_dim * self.global_pool.feat_mult()
+        Reparameterizer.add_to(self)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -265,10 +282,15 @@ class VTResNet(ResNet):
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
         too; maps of all pixels that a map of the tokens can do for them merge into that one (see the modules'
         `reparameterize`). With average pooling the last map of the last module runs once on the mean of the tokens.
-        Where a norm or an option forbids one of these, it alone is left out.
+        Where a norm or an option forbids one of these, it alone is left out. After an error the model is as it was.
         """
-        reparameterize_model(self.vt_stage, inplace=True)
-        fold_norms(self)
+        stage = self.vt_stage
+        self.vt_stage = reparameterize_model(stage)
+        try:
+            fold_norms(self)
+        except BaseException:
+            self.vt_stage = stage
+            raise
         if len(self.vt_stage):
             self.pool_early = self.vt_stage[-1].transformer.can_pool() and self.vt_stage[-1].projector is None
 
@@ -281,11 +303,18 @@ class VTResNet(ResNet):
             vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)',
         )
 
+    @torch.jit.unused
+    def _check_norms(self, x: torch.Tensor) -> None:
+        if any(m.training and isinstance(m, nn.BatchNorm2d) for m in self.vt_stage.modules()):
+            _check_different(x, self.few_tokens)
+
     def _forward_vt_stage(self, x: torch.Tensor, pool: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map of stage 3 (B, C, H, W) to the refined map (B, C_out, H, W) and the tokens (B, L, CT).
 
         With `pool` to the mean of the last module's tokens (B, 1, CT), and the map that comes into it.
         """
+        if self.few_tokens and not torch.jit.is_scripting():
+            self._check_norms(x)
         tokens: Optional[torch.Tensor] = None
         last = len(self.vt_stage) - 1
         for i, module in enumerate(self.vt_stage):

@@ -68,7 +68,7 @@ def write_composed_digits(
             for split in parts:
                 (new / kind / split).mkdir(parents=True)
         (new / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
-        for split, i in tqdm(numbers, desc='composing digits', leave=False, delay=1):
+        for split, i in tqdm(numbers, desc='composing digits', leave=False, delay=1, disable=None):
             rng = np.random.default_rng([seed, list(parts).index(split), i])
             chosen = rng.choice(parts[split], rng.integers(*NUM_DIGITS, endpoint=True), replace=False)
             image, mask = _compose([scans[j] / 16 for j in chosen], [1 + digits[j] for j in chosen], size, rng)

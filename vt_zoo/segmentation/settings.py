@@ -10,10 +10,13 @@ import yaml
 from ..errors import InputError, first_line
 from .label_map import read_label_map
 
-__all__ = ['ARCHITECTURES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings', 'read_yaml']
+__all__ = [
+    'ARCHITECTURES', 'PRECISIONS', 'SCHEDULES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings',
+    'read_yaml']
 
 ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')
+PRECISIONS = ('no', 'bf16', 'fp16')
 RECIPES = Path(__file__).parents[1] / 'recipes' / 'segmentation'
 
 
@@ -59,7 +62,7 @@ class SegmentSettings:
         self.label_map = read_label_map(self.label_map)
         _check_choice('arch', self.arch, ARCHITECTURES)
         _check_choice('schedule', self.schedule, SCHEDULES)
-        _check_choice('precision', self.precision, ('no', 'bf16', 'fp16'))
+        _check_choice('precision', self.precision, PRECISIONS)
         for name in ('iterations', 'batch_size', 'eval_every', 'checkpoint_every', 'num_tokens', 'token_dim',
                      'pyramid_channels'):
             _check(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ..checkpoint import check_input_size, read_tensors, write_tensors
-from ..device import choose_device
+from ..devices import find_device
 from ..errors import InputError, first_line
 from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 from ..seeding import seed_of
@@ -200,7 +200,8 @@ class _Run:
         indices = range(self.accelerator.process_index, len(self.val_data), self.accelerator.num_processes)
         loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
         bar = tqdm(
-            read_batches(loader), desc='evaluating', total=len(indices), disable=not progress, leave=False, position=0)
+            read_batches(loader), desc='evaluating', total=len(indices), disable=None if progress else True,
+            leave=False, position=0)
         return evaluate(self.kept_model, bar, len(self.classes), self.settings.eval_size)
 
     def record(self, metrics: SegmentMetrics) -> Dict[str, float]:
@@ -281,8 +282,8 @@ def train(
         resume: Go on with the run that `out` holds, if it holds one.
         overwrite: Begin anew where `out` holds a run.
         workers: Processes that load images, for each that trains; 0 for none.
-        device: 'cpu' or 'cuda'; what accelerate finds where None.
-        progress: Show progress bars.
+        device: 'cpu', 'cuda' or 'mps'; what accelerate finds where None.
+        progress: Say what each evaluation gave, with a progress bar where standard error is a terminal.
 
     Raises:
         InputError: Data, settings or `out` cannot be used.
@@ -292,12 +293,15 @@ def train(
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
         check_run_folder(checkpoint, last_dir, resume)
-    choose_device(device)
+    if device is not None:
+        device = find_device(device).type
     start = time.monotonic()
     try:
         accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)
     except ValueError as e:
         raise InputError(f'precision {settings.precision} cannot be had here: {first_line(e)}') from e
+    if device not in (None, accelerator.device.type):
+        raise InputError(f'device {device} cannot be had here, accelerate gives {accelerator.device.type}')
     if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32
         raise InputError('precision fp16 is for GPUs, on a CPU allowed are no and bf16')
     main = accelerator.is_main_process
@@ -319,8 +323,8 @@ def train(
         _logger.info(f'resuming after iteration {run.iteration} of {settings.iterations}')
 
     bar = tqdm(
-        total=settings.iterations, initial=run.iteration, desc='training', unit='iteration', disable=not progress,
-        leave=False)
+        total=settings.iterations, initial=run.iteration, desc='training', unit='iteration',
+        disable=None if progress else True, leave=False)
     metrics = None
 
     def evaluate_and_record() -> SegmentMetrics:

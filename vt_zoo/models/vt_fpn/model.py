@@ -6,7 +6,6 @@ Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446
 Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
 """
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional, Type, Union
 
@@ -83,7 +82,6 @@ class PyramidModel(SegmentationModel):
         if depth != 5:
             raise ValueError(f'depth must be 5, which gives maps of stride 4, 8, 16 and 32, got {depth!r}')
         self.encoder = get_encoder(encoder_name, in_channels=in_channels, weights=encoder_weights, **encoder_args)
-        self.reparameterizer = Reparameterizer(self)
         in_chs = self.encoder.out_channels[-self.num_levels:]
         self.decoder = PanopticDecoder(
             neck(in_chs, pyramid_channels, **neck_args), self.num_levels, pyramid_channels, head_channels)
@@ -92,17 +90,18 @@ class PyramidModel(SegmentationModel):
         self.classification_head = None
         self.name = f'{type(self).__name__.lower()}-{encoder_name}'
         initialize_head(self.segmentation_head)
+        Reparameterizer.add_to(self)
 
     def reparameterize(self) -> None:
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
 
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the encoder
-        too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys.
+        too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys. After an error the
+        model is as it was.
         """
-        reparameterize_model(self.encoder, inplace=True)
-        reparameterize_model(self.decoder, inplace=True)
-        with suppress(Exception):  # of whatever kind an encoder raises that torch.fx cannot trace
-            fold_norms(self.encoder)
+        encoder, decoder = reparameterize_model(self.encoder), reparameterize_model(self.decoder)
+        fold_norms(encoder)
+        self.encoder, self.decoder = encoder, decoder
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment images.

@@ -10,15 +10,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import torch.utils.data
 from PIL import Image, ImageOps
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
 from tqdm import tqdm
 
 from .errors import InputError
+from .files import check_regular, find_files, without_same_files
 
 __all__ = ['ImageFolder', 'Split', 'find_split', 'load_image']
 
@@ -38,8 +40,9 @@ def load_image(path: Union[str, Path]) -> Image.Image:
         The image in mode 'RGB'.
 
     Raises:
-        InputError: The file is missing, not an image, or damaged.
+        InputError: The file is missing, no regular file, not an image, or damaged.
     """
+    check_regular(path, 'image')
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -80,6 +83,14 @@ class ImageFolder(torch.utils.data.Dataset):
         path, target = self.samples[index]
         image = load_image(path)
         return image if self.transform is None else self.transform(image), target
+
+
+def _find_samples(root: Path) -> Tuple[List[Sample], Dict[str, int]]:
+    """Images of a folder with the indices of their classes, and the indices by name, as timm's reader gives them."""
+    paths = sorted(find_files(root, get_img_extensions(as_set=True)), key=natural_key)
+    labels = ['' if Path(path).parent == root else Path(path).parent.name for path in paths]
+    class_to_idx = {name: i for i, name in enumerate(sorted(set(labels), key=natural_key))}
+    return [(path, class_to_idx[label]) for path, label in zip(paths, labels)], class_to_idx
 
 
 def _split_by_class(samples: List[Sample], fraction: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
@@ -135,7 +146,7 @@ def find_split(root: Union[str, Path], val_fraction: float = 0.2, seed: int = 0,
     if (train_root == root) != (val_root is None):
         raise InputError(f'data folder {root} must hold both train/ and val/, or neither and the class folders instead')
 
-    samples, class_to_idx = find_images_and_targets(str(train_root))
+    samples, class_to_idx = _find_samples(train_root)
     classes = list(class_to_idx)
     if not samples:
         raise InputError(f'data folder {train_root} holds no images in class folders')
@@ -144,7 +155,7 @@ def find_split(root: Union[str, Path], val_fraction: float = 0.2, seed: int = 0,
     if len(classes) < 2:
         raise InputError(f'data folder {train_root} holds one class, {classes[0]!r}, at least 2 are needed')
     if val_root is not None:
-        val_samples, val_classes = find_images_and_targets(str(val_root))
+        val_samples, val_classes = _find_samples(val_root)
         unknown = sorted(set(val_classes) - set(classes))
         if unknown or not val_samples:
             raise InputError(
@@ -159,7 +170,9 @@ def find_split(root: Union[str, Path], val_fraction: float = 0.2, seed: int = 0,
         train, val = _split_by_class(samples, val_fraction, seed)
     else:
         _check_counts(samples, classes, 1, train_root)
-        train = samples
+        train, val = samples, without_same_files(val, samples, train_root)
+        if not val:
+            raise InputError(f'data folder {val_root} holds no image that is not one of {train_root} too')
     return Split(classes, train, val)
 
 

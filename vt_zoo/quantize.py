@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
 from tqdm import tqdm
 
 from .analysis.subject import create_prepare
 from .checkpoint import whole
 from .errors import InputError
 from .export import check_out, check_packages, quiet, sentence
+from .files import find_files
 from .images import load_image
 
 __all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']
@@ -136,7 +138,7 @@ def quantize(
         for path in tqdm(paths, desc=desc, disable=not progress, leave=False):
             yield prepare(load_image(path))[None].numpy()
 
-    with whole(out) as new:
+    with whole(out, replace=False) as new:
         _logger.info(f'calibrating on {len(paths)} images')
         with _quiet_tools(), sentence(f'{file} cannot be quantised'):
             nodes = _write(file, prepared('calibrating'), new)
@@ -172,7 +174,7 @@ def _read_metadata(file: Path) -> Dict[str, str]:
 def _draw_images(folder: Path, limit: int) -> List[str]:
     if not folder.is_dir():
         raise InputError(f'image folder {folder} {"is not a folder" if folder.exists() else "does not exist"}')
-    paths = [path for path, _ in find_images_and_targets(str(folder))[0]]
+    paths = sorted(find_files(folder, get_img_extensions(as_set=True)), key=natural_key)
     if not paths:
         raise InputError(f'image folder {folder} holds no images')
     return random.Random(0).sample(paths, min(limit, len(paths)))

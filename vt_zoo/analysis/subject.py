@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_data_config
 
 from ..checkpoint import load_model
 from ..errors import InputError
+from ..files import check_regular
 
 __all__ = ['Subject', 'create_prepare', 'load_subject']
 
@@ -91,6 +92,7 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
 
 
 def _is_segmenter(folder: Path) -> bool:
+    check_regular(folder / 'config.json', 'file')
     try:
         return '_model_class' in json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):

@@ -59,11 +59,11 @@ def write_composed_digits(
     for name, value, least in ('num_train', num_train, 1), ('num_val', num_val, 1), ('size', size, MIN_SIZE):
         if value < least:
             raise InputError(f'{name} {value} must be at least {least}')
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise InputError(f'{root} exists, a new or empty folder is needed')
+    _check_empty(root)
     scans, digits, parts = read_digits()
     numbers = [('train', i) for i in range(num_train)] + [('val', i) for i in range(num_val)]
     with whole(root) as new:
+        _check_empty(root)  # or another process has written it since
         for kind in 'images', 'masks':
             for split in parts:
                 (new / kind / split).mkdir(parents=True)
@@ -74,6 +74,11 @@ def write_composed_digits(
             image, mask = _compose([scans[j] / 16 for j in chosen], [1 + digits[j] for j in chosen], size, rng)
             image.save(new / 'images' / split / f'{i:05d}.png')
             mask.save(new / 'masks' / split / f'{i:05d}.png')
+
+
+def _check_empty(root: Path) -> None:
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise InputError(f'{root} exists, a new or empty folder is needed')
 
 
 def _compose(

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data.readers.img_extensions import get_img_extensions
 
 from ..errors import InputError, first_line
+from ..files import check_regular
 from ..images import load_image
 
 __all__ = [
@@ -243,6 +244,7 @@ def _with_masks(images: List[Path], folder: Path) -> List[Sample]:
 
 
 def _read_names(path: Path) -> List[str]:
+    check_regular(path, 'list of names')
     try:
         names = [line.strip() for line in path.read_text(encoding='utf-8-sig').rstrip().splitlines()]
     except FileNotFoundError:
@@ -267,6 +269,7 @@ def _read_panoptic(path: Path) -> Tuple[Dict[str, np.ndarray], Dict[int, Tuple[s
             return entry['id'], entry['category_id']
         return entry if 'isthing' in entry or 'annotations' in entry else None
 
+    check_regular(path, 'list of segments')
     try:
         with open(path, encoding='utf-8') as f:
             content = json.load(f, object_hook=shrink)
@@ -284,6 +287,7 @@ def _read_panoptic(path: Path) -> Tuple[Dict[str, np.ndarray], Dict[int, Tuple[s
 
 
 def _read_mask(path: Path, modes: Sequence[str], needed: str) -> np.ndarray:
+    check_regular(path, 'mask')
     try:
         with Image.open(path) as mask:
             mode, pixels = mask.mode, np.asarray(mask)

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin
 import yaml
 
 from ..errors import InputError, first_line
+from ..files import check_regular
 
 __all__ = ['ARCHITECTURES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings', 'read_yaml']
 
@@ -125,6 +126,7 @@ def read_settings(config: Optional[str], overrides: Optional[Dict[str, Any]] = N
     values = {}
     if config is not None:
         path = RECIPES / f'{config}.yaml' if config in list_segmentation_recipes() else Path(config)
+        check_regular(path, 'config')
         try:
             values = read_yaml(path.read_text(encoding='utf-8')) or {}
         except FileNotFoundError:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Collection, Deque, Dict, Iterator, List, Tuple, Union
+from typing import Callable, Collection, Dict, Iterator, List, Tuple, Union
 
 from .errors import InputError
 
@@ -62,7 +62,7 @@ def find_files(
         OSError: A folder cannot be read.
     """
     seen, paths, left_out = set(), [], []
-    folders, links = [(str(folder), os.path.realpath(folder))], deque()  # type: List, Deque[str]
+    folders, links = [(str(folder), os.path.realpath(folder))], deque()
     while folders or links:
         if not folders:
             link = links.popleft()

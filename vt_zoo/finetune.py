@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .errors import InputError, first_line
+from .files import run_folder
 from .hub import find_hub_id
 from .images import ImageFolder, Split, find_split
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
@@ -283,13 +284,27 @@ def finetune(
         The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files.
 
     Raises:
-        InputError: Data, settings or `out` cannot be used.
+        RunFinishedError: `resume`, and the run is finished.
+        InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
+    with run_folder(Path(out)):
+        return _finetune(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
+
+
+def _finetune(
+        data_dir: Union[str, Path],
+        out: Path,
+        settings: FinetuneSettings,
+        resume: bool,
+        overwrite: bool,
+        workers: int,
+        device: Optional[str],
+        progress: bool,
+) -> FinetuneResult:
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
-        check_run_folder(checkpoint, model_dir, resume)
+        check_run_folder(checkpoint, model_dir, resume, {**asdict(settings), 'model': None})
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise InputError(f'device {device} is not to be had on this machine')
@@ -306,7 +321,6 @@ def finetune(
     else:
         run = _Run(settings, _starting_point(settings.model), True, split, workers, device)
     training = _describe_start(settings, run.start)
-    out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         checkpoint.unlink(missing_ok=True)
 

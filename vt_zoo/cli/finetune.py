@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from vt_zoo.finetune import FinetuneSettings, finetune
+from vt_zoo.run_state import RunFinishedError
 
 from .arguments import fraction, positive_float, positive_int, whole_number
 
@@ -56,6 +57,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         result = finetune(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+    except RunFinishedError as e:
+        print(f'finished   {e}')
+        return
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last complete epoch is kept in {args.out}, go on with --resume', file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vt_zoo.errors import InputError
+from vt_zoo.run_state import RunFinishedError
 from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
 
 from .arguments import positive_int, whole_number
@@ -85,6 +86,10 @@ def _train(args: argparse.Namespace) -> None:
     try:
         result = train(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, args.device)
+    except RunFinishedError as e:
+        if not int(os.environ.get('RANK', 0)):
+            print(f'finished   {e}')
+        return
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last checkpoint is kept in {args.out}, go on with --resume', file=sys.stderr)

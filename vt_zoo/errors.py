@@ -1,10 +1,26 @@
 """The error of a person who uses the package, not of the package."""
 
-__all__ = ['InputError', 'first_line']
+import reprlib
+from typing import Any
+
+__all__ = ['MAX_INT', 'MAX_SIDE', 'InputError', 'first_line', 'short']
+
+MAX_INT = 2 ** 31 - 1  # of a count
+MAX_SIDE = 4096  # pixels along a side of what a model is given: more is a slip, and takes the memory of a machine
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_repr.maxlong = 40
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 12
 
 
 class InputError(ValueError):
     """What was given cannot be used. The message is one sentence; the CLI prints it and exits with code 2."""
+
+
+def short(value: Any) -> str:
+    """What `repr` gives, cut where it is too long for a sentence."""
+    return _repr.repr(value)
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from vt_zoo.finetune import FinetuneSettings, finetune
 from vt_zoo.run_state import RunFinishedError
 
-from .arguments import fraction, positive_float, positive_int, whole_number
+from .arguments import area, aspect_ratio, fraction, num_workers, positive_float, positive_int, side, whole_number
 
 DEFAULTS = FinetuneSettings()
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--overwrite', action='store_true', help='begin anew where DIR holds a run')
     add('--epochs', type=positive_int, default=DEFAULTS.epochs, help='passes over the training images')
     add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, help='images a step')
-    add('--img-size', type=positive_int, default=None, help="side of the input; the model's own if not given")
+    add('--img-size', type=side, default=None, help="side of the input; the model's own if not given")
     add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt, help="timm's optimizer")
     add('--lr', type=positive_float, default=DEFAULTS.lr, help='peak learning rate')
     add('--weight-decay', type=fraction, default=DEFAULTS.weight_decay, help='weight decay')
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--drop', type=fraction, default=DEFAULTS.drop, help='dropout before the classifier')
     add('--drop-path', type=fraction, default=DEFAULTS.drop_path, help='stochastic depth')
     add('--model-ema-decay', type=fraction, default=DEFAULTS.model_ema_decay, help='decay of the moving average')
-    add('--scale', type=positive_float, nargs=2, default=DEFAULTS.scale, help='area of a random crop')
-    add('--ratio', type=positive_float, nargs=2, default=DEFAULTS.ratio, help='aspect ratio of a random crop')
+    add('--scale', type=area, nargs=2, default=DEFAULTS.scale, help='area of a random crop')
+    add('--ratio', type=aspect_ratio, nargs=2, default=DEFAULTS.ratio, help='aspect ratio of a random crop')
     add('--hflip', type=fraction, default=DEFAULTS.hflip, help='probability of a horizontal flip')
     add('--color-jitter', type=fraction, default=DEFAULTS.color_jitter, help='strength of colour jitter')
     add('--aa', default=DEFAULTS.aa, metavar='POLICY', help="timm's AutoAugment policy, as rand-m9-mstd0.5")
     add('--val-fraction', type=fraction, default=DEFAULTS.val_fraction, help='share held out where there is no val/')
     add('--seed', type=whole_number, default=DEFAULTS.seed, help='of weights, order and augmentation')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
+    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), help='processes that load images')
     add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
     add('--precision', choices=['auto', 'float32', 'bfloat16', 'float16'], default=DEFAULTS.precision,
         help='of the arithmetic in training; auto is mixed precision on a GPU')

@@ -11,13 +11,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vt_zoo.errors import InputError
+from vt_zoo.errors import InputError, short
 from vt_zoo.run_state import RunFinishedError
-from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
+from vt_zoo.segmentation.settings import (
+    YAML_ERRORS,
+    SegmentSettings,
+    list_segmentation_recipes,
+    read_settings,
+    read_yaml,
+)
 
-from .arguments import positive_int, whole_number
+from .arguments import num_workers, positive_int, side, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--out', default='vt_zoo_segment', metavar='DIR', help='folder to write')
     add('--resume', action='store_true', help='go on with the run that DIR holds')
     add('--overwrite', action='store_true', help='begin anew where DIR holds a run')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
+    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), help='processes that load images')
     add('--device', choices=['cpu', 'cuda'], default=None, help='a GPU if there is one, if not given')
     for f in fields(SegmentSettings):
         add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS, metavar='VALUE',
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('root', metavar='DIR', help='folder to write, new or empty')
     add('--train', type=positive_int, default=1200, metavar='N', help='training images')
     add('--val', type=positive_int, default=300, metavar='N', help='validation images')
-    add('--size', type=positive_int, default=64, metavar='PIXELS', help='height and width')
+    add('--size', type=side, default=64, metavar='PIXELS', help='height and width')
     add('--seed', type=whole_number, default=0, help='of what is drawn at random')
 
     add = command('eval', 'measure a model on a data set').add_argument
@@ -53,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--data-dir', required=True, metavar='DIR', help='folder of the data set')
     add('--format', default='folder', help='layout of the data set')
     add('--split', choices=['train', 'val'], default='val', help='part of the data set')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), help='processes that load images')
+    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), help='processes that load images')
     add('--json', action='store_true', help='print an object instead of a table')
 
     add = command('predict', 'segment images').add_argument
@@ -73,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
 def _from_yaml(name: str, text: str) -> Any:
     try:
         return read_yaml(text)
-    except yaml.YAMLError as e:
-        raise InputError(f'{name} must be a value as in YAML, got {text!r}') from e
+    except YAML_ERRORS as e:
+        raise InputError(f'{name} must be a value as in YAML, got {short(text)}') from e
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -83,7 +83,7 @@ class SegmentSettings:
         _check('hflip', self.hflip, 0 <= self.hflip <= 1, 'from 0 to 1')
         _check('scale', self.scale, 0 < self.scale[0] <= self.scale[1] <= MAX_SCALE,
                f'two factors, 0 < smallest <= largest <= {MAX_SCALE}')
-        _check('crop_size', self.crop_size, 1 <= min(self.crop_size) and max(self.crop_size) <= MAX_SIDE,
+        _check('crop_size', self.crop_size, min(self.crop_size) >= 1 and max(self.crop_size) <= MAX_SIDE,
                f'a height and a width of at least 1 and at most {MAX_SIDE}')
         _check('batch_size', self.batch_size, self.batch_size * math.prod(self.crop_size) <= MAX_PIXELS,
                f'at most {MAX_PIXELS // math.prod(self.crop_size)} for crops of this size')
@@ -91,7 +91,7 @@ class SegmentSettings:
         _check('std', self.std, self.std is None or all(MIN_STD <= value <= 1 for value in self.std),
                f'above 0: from {MIN_STD} to 1')
         size = self.eval_size if isinstance(self.eval_size, tuple) else (self.eval_size,)
-        _check('eval_size', self.eval_size, size == (None,) or (1 <= min(size) and max(size) <= MAX_SIDE),
+        _check('eval_size', self.eval_size, size == (None,) or (min(size) >= 1 and max(size) <= MAX_SIDE),
                f'a short side, or a height and a width, of at least 1 and at most {MAX_SIDE}')
 
 

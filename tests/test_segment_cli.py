@@ -335,8 +335,8 @@ def test_predict_into_a_place_that_cannot_be_written(segment_command, picture, s
 
 def test_predict_onto_a_full_disk(segment_command, picture, segment_model, tmp_path, limit_file_size):
     result = segment_command(
-        'segment', 'predict', picture, '--model', segment_model, '--out', tmp_path / 'out', before=limit_file_size(100))
-    check_refused(result)
+        'segment', 'predict', picture, '--model', segment_model, '--out', tmp_path / 'out', before=limit_file_size(300))
+    check_refused(result, tmp_path / 'out')
     assert files(tmp_path) == []
 
 

@@ -3,10 +3,11 @@
 import reprlib
 from typing import Any
 
-__all__ = ['MAX_INT', 'MAX_SIDE', 'InputError', 'first_line', 'short']
+__all__ = ['MAX_INT', 'MAX_PIXELS', 'MAX_SIDE', 'InputError', 'first_line', 'short']
 
 MAX_INT = 2 ** 31 - 1  # of a count
 MAX_SIDE = 4096  # pixels along a side of what a model is given: more is a slip, and takes the memory of a machine
+MAX_PIXELS = 2 ** 30  # of a batch, which take 12 GB as numbers
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 120

@@ -1,4 +1,5 @@
 """Files as machines have them: links that go in circles, pipes that never end, two processes at one place."""
+import ast
 import errno
 import logging
 import os
@@ -16,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ['check_regular', 'find_files', 'hold', 'run_folder', 'without_same_files']
+__all__ = ['check_regular', 'find_files', 'hold', 'read_docstring', 'run_folder', 'without_same_files']
 
 _logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of file systems
 RUN_LOCK = '.lock'  # in the folder of a run, while it goes on
 
 _held: Dict[Tuple[str, int], int] = {}  # descriptors of locks, by real path and thread
+
+
+def read_docstring(file: str) -> str:
+    """Docstring of a Python file, which `python -OO` leaves out of the module."""
+    return ast.get_docstring(ast.parse(Path(file).read_text(encoding='utf-8'))) or ''
 
 
 def check_regular(path: Union[str, Path], what: str) -> None:

@@ -3,6 +3,7 @@
 For ImageNet, several GPUs and all of timm's options there is timm's train.py.
 """
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
-from .errors import InputError, first_line
+from .errors import MAX_PIXELS, InputError, first_line
 from .files import run_folder
 from .hub import find_hub_id
 from .images import ImageFolder, Split, find_split
@@ -139,7 +140,8 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
-        ImageFolder(split.val), batch_size=settings.batch_size, crop_pct=data_config['crop_pct'], **common)
+        ImageFolder(split.val), batch_size=min(settings.batch_size, len(split.val)),
+        crop_pct=data_config['crop_pct'], **common)
     return train, val
 
 
@@ -170,6 +172,10 @@ class _Run:
         size = {'img_size': settings.img_size} if settings.img_size else {}
         self.data_config = resolve_data_config(size, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
+        pixels = math.prod(self.data_config['input_size'][1:])
+        if min(settings.batch_size, len(split.train)) * pixels > MAX_PIXELS:
+            raise InputError(
+                f'batch_size must be at most {MAX_PIXELS // pixels} for images of this size, got {settings.batch_size}')
         self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
         self.task = ClassificationTask(
             model, criterion_kwargs={'smoothing': settings.smoothing}, device=device, verbose=False)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin
 
 import yaml
 
-from ..errors import MAX_INT, MAX_SIDE, InputError, first_line, short
+from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, first_line, short
 from ..files import check_regular
 
 __all__ = [
@@ -17,7 +17,6 @@ ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')
 MAX_WIDTH = 4096  # of what a layer computes
 MAX_SCALE = 16
-MAX_PIXELS = 2 ** 30  # of a batch, 12 GB as numbers
 MIN_STD = 0.001
 # of reading YAML: numbers of too many digits and dates that are none, lists in lists in lists, and its own
 YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)

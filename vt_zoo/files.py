@@ -5,10 +5,9 @@ import logging
 import os
 import stat
 import threading
-from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Collection, Dict, Iterator, List, Tuple, Union
+from typing import Callable, Collection, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 from .errors import InputError
 
@@ -17,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ['check_regular', 'find_files', 'hold', 'read_docstring', 'run_folder', 'without_same_files']
+__all__ = ['check_regular', 'hold', 'read_docstring', 'run_folder', 'walk_files', 'without_same_files']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,59 +49,70 @@ def check_regular(path: Union[str, Path], what: str) -> None:
         raise InputError(f'{what} {path} is {kind}, a regular file is needed')
 
 
-def find_files(
+def walk_files(
         folder: Union[str, Path],
         extensions: Collection[str],
-        skip: Callable[[str], bool] = lambda name: False,
-) -> List[str]:
-    """Files in a folder and its subfolders. Links are followed, and each file counts once, by its real path.
+        skip: Callable[[str], bool],
+) -> Iterator[Tuple[str, Optional[OSError]]]:
+    """Files of a folder in the order of their names, then those of its subfolders.
 
-    A file that stands in the folder comes before links to it. How many links were left out is said in a warning.
+    Links are followed, and each file counts once, by its real path: links to what is found without them, or was found
+    already, are left out. How many is said in a warning at the end. Memory is taken by the names in one folder at a
+    time, the folders, and the links.
 
     Args:
         folder: Where to look.
-        extensions: Endings of the names, in lower case and with the dot.
-        skip: Of the name of a file or folder: whether to leave it out, which no warning says.
+        extensions: Ends of the names, in lower case and with the dot.
+        skip: Whether to leave out a file or folder of this name, without a warning.
 
-    Raises:
-        OSError: A folder cannot be read.
+    Yields:
+        The path of a file and None; or of a folder and why it cannot be read.
     """
-    seen, paths, left_out = set(), [], []
-    folders, links = [(str(folder), os.path.realpath(folder))], deque()
-    while folders or links:
-        if not folders:
-            link = links.popleft()
-            real = os.path.realpath(link)
-            if real in seen:
-                left_out.append(link)
-            elif os.path.isdir(link):
-                folders.append((link, real))
-            else:
-                seen.add(real)
-                paths.append(link)
+    roots: List[str] = []  # real paths of folders of which all is found that is below
+    seen: Set[str] = set()  # real paths of the folders, and of the files that links lead to
+    left_out: List[str] = []
+
+    def is_wanted(name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in extensions
+
+    def is_below_a_root(real: str) -> bool:
+        return any(
+            os.path.join(real, '').startswith(os.path.join(root, ''))
+            and not any(skip(name) for name in Path(real).relative_to(root).parts) for root in roots)
+
+    pending = [(str(folder), os.path.realpath(folder), True)]
+    while pending:
+        path, real, is_link = pending.pop()
+        if real in seen or (is_link and is_below_a_root(real)):
+            left_out.append(path)
             continue
-        path, real = folders.pop()
         seen.add(real)
-        with os.scandir(path) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if skip(entry.name):
+        if is_link:
+            roots.append(real)
+        try:
+            with os.scandir(path) as entries:
+                found = sorted((entry.name, entry.is_symlink()) for entry in entries if not skip(entry.name))
+        except OSError as e:
+            yield path, e
+            continue
+        folders = []
+        for name, is_link in found:
+            child = os.path.join(path, name)
+            target = os.path.realpath(child) if is_link else os.path.join(real, name)
+            if os.path.isdir(child):
+                folders.append((child, target, is_link))
+            elif is_wanted(name):
+                is_found = is_link and os.path.exists(child) and is_wanted(target) and is_below_a_root(target)
+                if target in seen or is_found:
+                    left_out.append(child)
                     continue
-                is_folder, target = os.path.isdir(entry.path), os.path.join(real, entry.name)
-                if not is_folder and os.path.splitext(entry.name)[1].lower() not in extensions:
-                    continue
-                if entry.is_symlink():
-                    links.append(entry.path)
-                elif target in seen:  # below a link to a folder
-                    left_out.append(entry.path)
-                elif is_folder:
-                    folders.append((entry.path, target))
-                else:
+                if is_link:
                     seen.add(target)
-                    paths.append(entry.path)
+                yield child, None
+        pending += reversed(folders)
     if left_out:
         _logger.warning(
             f'{len(left_out)} links in {folder} lead to what is there already, as {min(left_out)}; left out')
-    return paths
 
 
 def without_same_files(samples: List[Sample], others: List[Sample], where: Union[str, Path]) -> List[Sample]:

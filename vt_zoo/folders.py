@@ -13,7 +13,7 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 from timm.data.readers.img_extensions import get_img_extensions
 
 from .errors import InputError
-from .files import find_files
+from .files import walk_files
 
 __all__ = ['check_classes', 'find_images', 'find_labels', 'find_parts', 'is_part', 'name_order']
 
@@ -46,7 +46,12 @@ def find_images(folder: Union[str, Path]) -> List[str]:
     Raises:
         OSError: A folder cannot be read.
     """
-    return sorted(find_files(folder, get_img_extensions(as_set=True), _is_left_out), key=name_order)
+    paths = []
+    for path, error in walk_files(folder, get_img_extensions(as_set=True), _is_left_out):
+        if error is not None:
+            raise error
+        paths.append(path)
+    return sorted(paths, key=name_order)
 
 
 def find_parts(root: Path) -> Dict[str, Path]:

@@ -17,7 +17,7 @@ ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')
 MAX_WIDTH = 4096  # of what a layer computes
 MAX_SCALE = 16
-MIN_STD = 0.001
+MIN_STD, MAX_STD = 0.001, 1000
 # of reading YAML: numbers of too many digits and dates that are none, lists in lists in lists, and its own
 YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)
 RECIPES = Path(__file__).parents[1] / 'recipes' / 'segmentation'
@@ -87,8 +87,8 @@ class SegmentSettings:
         _check('batch_size', self.batch_size, self.batch_size * math.prod(self.crop_size) <= MAX_PIXELS,
                f'at most {MAX_PIXELS // math.prod(self.crop_size)} for crops of this size')
         _check('mean', self.mean, self.mean is None or all(0 <= value <= 1 for value in self.mean), 'from 0 to 1')
-        _check('std', self.std, self.std is None or all(MIN_STD <= value <= 1 for value in self.std),
-               f'above 0: from {MIN_STD} to 1')
+        _check('std', self.std, self.std is None or all(MIN_STD <= value <= MAX_STD for value in self.std),
+               f'above 0: from {MIN_STD} to {MAX_STD}')
         size = self.eval_size if isinstance(self.eval_size, tuple) else (self.eval_size,)
         _check('eval_size', self.eval_size, size == (None,) or (min(size) >= 1 and max(size) <= MAX_SIDE),
                f'a short side, or a height and a width, of at least 1 and at most {MAX_SIDE}')

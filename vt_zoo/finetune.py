@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.data import create_loader, resolve_data_config
+from timm.data.auto_augment import auto_augment_policy
 from timm.models import create_model, get_arch_pretrained_cfgs, list_pretrained
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -129,6 +130,12 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
         raise InputError(f'model {name!r} cannot be trained here: {first_line(e)}') from e
 
 
+def _check_policy(name: Optional[str]) -> None:
+    """Raise an error where timm knows no such policy, which it does itself by `assert` alone."""
+    if name and not name.startswith(('rand', 'augmix')) and auto_augment_policy(name.split('-')[0]) is None:
+        raise ValueError(name)
+
+
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
     mode = image_mode(data_config['input_size'][0])
     common = {
@@ -137,6 +144,7 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
         'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # which would not learn of the epoch
     }
     try:
+        _check_policy(settings.aa)
         train = create_loader(
             ImageFolder(split.train, mode=mode, seed=settings.seed),
             batch_size=min(settings.batch_size, len(split.train)), is_training=True, scale=settings.scale,

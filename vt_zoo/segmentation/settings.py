@@ -20,7 +20,7 @@ SCHEDULES = ('multistep', 'poly', 'cosine')
 PRECISIONS = ('no', 'bf16', 'fp16')
 MAX_WIDTH = 4096  # of what a layer computes
 MAX_SCALE = 16
-MIN_STD, MAX_STD = 0.001, 10
+MIN_STD, MAX_STD = 0.001, 10  # of images with values from 0 to 1
 # of reading YAML: numbers of too many digits and dates that are none, lists in lists in lists, and its own
 YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)
 RECIPES = Path(__file__).parents[1] / 'recipes' / 'segmentation'

@@ -15,7 +15,8 @@ from test_cli import check_refused, files, tree, weights
 from vt_zoo.checkpoint import whole
 from vt_zoo.cli.main import create_parser
 from vt_zoo.errors import InputError
-from vt_zoo.files import find_files, hold, run_folder
+from vt_zoo.files import hold, run_folder
+from vt_zoo.folders import find_images
 from vt_zoo.images import find_split
 from vt_zoo.segmentation.settings import SegmentSettings, read_settings
 
@@ -63,12 +64,12 @@ def pipe(tmp_path):
 
 def test_links_in_circles_end(my_digits):
     train = my_digits / 'train'
-    before = sorted(find_files(train, {'.png'}))
+    before = find_images(train)
     for name in '012':
         (train / name / 'up').symlink_to('..')
         (train / name / 'top').symlink_to(my_digits)
         (train / name / 'self.png').symlink_to('self.png')
-    found = sorted(find_files(train, {'.png'}))
+    found = find_images(train)
     others = {p for p in found if '/top/' in p or p.endswith('self.png')}  # val/ is outside of train/
     assert sorted(set(found) - others) == before
     assert len({os.path.realpath(p) for p in found}) == len(found)
@@ -337,7 +338,7 @@ def test_closed_streams(words, code, closed):
     result = subprocess.run(['sh', '-c', shell, sys.executable, *words], capture_output=True, text=True)
     assert result.returncode == code
     assert 'Traceback' not in result.stderr
-    assert ('plain.yaml' in result.stdout) == (code == 0 and '>&-' != closed[:3])
+    assert ('plain.yaml' in result.stdout) == (code == 0 and closed[:3] != '>&-')
 
 
 def test_training_with_closed_streams(few_digits, tiny_arguments, tiny_run, tmp_path):

@@ -3,7 +3,8 @@
 DATA_DIR holds train/ and val/ (or training/, valid/, validation/, in any case) with a subfolder a class, or the class
 folders themselves, which are then split; test/ beside them is left alone. Pictures in subfolders of a class folder
 belong to the class. The classes are printed before training begins. A file that cannot be read as an image is named in
-a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers.
+a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers;
+one that is finished stays as it is, with exit code 0. Two runs at a time in one DIR are refused.
 vt_resnet18, 34, 50 and 101 start from the trunk of a pretrained ResNet if the Hugging Face Hub can be reached.
 """
 import argparse

@@ -1,17 +1,21 @@
 """Machines as they are: links and pipes among the files, two processes at one place, numbers that are slips."""
 import argparse
+import json
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_cli import check_refused, files, tree, weights
 
+from vt_zoo import image_stream
 from vt_zoo.checkpoint import whole
 from vt_zoo.cli.main import create_parser
 from vt_zoo.errors import InputError
@@ -115,14 +119,44 @@ def test_val_that_is_a_link_to_train(my_digits, input_error):
 
 def test_pipe_as_image(command, pipe, tiny_model):
     path = pipe('a.png')
-    for words in (['predict', path], ['tokens', path, '--out', path.parent / 'out']):
-        result = command(*words, '--model', tiny_model, timeout=SECONDS)
-        assert result.code == 2 and f'image {path} is a pipe' in result.stderr
+    result = command('tokens', path, '--out', path.parent / 'out', '--model', tiny_model, timeout=SECONDS)
+    assert result.code == 2 and f'image {path} is a pipe' in result.stderr
 
 
-def test_device_as_image(command, tiny_model):
-    result = command('predict', '/dev/zero', '--model', tiny_model, timeout=SECONDS)
-    assert result.code == 2 and 'image /dev/zero is a device' in result.stderr
+def test_what_is_no_regular_file_among_images(command, segment_command, my_model, my_segment_model, pipe, tmp_path):
+    """Each has its error, named in a folder or by itself, and the others go on."""
+    (tmp_path / 'images').mkdir()
+    path = pipe('images/pipe.png')
+    Image.new('RGB', (32, 32)).save(tmp_path / 'images' / 'a.png')
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / 'images' / 'socket.png'))
+        for run, words in (
+                (command, ['predict', '--model', my_model]),
+                (segment_command, ['segment', 'predict', '--model', my_segment_model, '--out', tmp_path / 'out'])):
+            result = run(*words, '--jsonl', path.parent, '/dev/zero', path, timeout=SECONDS)
+            assert (result.code, result.lines) == (1, ['vt-zoo: error: 4 of 5 images could not be used'])
+            errors = [json.loads(line).get('error') for line in result.stdout.splitlines()]
+            assert errors[0] is None
+            for error, kind in zip(errors[1:], ('pipe', 'socket', 'device', 'pipe')):
+                assert f'is a {kind}' in error
+
+
+def test_each_image_is_predicted_once(few_digits, tmp_path, caplog):
+    """Links below a folder lead to it, to files in it, twice to one outside; what they lead to comes once."""
+    root, elsewhere = tmp_path / 'root', tmp_path / 'elsewhere'
+    for path in (root / 'b.png', root / 'sub' / 'c.png', root / '.hidden' / 'd.png', elsewhere / 'e.png'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(next((few_digits / 'val' / '0').iterdir()), path)
+    for name, target in {
+            'a.png': 'sub/c.png', 'd.png': '.hidden/d.png', 'sub/up': root, 'sub/sub': '.', 'e.png': elsewhere / 'e.png',
+            'f.png': elsewhere / 'e.png', 'g': elsewhere, 'gone.png': 'nothing.png'}.items():
+        (root / name).symlink_to(target)
+    with caplog.at_level(logging.WARNING):
+        names = [source.name for source in image_stream.find_images([str(root)])]
+    assert names == ['b.png', 'd.png', 'e.png', 'gone.png', 'sub/c.png']
+    left = 'a.png, f.png, g/e.png, sub/sub, sub/up'.split(', ')
+    assert [r.getMessage() for r in caplog.records] == [
+        f'{len(left)} links to what {root} has already left out, as {root / "a.png"}']
 
 
 def test_pipe_in_a_class_folder(my_digits, caplog):

@@ -111,8 +111,8 @@ def walk_files(
                 yield child, None
         pending += reversed(folders)
     if left_out:
-        _logger.warning(
-            f'{len(left_out)} links in {folder} lead to what is there already, as {min(left_out)}; left out')
+        links = 'link' if len(left_out) == 1 else 'links'
+        _logger.warning(f'{len(left_out)} {links} to what {folder} has already left out, as {min(left_out)}')
 
 
 def without_same_files(samples: List[Sample], others: List[Sample], where: Union[str, Path]) -> List[Sample]:

@@ -7,8 +7,8 @@ from typing import Optional
 from vt_zoo.errors import MAX_INT, MAX_SIDE, short
 
 __all__ = [
-    'HelpFormatter', 'area', 'aspect_ratio', 'file_size', 'fraction', 'num_workers', 'port', 'positive_float',
-    'positive_int', 'side', 'whole_number']
+    'HelpFormatter', 'area', 'aspect_ratio', 'file_size', 'fraction', 'num_threads', 'num_workers', 'port',
+    'positive_float', 'positive_int', 'side', 'whole_number']
 
 MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
 
@@ -58,6 +58,11 @@ def num_workers(text: str) -> int:
     return _int(text, 0, MAX_WORKERS)
 
 
+def num_threads(text: str) -> int:
+    """A number of threads that open images."""
+    return _int(text, 1, MAX_WORKERS)
+
+
 def area(text: str) -> float:
     """A share of the area of an image."""
     return _number(text, float, 'a number above 0, up to 1', lambda v: 0 < v <= 1)
@@ -69,8 +74,8 @@ def aspect_ratio(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
-    """A number above 0."""
-    return _number(text, float, 'a number above 0', lambda v: 0 < v < float('inf'))
+    """A number above 0, none so large that it can only be a slip."""
+    return _number(text, float, 'a number above 0, up to 1e6', lambda v: 0 < v <= 1e6)
 
 
 def fraction(text: str) -> float:

@@ -411,11 +411,19 @@ def test_quickstart_into_a_place_that_cannot_be_written(command, tmp_path, place
     assert tree(tmp_path) == {'file': b'mine'}
 
 
-@pytest.mark.parametrize('words', [[], ['--resume']])
+@pytest.mark.parametrize('words', [[], ['--resume', '--seed', '1']])
 def test_finetune_into_a_finished_run(command, few_digits, tiny_arguments, tiny_run, words):
     before = tree(tiny_run.out)
     result = command('finetune', few_digits, *tiny_arguments, '--out', tiny_run.out, *words)
-    check_refused(result, '--overwrite')
+    check_refused(result, '--overwrite', *(['seed = 0 instead of 1'] if words else []))
+    assert tree(tiny_run.out) == before
+
+
+def test_resuming_a_finished_finetune(command, few_digits, tiny_arguments, tiny_run):
+    before = tree(tiny_run.out)
+    result = command('finetune', few_digits, *tiny_arguments, '--out', tiny_run.out, '--resume')
+    assert (result.code, result.stderr) == (0, '')
+    assert 'finished' in result.stdout and str(tiny_run.out / 'model') in result.stdout
     assert tree(tiny_run.out) == before
 
 

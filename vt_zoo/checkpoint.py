@@ -1,4 +1,5 @@
 """Files of weights: safetensors only, and each appears whole or not at all."""
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import create_model, is_model, save_for_hf
 
 from .errors import InputError, first_line
+from .files import check_regular, hold
 from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
 
 __all__ = [
@@ -24,42 +26,64 @@ SHARD_INDEX = f'{WEIGHTS}.index.json'
 
 
 @contextmanager
-def whole(path: Union[str, Path]) -> Iterator[Path]:
+def whole(path: Union[str, Path], replace: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` to write a file or folder to; it takes the name `path` when the block ends well.
 
     Args:
         path: Final name. What stood there is replaced, but not before the new is complete.
+        replace: Refuse a `path` that is there, also one that another process wrote since the caller looked.
 
     Raises:
+        InputError: Another process writes `path`, or it is there and not to be replaced.
         OSError: The disk is full or the place cannot be written. Nothing is left behind and `path` is as it was.
     """
     path = Path(path)
     folder = path.parent / f'.{path.name}.tmp'
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder / '.lock', path):
+        try:
+            if not replace and path.exists():
+                raise InputError(f'{path} is there already: choose another --out')
+            with _named(path, folder):
+                yield from _write_whole(path, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_whole(path: Path, folder: Path) -> Iterator[Path]:
+    for left in set(folder.iterdir()) - {folder / '.lock'}:  # of a process that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     new = folder / path.name
+    new.touch()
+    mode = new.stat().st_mode  # what the umask leaves; safetensors writes files that their owner alone can read
+    new.unlink()
+    yield new
+    for file in (new, *new.rglob('*')):
+        if file.is_file():
+            file.chmod(mode)
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    old = path.rename(folder / '.old')
     try:
-        new.touch()
-        mode = new.stat().st_mode  # what the umask leaves; safetensors writes files that their owner alone can read
-        new.unlink()
-        try:
-            yield new
-        except SafetensorError as e:
-            raise OSError(str(e)) from e
-        for file in (new, *new.rglob('*')):
-            if file.is_file():
-                file.chmod(mode)
-        if not path.is_dir():
-            os.replace(new, path)
-            return
-        old = path.rename(folder / 'old')
-        try:
-            os.replace(new, path)
-        except BaseException:
-            old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, path)
+    except BaseException:
+        old.rename(path)
+        raise
+
+
+@contextmanager
+def _named(path: Path, folder: Path) -> Iterator[None]:
+    """Errors of writing in the folder that `whole` makes name the file as it would be called."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(errno.EIO, first_line(e), str(path)) from e
+    except OSError as e:
+        name = Path(str(e.filename2 or e.filename or folder))
+        if name.is_relative_to(folder):
+            e.filename, e.filename2 = str(path.joinpath(*name.relative_to(folder).parts[1:])), None
+        raise
 
 
 def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
@@ -75,6 +99,7 @@ def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[
     Raises:
         InputError: The file is damaged.
     """
+    check_regular(path, 'checkpoint')
     try:
         with safe_open(path, framework='pt') as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['json'])  # noqa: SIM118
@@ -97,19 +122,21 @@ def write_model(
         data_config: Dict[str, Any],
         training: Optional[Dict[str, Any]] = None,
         max_shard_size: Optional[str] = None,
+        replace: bool = True,
 ) -> None:
     """Write a model in timm's hub layout: `timm.create_model('local-dir:PATH', pretrained=True)` loads it.
 
     Args:
-        path: Folder to write, with `model.safetensors` and `config.json`; one that stands there is replaced.
+        path: Folder to write, with `model.safetensors` and `config.json`.
         model: Model that was made by `timm.create_model`.
         classes: Names of the classes, in the order of the logits; None where they are not known.
         data_config: Input size, mean, std, interpolation and crop that go with the weights.
         training: How the weights came about, JSON-able, for `config.json` (see `vt_zoo.publish`).
         max_shard_size: Largest file of weights, as '500MB', where they are to be split. timm does not read shards;
             `load_model`, `huggingface_hub.load_torch_model` and transformers do.
+        replace: As in `whole`.
     """
-    with whole(path) as new:
+    with whole(path, replace) as new:
         model_config = {'label_names': classes, **({'training': training} if training else {})}
         save_for_hf(model, str(new), model_config=model_config, safe_serialization=True, data_config=data_config)
         if max_shard_size is not None:
@@ -168,6 +195,8 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
     try:
         if folder.is_dir():
             files = _folder_weights(folder)
+            for file in (folder / 'config.json', *files):
+                check_regular(file, 'file')
         else:
             hub_id = find_hub_id(source)
             files = [download_weights(hub_id, kwargs.get('cache_dir'))] if hub_id else []

@@ -19,6 +19,7 @@ from timm.models import create_model, get_pretrained_cfg
 
 from .checkpoint import check_name, write_model
 from .errors import InputError, check_utf8, first_line
+from .files import check_regular
 from .hub import find_hub_id
 
 __all__ = ['Converted', 'convert', 'read_checkpoint']
@@ -68,6 +69,7 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         InputError: The file is missing, damaged, or holds other objects.
     """
     path = Path(path)
+    check_regular(path, 'checkpoint')
     if not path.is_file():
         raise InputError(
             f'checkpoint {path} {"is a folder, name a file in it" if path.exists() else "does not exist"}')
@@ -294,7 +296,9 @@ def convert(
     training = _describe_training(name, content, args, use_ema) if args else None
     try:
         data_config = _data_config(model, {**args, **img_size})
-        write_model(out, model, None, data_config, training, max_shard_size)
+        write_model(out, model, None, data_config, training, max_shard_size, replace=False)
+    except InputError:
+        raise
     except (AssertionError, TypeError, ValueError) as e:
         raise InputError(f'checkpoint {path} cannot be written as a model: {first_line(e)}') from e
     weights = 'moving average' if use_ema else 'weights as trained'

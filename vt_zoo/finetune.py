@@ -3,6 +3,7 @@
 For ImageNet, several GPUs and all of timm's options there is timm's train.py.
 """
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.data import create_loader, resolve_data_config
+from timm.data.auto_augment import auto_augment_policy
 from timm.models import create_model, get_arch_pretrained_cfgs, list_pretrained
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -23,7 +25,8 @@ from tqdm import tqdm
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .devices import find_device
-from .errors import InputError, first_line
+from .errors import MAX_PIXELS, InputError, first_line
+from .files import run_folder
 from .hub import find_hub_id
 from .images import ImageFolder, Split, describe_split, find_split, image_mode
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
@@ -127,6 +130,12 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
         raise InputError(f'model {name!r} cannot be trained here: {first_line(e)}') from e
 
 
+def _check_policy(name: Optional[str]) -> None:
+    """Raise an error where timm knows no such policy, which it does itself by `assert` alone."""
+    if name and not name.startswith(('rand', 'augmix')) and auto_augment_policy(name.split('-')[0]) is None:
+        raise ValueError(name)
+
+
 def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
     mode = image_mode(data_config['input_size'][0])
     common = {
@@ -135,6 +144,7 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
         'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # which would not learn of the epoch
     }
     try:
+        _check_policy(settings.aa)
         train = create_loader(
             ImageFolder(split.train, mode=mode, seed=settings.seed),
             batch_size=min(settings.batch_size, len(split.train)), is_training=True, scale=settings.scale,
@@ -143,7 +153,8 @@ def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     val = create_loader(
-        ImageFolder(split.val, mode=mode), batch_size=settings.batch_size, crop_pct=data_config['crop_pct'], **common)
+        ImageFolder(split.val, mode=mode), batch_size=min(settings.batch_size, len(split.val)),
+        crop_pct=data_config['crop_pct'], **common)
     return train, val
 
 
@@ -174,6 +185,10 @@ class _Run:
         size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
         self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
+        pixels = math.prod(self.data_config['input_size'][1:])
+        if min(settings.batch_size, len(split.train)) * pixels > MAX_PIXELS:
+            raise InputError(
+                f'batch_size must be at most {MAX_PIXELS // pixels} for images of this size, got {settings.batch_size}')
         self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
         self.model = model
         self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True)
@@ -285,13 +300,27 @@ def finetune(
         The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files.
 
     Raises:
-        InputError: Data, settings or `out` cannot be used.
+        RunFinishedError: `resume`, and the run is finished.
+        InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
+    with run_folder(Path(out)):
+        return _finetune(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
+
+
+def _finetune(
+        data_dir: Union[str, Path],
+        out: Path,
+        settings: FinetuneSettings,
+        resume: bool,
+        overwrite: bool,
+        workers: int,
+        device: Optional[str],
+        progress: bool,
+) -> FinetuneResult:
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
-        check_run_folder(checkpoint, model_dir, resume)
+        check_run_folder(checkpoint, model_dir, resume, {**asdict(settings), 'model': None})
     device = find_device(device)
     start = time.monotonic()
 
@@ -308,7 +337,6 @@ def finetune(
     else:
         run = _Run(settings, _starting_point(settings.model), True, split, workers, device)
     training = _describe_start(settings, run.start)
-    out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         checkpoint.unlink(missing_ok=True)
 

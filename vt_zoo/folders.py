@@ -5,7 +5,6 @@ to it. The order is timm's, natural and without regard to case; names that tie i
 order in timm changes from process to process, are ordered by themselves. Hidden files and folders are left out, as are
 `__MACOSX` and `@eaDir`, in which systems keep copies.
 """
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 from timm.data.readers.img_extensions import get_img_extensions
 
 from .errors import InputError
+from .files import walk_files
 
 __all__ = ['check_classes', 'find_images', 'find_labels', 'find_parts', 'is_part', 'name_order']
 
@@ -41,18 +41,16 @@ def _is_left_out(name: str) -> bool:
 def find_images(folder: Union[str, Path]) -> List[str]:
     """Paths of all image files in a folder and its subfolders, by timm's image extensions, in order of their names.
 
+    Links are followed, and each file counts once, by its real path; a warning says how many links were left out.
+
     Raises:
         OSError: A folder cannot be read.
     """
-    def refuse(error: OSError) -> None:
-        raise error
-
-    extensions, paths = get_img_extensions(as_set=True), []
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not _is_left_out(name)]
-        paths += [
-            os.path.join(root, name) for name in files
-            if os.path.splitext(name)[1].lower() in extensions and not _is_left_out(name)]
+    paths = []
+    for path, error in walk_files(folder, get_img_extensions(as_set=True), _is_left_out):
+        if error is not None:
+            raise error
+        paths.append(path)
     return sorted(paths, key=name_order)
 
 

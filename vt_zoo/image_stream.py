@@ -1,6 +1,6 @@
 """Any number of image files: found while they are needed, opened in threads, handed out in batches.
 
-What is in memory does not depend on how many there are, but for the names of one folder at a time.
+What is in memory does not depend on how many there are, but for the names of one folder at a time, and of links.
 """
 import os
 import select
@@ -8,11 +8,12 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Optional
 
 from PIL import Image
 
 from .errors import InputError
+from .files import walk_files
 from .images import load_image
 
 __all__ = ['IMAGE_EXTENSIONS', 'OpenedImage', 'Source', 'find_images', 'open_images']
@@ -58,8 +59,8 @@ def find_images(words: Iterable[str]) -> Iterator[Optional[Source]]:
 
     Args:
         words: Files; folders, whose files with the end of an image's name are taken, in the order of their names and
-            with all that lies below, but nothing whose name begins with a dot; '-' for paths of both kinds on standard
-            input, one a line, as the file system has their bytes. Blank lines are left out.
+            with all that lies below, each file once, but nothing whose name begins with a dot; '-' for paths of both
+            kinds on standard input, one a line, as the file system has their bytes. Blank lines are left out.
 
     Yields:
         The files, not opened yet; a folder that cannot be read or holds no image has an error. None where the next
@@ -108,31 +109,12 @@ def _expand(path: str) -> Iterator[Source]:
         yield Source(path, os.path.basename(path))
         return
     is_empty = True
-    for source in _walk(path, '', ()):
+    for found, error in walk_files(path, IMAGE_EXTENSIONS, lambda name: name.startswith('.')):
         is_empty = False
-        yield source
+        reason = None if error is None else f'folder {found} cannot be read: {error.strerror}'
+        yield Source(found, os.path.relpath(found, path), reason)
     if is_empty:
         yield Source(path, os.path.basename(path), f'folder {path} holds no images')
-
-
-def _walk(folder: str, below: str, parents: Tuple[Tuple[int, int], ...]) -> Iterator[Source]:
-    """Images of a folder, then of its subfolders; a link to one of its parents is not followed."""
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith('.'))
-    except OSError as e:
-        yield Source(folder, below, f'folder {folder} cannot be read: {e.strerror}')
-        return
-    identity = status.st_dev, status.st_ino
-    if identity in parents:
-        return
-    for name, is_folder in found:
-        if not is_folder and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
-            yield Source(os.path.join(folder, name), os.path.join(below, name))
-    for name, is_folder in found:
-        if is_folder:
-            yield from _walk(os.path.join(folder, name), os.path.join(below, name), (*parents, identity))
 
 
 def open_images(

@@ -20,6 +20,7 @@ from timm.data import create_transform
 from tqdm import tqdm
 
 from .errors import InputError
+from .files import check_regular, without_same_files
 from .folders import check_classes, find_labels, find_parts, is_part, name_order
 from .seeding import seed_of, seeded
 
@@ -49,14 +50,16 @@ def load_image(path: Union[str, Path]) -> Image.Image:
         The image in mode 'RGB'.
 
     Raises:
-        InputError: The file is missing, not an image, or damaged; or nothing says which of its values is white: they
-            are floating point or signed, beyond 16 bits, or 8 bits in a file of 16 so that all would be black.
+        InputError: The file is missing, no regular file, not an image, or damaged; or nothing says which of its values
+            is white: they are floating point or signed, beyond 16 bits, or 8 bits in a file of 16 so that all would be
+            black.
     """
     return load_upright(path)[0]
 
 
 def load_upright(path: Union[str, Path]) -> Tuple[Image.Image, int]:
     """As `load_image`, with the EXIF orientation, 1 to 8, by which the stored pixels were turned."""
+    check_regular(path, 'image')
     try:
         with Image.open(path) as image:
             return _to_rgb(image)
@@ -289,7 +292,9 @@ def find_split(
     samples = _readable([(path, index[label]) for path, label in labels], progress)
     if 'val' in parts:
         _check_counts(samples, classes, 1, train_root)
-        train = samples
+        train, val = samples, without_same_files(val, samples, train_root)
+        if not val:
+            raise InputError(f'data folder {parts["val"]} holds no image that is not one of {train_root} too')
     else:
         _check_counts(samples, classes, 2, train_root)
         train, val = _split_by_class(samples, val_fraction, seed)

@@ -105,7 +105,7 @@ def write_release(
         card = create_card(repo_id, model, config, _dtype(folder / WEIGHTS), license_id, dataset)
     except Exception as e:  # `training` may hold anything where others wrote it
         raise InputError(f'model {folder} has no card: its config.json holds unusual entries ({e!r})') from e
-    with whole(out) as new:
+    with whole(out, replace=False) as new:
         new.mkdir()
         shutil.copyfile(folder / WEIGHTS, new / WEIGHTS)
         (new / 'config.json').write_text(json.dumps(config, indent=2))

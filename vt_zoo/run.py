@@ -15,6 +15,8 @@ from typing import List
 
 import timm
 
+from .files import read_docstring
+
 __all__ = ['main', 'run_script']
 
 _USAGE = 'usage: python -m vt_zoo.run SCRIPT.py ARGS...'
@@ -71,7 +73,7 @@ def main() -> int:
     """
     args = sys.argv[1:]
     if args[:1] in (['-h'], ['--help']):
-        print(f'{_USAGE}\n\n{__doc__}')
+        print(f'{_USAGE}\n\n{__doc__ or read_docstring(__file__)}')
         return 0
     if not args:
         return _refuse(f'no script is given; {_USAGE}')

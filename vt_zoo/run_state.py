@@ -1,5 +1,6 @@
 """The folder of a training run and the state in it, from which a run goes on: what both training commands share."""
 import csv
+import json
 from pathlib import Path
 from typing import Any, Dict, List, Tuple, Union
 
@@ -8,24 +9,55 @@ import torch.nn as nn
 
 from .checkpoint import whole
 from .errors import InputError, check_utf8
+from .files import check_regular
 
-__all__ = ['check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
+__all__ = ['RunFinishedError', 'check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
 
 
-def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool) -> None:
+class RunFinishedError(InputError):
+    """A run was to go on that has ended, with the same settings: there is nothing to do."""
+
+
+def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: Dict[str, Any]) -> None:
     """Raise InputError where a folder holds a run that is not to be lost, or its name is not UTF-8.
 
     Args:
         checkpoint: File of an unfinished run.
-        model_dir: Folder of a finished one.
+        model_dir: Folder of a finished one, whose config.json has the settings in `arguments` of `training` (of
+            `_training` in a folder of segmentation_models_pytorch).
         resume: Whether an unfinished run is to go on.
+        settings: Of the run that is to begin or to go on; None for a value that the data or the model decides.
+
+    Raises:
+        RunFinishedError: A run with these settings was to go on, and is finished.
     """
     out = checkpoint.parent
     check_utf8(out)
     if checkpoint.exists() and not resume:
         raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
-    if model_dir.exists() and not checkpoint.exists():
-        raise InputError(f'{out} holds a finished run: add --overwrite to replace it, or choose another --out')
+    if not model_dir.exists() or checkpoint.exists():
+        return
+    other = ''
+    if resume:
+        theirs = _read_settings(model_dir)
+        ours = json.loads(json.dumps(settings))
+        differing = [name for name, value in ours.items() if value is not None and theirs.get(name) != value]
+        if not differing:
+            raise RunFinishedError(f'{out} holds this run, and it is finished: its model is {model_dir}')
+        name = differing[0]
+        if name in theirs:
+            other = f' with {name} = {theirs[name]!r} instead of {ours[name]!r}'
+    raise InputError(f'{out} holds a finished run{other}: add --overwrite to replace it, or choose another --out')
+
+
+def _read_settings(model_dir: Path) -> Dict[str, Any]:
+    """Settings that a model was trained with; none where its config.json does not say them."""
+    check_regular(model_dir / 'config.json', 'file')
+    try:
+        config = json.loads((model_dir / 'config.json').read_text(encoding='utf-8'))
+        return dict((config.get('training') or config['_training'])['arguments'])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def check_same_run(out: Path, theirs: Dict[str, Any], ours: Dict[str, Any]) -> None:

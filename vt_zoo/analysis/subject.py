@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 
 from ..checkpoint import load_model
 from ..errors import InputError, printable
+from ..files import check_regular
 from ..images import image_transform
 
 __all__ = ['Subject', 'create_prepare', 'is_segmenter', 'load_subject']
@@ -97,6 +98,7 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
 
 def is_segmenter(folder: Path) -> bool:
     """Whether a folder holds a model of `vt-zoo segment train`."""
+    check_regular(folder / 'config.json', 'file')
     try:
         return '_model_class' in json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):

@@ -1,9 +1,16 @@
 """Types of command-line arguments."""
 import argparse
+import os
 import re
 from typing import Optional
 
-__all__ = ['HelpFormatter', 'file_size', 'fraction', 'port', 'positive_float', 'positive_int', 'whole_number']
+from vt_zoo.errors import MAX_INT, MAX_SIDE, short
+
+__all__ = [
+    'HelpFormatter', 'area', 'aspect_ratio', 'file_size', 'fraction', 'num_threads', 'num_workers', 'port',
+    'positive_float', 'positive_int', 'side', 'whole_number']
+
+MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -24,22 +31,51 @@ def _number(text: str, kind: type, allowed: str, accept) -> float:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f'{text!r} is not {allowed}')
+    raise argparse.ArgumentTypeError(f'{short(text)} is not {allowed}')
+
+
+def _int(text: str, least: int, most: int) -> int:
+    return _number(text, int, f'a whole number from {least} to {most}', lambda v: least <= v <= most)
 
 
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
-    return _number(text, int, 'a whole number of at least 1', lambda v: v >= 1)
+    return _int(text, 1, MAX_INT)
 
 
 def whole_number(text: str) -> int:
-    """A whole number of at least 0."""
-    return _number(text, int, 'a whole number of at least 0', lambda v: v >= 0)
+    """A whole number of at least 0; the random numbers of a seed of up to 31 bits are right everywhere."""
+    return _int(text, 0, MAX_INT)
+
+
+def side(text: str) -> int:
+    """A number of pixels along a side of an image."""
+    return _int(text, 1, MAX_SIDE)
+
+
+def num_workers(text: str) -> int:
+    """A number of processes that load images."""
+    return _int(text, 0, MAX_WORKERS)
+
+
+def num_threads(text: str) -> int:
+    """A number of threads that open images."""
+    return _int(text, 1, MAX_WORKERS)
+
+
+def area(text: str) -> float:
+    """A share of the area of an image."""
+    return _number(text, float, 'a number above 0, up to 1', lambda v: 0 < v <= 1)
+
+
+def aspect_ratio(text: str) -> float:
+    """Width / height."""
+    return _number(text, float, 'a number from 0.1 to 10', lambda v: 0.1 <= v <= 10)
 
 
 def positive_float(text: str) -> float:
-    """A number above 0."""
-    return _number(text, float, 'a number above 0', lambda v: 0 < v < float('inf'))
+    """A number above 0, none so large that it can only be a slip."""
+    return _number(text, float, 'a number above 0, up to 1e6', lambda v: 0 < v <= 1e6)
 
 
 def fraction(text: str) -> float:
@@ -54,6 +90,6 @@ def port(text: str) -> int:
 
 def file_size(text: str) -> str:
     """A size as huggingface_hub writes it: a whole number and KB, MB or GB."""
-    if not re.fullmatch('[1-9][0-9]*[KMG]B', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a size such as 500MB')
+    if not re.fullmatch('[1-9][0-9]{0,8}[KMG]B', text):
+        raise argparse.ArgumentTypeError(f'{short(text)} is not a size such as 500MB')
     return text

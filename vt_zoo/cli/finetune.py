@@ -3,7 +3,8 @@
 DATA_DIR holds train/ and val/ (or training/, valid/, validation/, in any case) with a subfolder a class, or the class
 folders themselves, which are then split; test/ beside them is left alone. Pictures in subfolders of a class folder
 belong to the class. The classes are printed before training begins. A file that cannot be read as an image is named in
-a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers.
+a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers;
+one that is finished stays as it is, with exit code 0. Two runs at a time in one DIR are refused.
 vt_resnet18, 34, 50 and 101 start from the trunk of a pretrained ResNet if the Hugging Face Hub can be reached.
 """
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from vt_zoo.devices import DEVICES
 from vt_zoo.finetune import FinetuneSettings, finetune
+from vt_zoo.run_state import RunFinishedError
 
-from .arguments import fraction, positive_float, positive_int, whole_number
+from .arguments import area, aspect_ratio, fraction, num_workers, positive_float, positive_int, side, whole_number
 
 DEFAULTS = FinetuneSettings()
 
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--overwrite', action='store_true', help='replace the run in the output folder')
     add('--epochs', type=positive_int, default=DEFAULTS.epochs, metavar='N', help='number of epochs to train')
     add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, metavar='N', help='batch size in images')
-    add('--img-size', type=positive_int, default=argparse.SUPPRESS, metavar='PIXELS',
+    add('--img-size', type=side, default=argparse.SUPPRESS, metavar='PIXELS',
         help="height and width of the input (default: the model's own)")
     add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt,
         help='optimizer, by its name in timm')
@@ -44,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--drop-path', type=fraction, default=DEFAULTS.drop_path, metavar='P', help='drop path (stochastic depth) rate')
     add('--model-ema-decay', type=fraction, default=DEFAULTS.model_ema_decay, metavar='DECAY',
         help='decay of the moving average of the weights')
-    add('--scale', type=positive_float, nargs=2, default=DEFAULTS.scale, metavar=('MIN', 'MAX'),
+    add('--scale', type=area, nargs=2, default=DEFAULTS.scale, metavar=('MIN', 'MAX'),
         help='random crop area, as a share of the image')
-    add('--ratio', type=positive_float, nargs=2, default=DEFAULTS.ratio, metavar=('MIN', 'MAX'),
+    add('--ratio', type=aspect_ratio, nargs=2, default=DEFAULTS.ratio, metavar=('MIN', 'MAX'),
         help='random crop aspect ratio, width by height')
     add('--hflip', type=fraction, default=DEFAULTS.hflip, metavar='P', help='horizontal flip probability')
     add('--color-jitter', type=fraction, default=DEFAULTS.color_jitter, metavar='X', help='color jitter factor')
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='share of the images to hold out if DATA_DIR has no val/')
     add('--seed', type=whole_number, default=DEFAULTS.seed, metavar='N',
         help='random seed of weights, order and augmentation')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), metavar='N',
+    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), metavar='N',
         help='number of data loading processes; the outcome is the same with any number')
     add('--device', choices=DEVICES, default=argparse.SUPPRESS,
         help='device to train on (default: cuda if there is one)')
@@ -71,6 +73,9 @@ def run(args: argparse.Namespace) -> None:
         result = finetune(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers,
             getattr(args, 'device', None))
+    except RunFinishedError as e:
+        print(f'finished   {e}')
+        return
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last complete epoch is kept in {args.out}, go on with --resume', file=sys.stderr)

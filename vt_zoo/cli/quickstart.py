@@ -16,6 +16,7 @@ from vt_zoo.analysis.figures import draw_token_attention
 from vt_zoo.checkpoint import load_model, whole
 from vt_zoo.digits import write_digits
 from vt_zoo.errors import InputError
+from vt_zoo.files import run_folder
 from vt_zoo.finetune import FinetuneResult, FinetuneSettings, finetune
 from vt_zoo.images import load_image
 
@@ -38,7 +39,11 @@ def run(args: argparse.Namespace) -> None:
     for package, extra in (('sklearn', 'digits'), ('matplotlib', 'figures')):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"the quickstart needs {package}: pip install 'vt_zoo[{extra}]'")
-    out = Path(args.out)
+    with run_folder(Path(args.out)):
+        _run(Path(args.out), args)
+
+
+def _run(out: Path, args: argparse.Namespace) -> None:
     old = [name for name in WRITTEN if (out / name).exists()]
     if old and not _is_of_quickstart(out / 'data'):
         raise InputError(f'{out} holds {", ".join(old)} that is not of an earlier quickstart: choose another --out')

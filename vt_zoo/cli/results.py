@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vt_zoo.devices import DEVICES
 from vt_zoo.errors import InputError
 
-from .arguments import positive_int
+from .arguments import num_threads, positive_int
 
 __all__ = ['add_image_arguments', 'print_results']
 
@@ -29,7 +29,7 @@ def add_image_arguments(parser: argparse.ArgumentParser, batch_size: int) -> Non
         help="image file; folder, for the images in it and below; or '-' for paths on standard input, one a line")
     add('--batch-size', type=positive_int, default=batch_size, metavar='N', help='batch size in images')
     add('--device', choices=DEVICES, default=None, help='device to run on (default: cuda if there is one)')
-    add('--workers', type=positive_int, default=min(4, os.cpu_count() or 1), metavar='N',
+    add('--workers', type=num_threads, default=min(4, os.cpu_count() or 1), metavar='N',
         help='number of threads that open images')
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--json', action='store_true', help='print one list of objects instead of a table')

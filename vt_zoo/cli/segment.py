@@ -11,23 +11,23 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, List, Optional, Union
 
-import yaml
-
 from vt_zoo.devices import DEVICES, find_device
-from vt_zoo.errors import InputError
+from vt_zoo.errors import InputError, short
 from vt_zoo.image_stream import find_images
+from vt_zoo.run_state import RunFinishedError
 from vt_zoo.segmentation.label_map import read_label_map
 from vt_zoo.segmentation.settings import (
     ARCHITECTURES,
     PRECISIONS,
     SCHEDULES,
+    YAML_ERRORS,
     SegmentSettings,
     list_segmentation_recipes,
     read_settings,
     read_yaml,
 )
 
-from .arguments import HelpFormatter, positive_int, whole_number
+from .arguments import HelpFormatter, num_workers, positive_int, side, whole_number
 from .results import add_image_arguments, print_results
 
 # of each field of SegmentSettings: what stands for its value, and what it is
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--out', default='vt_zoo_segment', metavar='DIR', help='path to the output folder')
     add('--resume', action='store_true', help='continue the run in the output folder')
     add('--overwrite', action='store_true', help='replace the run in the output folder')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), metavar='N',
+    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), metavar='N',
         help='number of data loading processes, for each process that trains')
     add('--device', choices=DEVICES, default=argparse.SUPPRESS,
         help='device to train on (default: a GPU if there is one)')
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('root', metavar='DIR', help='path to the output folder, new or empty')
     add('--train', type=positive_int, default=1200, metavar='N', help='number of training images')
     add('--val', type=positive_int, default=300, metavar='N', help='number of validation images')
-    add('--size', type=positive_int, default=64, metavar='PIXELS', help='height and width of the images')
+    add('--size', type=side, default=64, metavar='PIXELS', help='height and width of the images')
     add('--seed', type=whole_number, default=0, metavar='N', help='random seed')
 
     add = command('eval', 'measure a model on a data set').add_argument
@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--label-map', metavar='MAP', default=argparse.SUPPRESS,
         help=f"{FIELDS['label_map'][1]}; null for none (default: the model's own)")
     add('--split', choices=['train', 'val', 'test'], default='val', help='split of the data set')
-    add('--workers', type=whole_number, default=min(4, os.cpu_count() or 1), metavar='N',
+    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), metavar='N',
         help='number of data loading processes')
     add('--json', action='store_true', help='print a JSON object instead of a table')
 
@@ -148,8 +148,8 @@ def _from_yaml(name: str, given: Union[str, List[str]]) -> Any:
         return values[0] if whole else values
     try:
         return read_yaml(given)
-    except yaml.YAMLError as e:
-        raise InputError(f'{name} must be a value as in YAML, got {given!r}') from e
+    except YAML_ERRORS as e:
+        raise InputError(f'{name} must be a value as in YAML, got {short(given)}') from e
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -161,6 +161,10 @@ def _train(args: argparse.Namespace) -> None:
     try:
         result = train(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, getattr(args, 'device', None))
+    except RunFinishedError as e:
+        if not int(os.environ.get('RANK', 0)):
+            print(f'finished   {e}')
+        return
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last checkpoint is kept in {args.out}, go on with --resume', file=sys.stderr)

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from ..checkpoint import whole
 from ..digits import read_digits
-from ..errors import InputError
+from ..errors import MAX_SIDE, InputError, short
 
 __all__ = ['CLASSES', 'write_composed_digits']
 
 CLASSES = ['background', *'0123456789']
+MAX_IMAGES = 100_000  # of a part: names have five digits
 MIN_SIZE = 32  # digits of 8 pixels, the size of the scans
 
 NUM_DIGITS = (2, 5)
@@ -52,18 +53,20 @@ def write_composed_digits(
         seed: Of what is drawn at random.
 
     Raises:
-        InputError: scikit-learn is not installed, the folder is not empty, a number of images is below 1 or the size
-            below 32.
+        InputError: scikit-learn is not installed, the folder is not empty, a number of images is not from 1 to
+            100,000 or the size not from 32 to 4,096.
     """
     root = Path(root)
-    for name, value, least in ('num_train', num_train, 1), ('num_val', num_val, 1), ('size', size, MIN_SIZE):
-        if value < least:
-            raise InputError(f'{name} {value} must be at least {least}')
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise InputError(f'{root} exists, a new or empty folder is needed')
+    for name, value, least, most in (
+            ('num_train', num_train, 1, MAX_IMAGES), ('num_val', num_val, 1, MAX_IMAGES),
+            ('size', size, MIN_SIZE, MAX_SIDE)):
+        if not least <= value <= most:
+            raise InputError(f'{name} {short(value)} must be at least {least} and at most {most}')
+    _check_empty(root)
     scans, digits, parts = read_digits()
     numbers = [('train', i) for i in range(num_train)] + [('val', i) for i in range(num_val)]
     with whole(root) as new:
+        _check_empty(root)  # or another process has written it since
         for kind in 'images', 'masks':
             for split in parts:
                 (new / kind / split).mkdir(parents=True)
@@ -74,6 +77,11 @@ def write_composed_digits(
             image, mask = _compose([scans[j] / 16 for j in chosen], [1 + digits[j] for j in chosen], size, rng)
             image.save(new / 'images' / split / f'{i:05d}.png')
             mask.save(new / 'masks' / split / f'{i:05d}.png')
+
+
+def _check_empty(root: Path) -> None:
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise InputError(f'{root} exists, a new or empty folder is needed')
 
 
 def _compose(

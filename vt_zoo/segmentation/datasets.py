@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data.readers.img_extensions import get_img_extensions
 
 from ..errors import InputError, first_line
+from ..files import check_regular
 from ..images import load_upright
 from .label_map import IGNORED, LabelMap
 
@@ -297,6 +298,7 @@ def _with_masks(images: List[Path], folder: Path) -> List[Sample]:
 
 
 def _read_names(path: Path) -> List[str]:
+    check_regular(path, 'list of names')
     try:
         names = [line.strip() for line in path.read_text(encoding='utf-8-sig').rstrip().splitlines()]
     except FileNotFoundError:
@@ -321,6 +323,7 @@ def _read_panoptic(path: Path) -> Tuple[Dict[str, np.ndarray], Dict[int, Tuple[s
             return entry['id'], entry['category_id']
         return entry if 'isthing' in entry or 'annotations' in entry else None
 
+    check_regular(path, 'list of segments')
     try:
         with open(path, encoding='utf-8') as f:
             content = json.load(f, object_hook=shrink)
@@ -345,6 +348,7 @@ class _Mask(NamedTuple):
 
 
 def _read_mask(path: Path, modes: Sequence[str], needed: str) -> _Mask:
+    check_regular(path, 'mask')
     try:
         with Image.open(path) as mask:
             mode, pictures = mask.mode, getattr(mask, 'n_frames', 1)

@@ -73,6 +73,7 @@ def save_segmentation_model(
         loaded: LoadedModel,
         dataset: Optional[str] = None,
         metrics: Optional[Dict[str, Any]] = None,
+        training: Optional[Dict[str, Any]] = None,
 ) -> None:
     """Write a model: `save_pretrained`'s files, whole or not at all, with class names and preprocessing in config.json.
 
@@ -81,11 +82,13 @@ def save_segmentation_model(
         loaded: Model and what goes with it.
         dataset: For the model card: what it was trained on.
         metrics: For the model card: names and values of measures.
+        training: How the weights came about, JSON-able, for config.json.
     """
     config = {
         **loaded.model.config, '_model_class': type(loaded.model).__name__, 'encoder_weights': None,
         '_classes': loaded.classes, '_mean': loaded.mean, '_std': loaded.std, '_eval_size': loaded.eval_size,
-        **({'_label_map': loaded.label_map} if loaded.label_map else {})}
+        **({'_label_map': loaded.label_map} if loaded.label_map else {}),
+        **({'_training': training} if training else {})}
     with whole(path) as new:
         loaded.model.save_pretrained(new, config=config, dataset=dataset, metrics=metrics)
 

@@ -7,16 +7,22 @@ from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin
 
 import yaml
 
-from ..errors import InputError, first_line
+from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, first_line, short
+from ..files import check_regular
 from .label_map import read_label_map
 
 __all__ = [
-    'ARCHITECTURES', 'PRECISIONS', 'SCHEDULES', 'SegmentSettings', 'list_segmentation_recipes', 'read_settings',
-    'read_yaml']
+    'ARCHITECTURES', 'PRECISIONS', 'SCHEDULES', 'YAML_ERRORS', 'SegmentSettings', 'list_segmentation_recipes',
+    'read_settings', 'read_yaml']
 
 ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')
 PRECISIONS = ('no', 'bf16', 'fp16')
+MAX_WIDTH = 4096  # of what a layer computes
+MAX_SCALE = 16
+MIN_STD, MAX_STD = 0.001, 10  # of images with values from 0 to 1
+# of reading YAML: numbers of too many digits and dates that are none, lists in lists in lists, and its own
+YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)
 RECIPES = Path(__file__).parents[1] / 'recipes' / 'segmentation'
 
 
@@ -63,12 +69,15 @@ class SegmentSettings:
         _check_choice('arch', self.arch, ARCHITECTURES)
         _check_choice('schedule', self.schedule, SCHEDULES)
         _check_choice('precision', self.precision, PRECISIONS)
-        for name in ('iterations', 'batch_size', 'eval_every', 'checkpoint_every', 'num_tokens', 'token_dim',
-                     'pyramid_channels'):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
-        _check('head_channels', self.head_channels, self.head_channels >= 32 and self.head_channels % 32 == 0,
-               'a multiple of 32')
-        _check('warmup', self.warmup, self.warmup >= 0, 'at least 0')
+        for name in ('iterations', 'batch_size', 'eval_every', 'checkpoint_every'):
+            _check(name, getattr(self, name), 1 <= getattr(self, name) <= MAX_INT, f'at least 1 and at most {MAX_INT}')
+        for name in ('num_tokens', 'token_dim', 'pyramid_channels'):
+            _check(name, getattr(self, name), 1 <= getattr(self, name) <= MAX_WIDTH,
+                   f'at least 1 and at most {MAX_WIDTH}')
+        _check('head_channels', self.head_channels,
+               32 <= self.head_channels <= MAX_WIDTH and self.head_channels % 32 == 0,
+               f'a multiple of 32 and at most {MAX_WIDTH}')
+        _check('warmup', self.warmup, 0 <= self.warmup <= MAX_INT, f'at least 0 and at most {MAX_INT}')
         _check('seed', self.seed, 0 <= self.seed < 2 ** 63, 'from 0 to under 2 ** 63')
         _check('lr', self.lr, 0 < self.lr < math.inf, 'above 0')
         _check('steps', self.steps, all(step >= 1 for step in self.steps), 'iterations of at least 1')
@@ -76,13 +85,18 @@ class SegmentSettings:
         for name in ('momentum', 'weight_decay', 'ema_decay'):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, 'from 0 to under 1')
         _check('hflip', self.hflip, 0 <= self.hflip <= 1, 'from 0 to 1')
-        _check('scale', self.scale, 0 < self.scale[0] <= self.scale[1] < math.inf,
-               'two factors, 0 < smallest <= largest')
-        _check('crop_size', self.crop_size, min(self.crop_size) >= 1, 'a height and a width of at least 1')
-        _check('std', self.std, self.std is None or min(self.std) > 0, 'above 0')
+        _check('scale', self.scale, 0 < self.scale[0] <= self.scale[1] <= MAX_SCALE,
+               f'two factors, 0 < smallest <= largest <= {MAX_SCALE}')
+        _check('crop_size', self.crop_size, min(self.crop_size) >= 1 and max(self.crop_size) <= MAX_SIDE,
+               f'a height and a width of at least 1 and at most {MAX_SIDE}')
+        _check('batch_size', self.batch_size, self.batch_size * math.prod(self.crop_size) <= MAX_PIXELS,
+               f'at most {MAX_PIXELS // math.prod(self.crop_size)} for crops of this size')
+        _check('mean', self.mean, self.mean is None or all(0 <= value <= 1 for value in self.mean), 'from 0 to 1')
+        _check('std', self.std, self.std is None or all(MIN_STD <= value <= MAX_STD for value in self.std),
+               f'above 0: from {MIN_STD} to {MAX_STD}')
         size = self.eval_size if isinstance(self.eval_size, tuple) else (self.eval_size,)
-        _check('eval_size', self.eval_size, size == (None,) or min(size) >= 1,
-               'a short side, or a height and a width, of at least 1')
+        _check('eval_size', self.eval_size, size == (None,) or (min(size) >= 1 and max(size) <= MAX_SIDE),
+               f'a short side, or a height and a width, of at least 1 and at most {MAX_SIDE}')
 
 
 def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
@@ -91,7 +105,7 @@ def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
 
 def _check(name: str, value: Any, good: bool, allowed: str) -> None:
     if not good:
-        raise InputError(f'{name} must be {allowed}, got {value!r}')
+        raise InputError(f'{name} must be {allowed}, got {short(value)}')
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,12 +145,13 @@ def read_settings(config: Optional[str], overrides: Optional[Dict[str, Any]] = N
     values = {}
     if config is not None:
         path = RECIPES / f'{config}.yaml' if config in list_segmentation_recipes() else Path(config)
+        check_regular(path, 'config')
         try:
             values = read_yaml(path.read_text(encoding='utf-8')) or {}
         except FileNotFoundError:
             names = ', '.join(list_segmentation_recipes())
             raise InputError(f'config {config} is neither a file nor one of {names}') from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        except (OSError, *YAML_ERRORS) as e:
             raise InputError(f'config {path} cannot be read: {first_line(e)}') from e
         if not isinstance(values, dict):
             raise InputError(f'config {path} must hold fields and values, as `lr: 0.01`')
@@ -165,10 +180,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return get_origin(kind)(_convert(name, v, arguments[i % len(arguments)]) for i, v in enumerate(value))
     if get_origin(kind) is dict:
         return read_label_map(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2 ** 1000:
         return float(value)
     if get_origin(kind) is None and type(value) is kind:
         return value
     allowed = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}.get(
         kind, f'a list of {len(arguments)} numbers' if get_origin(kind) is tuple else 'a list of whole numbers')
-    raise InputError(f'{name} must be {allowed}, got {value!r}')
+    raise InputError(f'{name} must be {allowed}, got {short(value)}')

@@ -1,7 +1,9 @@
 """Training a segmentation model: plain torch, with accelerate for devices, mixed precision and several processes."""
 import json
 import logging
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from ..checkpoint import check_input_size, read_tensors, write_tensors
 from ..devices import find_device
 from ..errors import InputError, first_line
+from ..files import run_folder
 from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 from ..seeding import seed_of
 from .datasets import SegmentationDataset, load_dataset
@@ -220,7 +223,7 @@ class _Run:
         save_segmentation_model(path, loaded, data, {
             f'mIoU on {len(self.val_data)} validation images': f'{100 * metrics.miou:.2f} %',
             'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %',
-            'iterations': self.iteration})
+            'iterations': self.iteration}, {'program': 'vt-zoo segment train', 'arguments': self.fingerprint})
 
     def _modules(self) -> Dict[str, nn.Module]:
         return {'model': self.model, **({} if self.ema is None else {'ema': self.ema.module})}
@@ -286,13 +289,28 @@ def train(
         progress: Say what each evaluation gave, with a progress bar where standard error is a terminal.
 
     Raises:
-        InputError: Data, settings or `out` cannot be used.
+        RunFinishedError: `resume`, and the run is finished.
+        InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
         OSError: `out` cannot be written.
     """
-    out = Path(out)
+    is_main = os.environ.get('RANK', '0') == '0'
+    with run_folder(Path(out)) if is_main else nullcontext():
+        return _train(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
+
+
+def _train(
+        data_dir: Union[str, Path],
+        out: Path,
+        settings: SegmentSettings,
+        resume: bool,
+        overwrite: bool,
+        workers: int,
+        device: Optional[str],
+        progress: bool,
+) -> SegmentResult:
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
-        check_run_folder(checkpoint, last_dir, resume)
+        check_run_folder(checkpoint, last_dir, resume, asdict(settings))
     if device is not None:
         device = find_device(device).type
     start = time.monotonic()
@@ -313,10 +331,8 @@ def train(
             f'batch_size must be at least the number of processes, {accelerator.num_processes}, '
             f'got {settings.batch_size}')
     run.check_data(progress)
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            checkpoint.unlink(missing_ok=True)
+    if main and overwrite:
+        checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     if resume and checkpoint.exists():
         run.load(checkpoint)

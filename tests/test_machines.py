@@ -142,21 +142,20 @@ def test_what_is_no_regular_file_among_images(command, segment_command, my_model
 
 
 def test_each_image_is_predicted_once(few_digits, tmp_path, caplog):
-    """Links below a folder lead to it, to files in it, twice to one outside; what they lead to comes once."""
+    """Links in a folder lead to it, to files in it, twice to one elsewhere; what they lead to comes once."""
     root, elsewhere = tmp_path / 'root', tmp_path / 'elsewhere'
     for path in (root / 'b.png', root / 'sub' / 'c.png', root / '.hidden' / 'd.png', elsewhere / 'e.png'):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(next((few_digits / 'val' / '0').iterdir()), path)
     for name, target in {
-            'a.png': 'sub/c.png', 'd.png': '.hidden/d.png', 'sub/up': root, 'sub/sub': '.', 'e.png': elsewhere / 'e.png',
-            'f.png': elsewhere / 'e.png', 'g': elsewhere, 'gone.png': 'nothing.png'}.items():
+            'a.png': 'sub/c.png', 'd.png': '.hidden/d.png', 'sub/up': root, 'sub/sub': '.',
+            'e.png': elsewhere / 'e.png', 'f.png': elsewhere / 'e.png', 'g': elsewhere, 'gone.png': 'nothing.png'}.items():
         (root / name).symlink_to(target)
     with caplog.at_level(logging.WARNING):
         names = [source.name for source in image_stream.find_images([str(root)])]
     assert names == ['b.png', 'd.png', 'e.png', 'gone.png', 'sub/c.png']
-    left = 'a.png, f.png, g/e.png, sub/sub, sub/up'.split(', ')
-    assert [r.getMessage() for r in caplog.records] == [
-        f'{len(left)} links to what {root} has already left out, as {root / "a.png"}']
+    assert [r.getMessage() for r in caplog.records] == [  # a.png, f.png, g/e.png, sub/sub and sub/up
+        f'5 links to what {root} has already left out, as {root / "a.png"}']
 
 
 def test_pipe_in_a_class_folder(my_digits, caplog):
@@ -357,6 +356,28 @@ def test_help_without_docstrings(level):
     result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')
     assert result.stdout.split() == 14 * ['True']
+
+
+def test_commands_without_docstrings_and_asserts(
+        few_digits, tiny_arguments, tiny_model, composed, segment_arguments, segment_model, tmp_path):
+    picture = next((few_digits / 'val' / '0').iterdir())
+    commands = [
+        ['models'], ['recipe', 'plain'], ['predict', picture, '--model', tiny_model],
+        ['tokens', picture, '--model', tiny_model, '--out', 'tokens'],
+        ['convert', tiny_model / 'model.safetensors', '--model', 'test_vt_resnet', '--out', 'converted'],
+        ['export', tiny_model, '--format', 'torchscript', '--out', 'a.pt'],
+        ['publish', tiny_model, '--repo-id', 'a/b', '--dry-run', '--out', 'published'],
+        ['finetune', few_digits, *tiny_arguments, '--out', 'finetuned'],
+        ['segment', 'train', '--data-dir', composed, *segment_arguments, '--out', 'segmented'],
+        ['segment', 'predict', picture, '--model', segment_model],
+        ['segment', 'eval', '--data-dir', composed, '--model', segment_model]]
+    code = (
+        'import sys\nfrom vt_zoo.cli.main import main\n'
+        'codes = [main(words.split("|")) for words in sys.argv[1:]]\nprint("codes", *codes)')
+    result = subprocess.run(
+        [sys.executable, '-OO', '-c', code, *('|'.join(map(str, words)) for words in commands)],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1:] == ['codes' + len(commands) * ' 0'], result.stderr
 
 
 def test_policy_that_timm_asserts(few_digits, tmp_path):

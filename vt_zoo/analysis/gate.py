@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -91,6 +92,8 @@ class Gate:
             return
         kept = [(name, value) for name, value in scope['headers'] if not _of_proxy(name)]
         scope, send = {**scope, 'headers': kept}, _without_cors(send)
+        if scope['path'] == JOIN:  # what is clicked is drawn into files
+            await asyncio.to_thread(_prune, self.folder)
         if scope['path'] != UPLOAD:
             await self.app(scope, receive, send)
             return
@@ -190,19 +193,18 @@ async def _answer(send: Send, status: int, sentence: str) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Delete the oldest files beyond MAX_FILES and MAX_BYTES, and the folders that this leaves empty."""
+    """Delete the oldest files beyond MAX_FILES and MAX_BYTES, and the folders that have long been empty."""
     files: List[Tuple[float, int, Path]] = []
-    for path in folder.rglob('*'):
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            continue
-        if not stat.S_ISDIR(status.st_mode):
-            files.append((status.st_mtime, status.st_size, path))
+    for parent, folders, names in os.walk(folder, topdown=False):
+        for path in (Path(parent, name) for name in (*names, *folders)):
+            with contextlib.suppress(OSError):  # is gone, or a folder that is not empty
+                status = path.lstat()
+                if not stat.S_ISDIR(status.st_mode):
+                    files.append((status.st_mtime, status.st_size, path))
+                elif status.st_mtime < time.time() - MAX_SECONDS:
+                    path.rmdir()
     count = size = 0
     for _, bytes_, path in sorted(files, reverse=True):
         count, size = count + 1, size + bytes_
         if count > MAX_FILES or size > MAX_BYTES:
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # is not empty
-                path.parent.rmdir()

@@ -18,6 +18,7 @@ __all__ = ['Gate', 'is_uploaded']
 MAX_UPLOAD = 24 * 2 ** 20  # bytes of a request: the largest file of the page and what is around it
 MAX_BODY = 2 ** 20  # bytes of any other request
 MAX_SECONDS = 60  # that a body may take
+SKIP_SECONDS = 5  # that one may take which is refused whatever is in it
 MAX_FILES = 1000  # that are kept, uploaded and drawn
 MAX_BYTES = 256 * 2 ** 20  # that they may have together
 
@@ -84,6 +85,12 @@ class Gate:
     async def _http(self, scope: Dict[str, Any], receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
+        except _RefusedError as e:
+            with contextlib.suppress(_RefusedError, asyncio.TimeoutError):
+                await asyncio.wait_for(_read(receive, 0), SKIP_SECONDS)
+            await _answer(send, *e.args)
+            return
+        try:
             if scope['method'] == 'POST':
                 body = await self._body(scope['path'], receive)
                 receive = _replay(body, receive)
@@ -144,16 +151,21 @@ def _of_proxy(name: bytes) -> bool:
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
-    body = bytearray()
-    while True:
+    """A body. MAX_BODY of one that is too long are read further: its sender gets the answer, not a reset connection."""
+    body, size = bytearray(), 0
+    while size <= limit + MAX_BODY:
         message = await receive()
         if message['type'] == 'http.disconnect':
             raise _RefusedError(400, 'the body is not complete')
-        body += message.get('body', b'')
-        if len(body) > limit:
-            raise _RefusedError(413, f'the body must have at most {limit} bytes')
+        piece = message.get('body', b'')
+        size += len(piece)
+        if size <= limit:
+            body += piece
         if not message.get('more_body'):
-            return bytes(body)
+            break
+    if size > limit:
+        raise _RefusedError(413, f'the body must have at most {limit} bytes')
+    return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -216,6 +216,7 @@ def test_segmenter(browser, save_segmenter, landscape):
         assert np.abs(first - page.picture('#token')).max() > 50
 
 
+@pytest.mark.slow  # without a page that is open it is a test of the gate
 def test_ends_on_ctrl_c(browser):
     with explorer('test_vt_resnet') as (process, url), Page(browser, url):
         process.send_signal(signal.SIGINT)

@@ -1,24 +1,43 @@
 """What the explorer refuses: requests as curl would send them to a real server process, and how that process ends."""
 import http.client
+import importlib.util
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
 
-pytest.importorskip('gradio')
+if importlib.util.find_spec('gradio') is None:  # to import it takes seconds, which the server alone has to spend
+    pytest.skip('gradio is not installed', allow_module_level=True)
 
 SECONDS = 60
 PRIVATE = 'the file must be one that was uploaded'
+FORKS = multiprocessing.get_context('forkserver')  # imports once what each process of the command needs
+FORKS.set_forkserver_preload(['vt_zoo.cli.explore', 'gradio', 'uvicorn', 'matplotlib.pyplot', 'pytest'])
+
+
+def explore(temporary, out, err):
+    """Run the command as a shell would; what it prints goes into files."""
+    os.environ['TMPDIR'] = str(temporary)
+    tempfile.tempdir = None  # to be looked up anew
+    for descriptor, path in (1, out), (2, err):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.argv = ['vt-zoo', 'explore', '--model', 'test_vt_resnet', '--port', '0']
+    runpy.run_module('vt_zoo', run_name='__main__', alter_sys=True)
 
 
 class Explorer:
@@ -26,16 +45,22 @@ class Explorer:
 
     def __init__(self, temporary):
         self.temporary = temporary
-        self.process = subprocess.Popen(
-            [sys.executable, '-m', 'vt_zoo', 'explore', '--model', 'test_vt_resnet', '--port', '0'],
-            env={**os.environ, 'TMPDIR': str(temporary)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        self.out, self.err = (temporary.with_name(f'{uuid.uuid4().hex}.{name}') for name in ('out', 'err'))
+        self.process = FORKS.Process(target=explore, args=(temporary, self.out, self.err))
+        self.process.start()
 
     def ready(self):
-        line = self.process.stdout.readline()
-        assert line.startswith('open '), self.process.stderr.read()
-        self.port = int(line.split()[1].rpartition(':')[2])
+        deadline = time.monotonic() + SECONDS
+        while not self.out.exists() or not self.out.read_text().endswith('\n'):
+            assert self.process.is_alive() and time.monotonic() < deadline, self.err.read_text()
+            time.sleep(0.02)
+        self.port = int(self.out.read_text().split()[1].rpartition(':')[2])
         return self
+
+    def wait(self):
+        """Exit code, and what was said on standard error."""
+        self.process.join(SECONDS)
+        return self.process.exitcode, self.err.read_text()
 
     def ask(self, path='/', method='GET', body=None, **headers):
         with closing(http.client.HTTPConnection('127.0.0.1', self.port, timeout=SECONDS)) as connection:
@@ -54,10 +79,11 @@ class Explorer:
     def post(self, path, data, **headers):
         return self.ask(path, 'POST', json.dumps(data), **{'Content-Type': 'application/json'}, **headers)
 
-    def upload(self, *contents, **headers):
+    def upload(self, *contents, name='{}.png', **headers):
         parts = b''.join(
-            b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%d.png"\r\n'
-            b'Content-Type: image/png\r\n\r\n%b\r\n' % (i, content) for i, content in enumerate(contents))
+            b'--edge\r\nContent-Disposition: form-data; name="files"; filename="%b"\r\n'
+            b'Content-Type: image/png\r\n\r\n%b\r\n' % (name.format(i).encode(), content)
+            for i, content in enumerate(contents))
         return self.ask(
             '/gradio_api/upload', 'POST', parts + b'--edge--\r\n',
             **{'Content-Type': 'multipart/form-data; boundary=edge'}, **headers)
@@ -74,11 +100,11 @@ class Explorer:
         return self.ask(f'/gradio_api/queue/data?session_hash={session}')
 
     def files(self):
-        return [path for path in self.temporary.rglob('*') if not path.is_dir()]
+        return [Path(folder, name) for folder, _, names in os.walk(self.temporary) for name in names]
 
     def close(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.join()
 
 
 @contextmanager
@@ -94,7 +120,7 @@ def running(temporary):
 def explorer(tmp_path_factory):
     with running(tmp_path_factory.mktemp('temporary')) as explorer:
         yield explorer
-        assert explorer.process.poll() is None
+        assert explorer.process.is_alive()
         assert explorer.ask().status == 200
 
 
@@ -168,8 +194,26 @@ def test_opens_nothing_else(explorer, paths):
     assert set(explorer.files()) == before
 
 
+@pytest.mark.parametrize('name', [
+    '../../../../up.png', '/tmp/up.png', '..', '.', '', 'a/../../up.png', '~/up.png', 'u\0p'])
+def test_uploads_stay_in_their_folder(explorer, picture, name):
+    answer = explorer.upload(picture.read_bytes(), name=name)
+    assert answer.status in (200, 400, 422)
+    for path in json.loads(answer.content) if answer.status == 200 else []:
+        assert os.path.realpath(path) == path and explorer.temporary in Path(path).parents
+
+
+def test_path_that_comes_twice(explorer, picture):
+    own = uploaded(explorer, picture.read_bytes())
+    for paths, status in (((picture, own), 200), ((own, picture), 403)):  # the last one counts, for gradio too
+        twice = ', '.join(f'"path": {json.dumps(str(path))}' for path in paths)
+        body = f'{{"data": [{{{twice}}}], "fn_index": 0, "session_hash": "twice"}}'
+        answer = explorer.ask('/gradio_api/queue/join', 'POST', body, Content_Type='application/json')
+        assert answer.status == status
+    assert str(picture) not in explorer.ask('/gradio_api/queue/data?session_hash=twice').text
+
+
 def test_shows_nothing_else(explorer, paths):
-    from urllib.parse import quote
     for path in paths:
         for prefix in (
                 '/gradio_api/file=', '/file=', '/gradio_api/file/', '/gradio_api/proxy=', '/static/', '/assets/'):
@@ -209,6 +253,15 @@ def test_other_origins(explorer, picture, origin):
     assert explorer.ask(
         '/gradio_api/upload', 'OPTIONS', Origin=origin, Access_Control_Request_Method='POST').status == 403
     assert set(explorer.files()) == before
+
+
+def test_answer_to_a_body_that_comes_late(explorer):
+    lines = ['POST /gradio_api/upload HTTP/1.1', 'Host: evil.example', 'Content-Length: 600000', '', '']
+    with closing(socket.create_connection(('127.0.0.1', explorer.port), timeout=SECONDS)) as connection:
+        connection.sendall('\r\n'.join(lines).encode())
+        time.sleep(0.2)
+        connection.sendall(bytes(600000))
+        assert connection.recv(65536).startswith(b'HTTP/1.1 403')
 
 
 def test_no_cors(explorer):
@@ -259,18 +312,19 @@ def test_pick_before_an_image(explorer):
 def test_uploads_are_bounded(tmp_path, picture):
     content = bytes(19 * 2 ** 20)
     with running(tmp_path) as explorer:
-        for i in range(15):
+        for i in range(14):
             last = uploaded(explorer, bytes([i]) + content)
         files = explorer.files()
         assert last in files and sum(path.stat().st_size for path in files) <= 256 * 2 ** 20
-        for start in (0, 600):
-            assert explorer.upload(*(b'%d' % i for i in range(start, start + 600))).status == 200
+        for start in (0, 520):
+            assert explorer.upload(*(b'%d' % i for i in range(start, start + 520))).status == 200
         deadline = time.monotonic() + SECONDS  # it answers first
         while len(explorer.files()) > 1000:
             assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert len(explorer.files()) > 900
-        explorer.process.send_signal(signal.SIGTERM)
-        assert explorer.process.wait(SECONDS) == 128 + signal.SIGTERM
+        os.kill(explorer.process.pid, signal.SIGTERM)
+        assert explorer.wait()[0] == 128 + signal.SIGTERM
         assert explorer.files() == []
 
 
@@ -279,18 +333,17 @@ def test_deletes_at_the_end(tmp_path, picture, number):
     with running(tmp_path) as explorer:
         assert '"success":true' in explorer.call('open_image', file(uploaded(explorer, picture.read_bytes()))).text
         assert explorer.files()
-        explorer.process.send_signal(number)
-        _, stderr = explorer.process.communicate(timeout=SECONDS)
-        assert explorer.process.returncode == 128 + number
-        assert 'Traceback' not in stderr
+        os.kill(explorer.process.pid, number)
+        code, stderr = explorer.wait()
+        assert code == 128 + number
+        assert stderr == ('vt-zoo: interrupted\n' if number == signal.SIGINT else '')
         assert explorer.files() == []
 
 
 def test_next_start_deletes_what_a_kill_left(tmp_path, picture):
     with running(tmp_path) as killed, running(tmp_path) as other:
         left, kept = (uploaded(each, picture.read_bytes()) for each in (killed, other))
-        killed.process.kill()
-        killed.process.wait()
+        killed.close()
         assert left.exists()
         with running(tmp_path):
             assert not left.exists() and kept.exists()
@@ -300,6 +353,6 @@ def test_next_start_deletes_what_a_kill_left(tmp_path, picture):
 def test_folder_of_someone_else(tmp_path):
     (tmp_path / f'vt_zoo_explore_{os.getuid()}').symlink_to(tmp_path)
     explorer = Explorer(tmp_path)
-    _, stderr = explorer.process.communicate(timeout=SECONDS)
-    assert explorer.process.returncode == 2
+    code, stderr = explorer.wait()
+    assert code == 2
     assert 'must be a folder that is yours alone' in stderr and 'Traceback' not in stderr

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -17,6 +18,7 @@ __all__ = ['Gate', 'is_uploaded']
 MAX_UPLOAD = 24 * 2 ** 20  # bytes of a request: the largest file of the page and what is around it
 MAX_BODY = 2 ** 20  # bytes of any other request
 MAX_SECONDS = 60  # that a body may take
+SKIP_SECONDS = 5  # that one may take which is refused whatever is in it
 MAX_FILES = 1000  # that are kept, uploaded and drawn
 MAX_BYTES = 256 * 2 ** 20  # that they may have together
 
@@ -83,6 +85,12 @@ class Gate:
     async def _http(self, scope: Dict[str, Any], receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
+        except _RefusedError as e:
+            with contextlib.suppress(_RefusedError, asyncio.TimeoutError):
+                await asyncio.wait_for(_read(receive, 0), SKIP_SECONDS)
+            await _answer(send, *e.args)
+            return
+        try:
             if scope['method'] == 'POST':
                 body = await self._body(scope['path'], receive)
                 receive = _replay(body, receive)
@@ -91,6 +99,8 @@ class Gate:
             return
         kept = [(name, value) for name, value in scope['headers'] if not _of_proxy(name)]
         scope, send = {**scope, 'headers': kept}, _without_cors(send)
+        if scope['path'] == JOIN:  # what is clicked is drawn into files
+            await asyncio.to_thread(_prune, self.folder)
         if scope['path'] != UPLOAD:
             await self.app(scope, receive, send)
             return
@@ -141,16 +151,21 @@ def _of_proxy(name: bytes) -> bool:
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
-    body = bytearray()
-    while True:
+    """A body. MAX_BODY of one that is too long are read further: its sender gets the answer, not a reset connection."""
+    body, size = bytearray(), 0
+    while size <= limit + MAX_BODY:
         message = await receive()
         if message['type'] == 'http.disconnect':
             raise _RefusedError(400, 'the body is not complete')
-        body += message.get('body', b'')
-        if len(body) > limit:
-            raise _RefusedError(413, f'the body must have at most {limit} bytes')
+        piece = message.get('body', b'')
+        size += len(piece)
+        if size <= limit:
+            body += piece
         if not message.get('more_body'):
-            return bytes(body)
+            break
+    if size > limit:
+        raise _RefusedError(413, f'the body must have at most {limit} bytes')
+    return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -190,19 +205,18 @@ async def _answer(send: Send, status: int, sentence: str) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Delete the oldest files beyond MAX_FILES and MAX_BYTES, and the folders that this leaves empty."""
+    """Delete the oldest files beyond MAX_FILES and MAX_BYTES, and the folders that have long been empty."""
     files: List[Tuple[float, int, Path]] = []
-    for path in folder.rglob('*'):
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            continue
-        if not stat.S_ISDIR(status.st_mode):
-            files.append((status.st_mtime, status.st_size, path))
+    for parent, folders, names in os.walk(folder, topdown=False):
+        for path in (Path(parent, name) for name in (*names, *folders)):
+            with contextlib.suppress(OSError):  # is gone, or a folder that is not empty
+                status = path.lstat()
+                if not stat.S_ISDIR(status.st_mode):
+                    files.append((status.st_mtime, status.st_size, path))
+                elif status.st_mtime < time.time() - MAX_SECONDS:
+                    path.rmdir()
     count = size = 0
     for _, bytes_, path in sorted(files, reverse=True):
         count, size = count + 1, size + bytes_
         if count > MAX_FILES or size > MAX_BYTES:
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # is not empty
-                path.parent.rmdir()

@@ -1,7 +1,8 @@
 """Train a model on a folder of images, on CPU or one GPU.
 
 DATA_DIR holds train/ and val/ with a subfolder a class, or the class folders themselves, which are then split. A file
-that cannot be read as an image is named in a warning and left out. A run that was interrupted goes on with --resume.
+that cannot be read as an image is named in a warning and left out. A run that was interrupted goes on with --resume;
+one that is finished stays as it is, with exit code 0. Two runs at a time in one DIR are refused.
 vt_resnet18, 34, 50 and 101 start from the trunk of a pretrained ResNet if the Hugging Face Hub can be reached.
 """
 import argparse

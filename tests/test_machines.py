@@ -327,6 +327,13 @@ def test_help_without_docstrings(level):
     assert result.stdout.split() == 14 * ['True']
 
 
+def test_segmentation_without_docstrings(composed, segment_arguments, tmp_path):
+    words = ['segment', 'train', '--data-dir', composed, *segment_arguments, '--out', tmp_path / 'run']
+    result = subprocess.run([sys.executable, '-OO', '-m', 'vt_zoo', *words], capture_output=True, text=True)
+    assert result.returncode == 2 and 'docstrings' in result.stderr and 'Traceback' not in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
 def test_policy_that_timm_asserts(few_digits, tmp_path):
     words = ['finetune', few_digits, '--model', 'test_vt_resnet', '--aa', 'nosuchpolicy', '--out', tmp_path / 'run']
     result = subprocess.run([sys.executable, '-O', '-m', 'vt_zoo', *words], capture_output=True, text=True)

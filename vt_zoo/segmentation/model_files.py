@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ class LoadedModel:
 
 
 def _classes() -> Dict[str, type]:
+    if sys.flags.optimize > 1:
+        raise InputError(
+            'segmentation_models_pytorch cannot be imported without docstrings: leave python -OO, or PYTHONOPTIMIZE=2, out')
     try:
         from ..models.vt_fpn import VTFPN, PanopticFPN
     except ImportError as e:

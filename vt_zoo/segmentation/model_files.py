@@ -33,7 +33,7 @@ class LoadedModel:
 def _classes() -> Dict[str, type]:
     if sys.flags.optimize > 1:
         raise InputError(
-            'segmentation_models_pytorch cannot be imported without docstrings: leave python -OO, or PYTHONOPTIMIZE=2, out')
+            'segmentation_models_pytorch cannot be imported without docstrings: leave out -OO, or PYTHONOPTIMIZE=2')
     try:
         from ..models.vt_fpn import VTFPN, PanopticFPN
     except ImportError as e:

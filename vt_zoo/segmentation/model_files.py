@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ class LoadedModel:
 
 
 def _classes() -> Dict[str, type]:
+    if sys.flags.optimize > 1:
+        raise InputError(
+            'segmentation_models_pytorch cannot be imported without docstrings: leave out -OO, or PYTHONOPTIMIZE=2')
     try:
         from ..models.vt_fpn import VTFPN, PanopticFPN
     except ImportError as e:

@@ -86,6 +86,13 @@ def pytest_configure(config):
         os.environ['OMP_NUM_THREADS'] = str(threads)
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that need timm's scripts."""
+    for item in items:
+        if 'timm_clone' in item.fixturenames:
+            item.add_marker('timm_scripts')
+
+
 def lines_of(text):
     """What is left to read on a terminal, where a progress bar is written over."""
     lines = [line.rsplit('\r', 1)[-1] for line in text.split('\n')]

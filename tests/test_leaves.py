@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from test_layers import stir
 from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
 from test_reparameterize import assert_equal
 from timm.utils import reparameterize_model
@@ -26,7 +27,9 @@ FORMS = ['training', 'eval', 'inference']
 
 def vt_fpn():
     torch.manual_seed(0)
-    return VTFPN('tu-test_resnet', classes=3, token_dim=32, pyramid_channels=32, head_channels=64).eval()
+    model = VTFPN('tu-test_resnet', classes=3, token_dim=32, pyramid_channels=32, head_channels=64)
+    stir(model.decoder.neck)  # or its projections, which start at zero, would hide what comes before them
+    return model.eval()
 
 
 def in_form(model, form):

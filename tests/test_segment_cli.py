@@ -119,7 +119,6 @@ def test_train_prints_a_line_an_evaluation(segment_command, train_words, segment
     assert [line.split(':')[0] for line in lines] == ['iteration 4', 'iteration 8']
     last = segment_run.result.last
     assert f'mIoU {100 * last.miou:.2f} %, pixel accuracy {100 * last.pixel_accuracy:.2f} %' in lines[-1]
-    assert '8/8' in result.stderr and 'evaluating' in result.stderr
     assert outcome(tmp_path / 'run') == outcome(segment_run.out)
 
 

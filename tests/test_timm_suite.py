@@ -19,6 +19,7 @@ import vt_zoo
 TESTS_PER_MODEL = 10  # of timm 1.0.31, for a model with one tag and no weights
 MODELS = ['test_vt_resnet']
 LARGER_MODELS = ['vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101']
+pytestmark = pytest.mark.timm_suite
 TEST_TIMEOUT = 900  # seconds; timm's 120 to 360 are for an idle machine
 
 

@@ -80,16 +80,15 @@ def test_peft(model, x, kind):
     adapted = peft.get_peft_model(model, config).eval()
     torch.testing.assert_close(outputs(adapted, x), expected, rtol=1e-4, atol=1e-4)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-    before = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=1)
-    for step in range(2):  # the second moves what is multiplied by a part that starts at zero
+    learns = set()
+    for step in range(2):  # the second reaches what is multiplied by a part that starts at zero
         optimizer.zero_grad()
         adapted(x).log_softmax(1)[:, step].mean().backward()
-        assert [n for n, p in trained.items() if p.grad is None] == []
+        learns |= {n for n, p in trained.items() if p.grad.any()}
         optimizer.step()
-    moved = {n.split('.lora_')[0].split('.hada_')[0].split('.ia3_')[0] for n, p in trained.items()
-             if not torch.equal(p, before[n])}
-    assert len(moved) >= len(targets) - 1  # the shift of a module's key is the same for all that its softmax compares
+    assert trained.keys() - learns == set()
+    assert all(any(n.startswith(f'base_model.model.{target}.') for n in trained) for target in targets)
 
 
 def test_thop_counts_every_parameter(x):

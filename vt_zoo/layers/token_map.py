@@ -1,5 +1,5 @@
 """Maps of tokens in the inference form, without norms."""
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -12,18 +12,21 @@ __all__ = ['GroupedTokenMap', 'TokenAffine', 'create_token_map', 'matrix', 'merg
 class GroupedTokenMap(nn.Module):
     """Linear map of groups of a token's channels: (B, L, C_in) -> (B, L, C_out)."""
 
-    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """
         Args:
-            maps: The map of each group, C_in / groups -> C_out / groups.
+            weight: Rows of the map of each group (groups, C_out / groups, C_in / groups).
+            bias: Bias (C_out).
         """
         super().__init__()
-        self.maps = nn.ModuleList(maps)
+        self.groups = weight.shape[0]
+        self.weight, self.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
-        parts = tokens.chunk(len(self.maps), dim=-1)
-        return torch.cat([token_map(parts[i]) for i, token_map in enumerate(self.maps)], dim=-1)
+        parts = tokens.flatten(0, 1).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, B*L, C_in / groups)
+        mapped = torch.baddbmm(self.bias.view(self.groups, 1, -1), parts, self.weight.transpose(1, 2))
+        return mapped.transpose(0, 1).reshape(tokens.shape[0], tokens.shape[1], -1)
 
 
 class TokenAffine(nn.Module):
@@ -50,9 +53,9 @@ def matrix(conv: nn.Conv2d) -> torch.Tensor:
 
 def create_token_map(conv: nn.Conv2d) -> nn.Module:
     """The map of tokens that a 1x1 convolution with a bias is."""
-    weights, biases = conv.weight.flatten(1).chunk(conv.groups), conv.bias.chunk(conv.groups)
-    maps = [merged_token_map(weight, bias, weight) for weight, bias in zip(weights, biases)]
-    return GroupedTokenMap(maps) if conv.groups > 1 else maps[0]
+    if conv.groups > 1:
+        return GroupedTokenMap(conv.weight.flatten(1).unflatten(0, (conv.groups, -1)), conv.bias)
+    return merged_token_map(conv.weight.flatten(1), conv.bias, conv.weight)
 
 
 def merged_token_map(weight: torch.Tensor, bias: Optional[torch.Tensor], like: torch.Tensor) -> nn.Linear:

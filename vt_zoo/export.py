@@ -205,7 +205,7 @@ def export(
     model = reparameterize_model(subject.model).requires_grad_(False)
     metadata = _metadata(subject, inputs, outputs)
     form = FORMATS[file_format]
-    with whole(out, replace=False) as new:
+    with whole(out, replace=overwrite) as new:
         _logger.info(f'writing {file_format}')
         with quiet(), sentence(f'model {name_or_dir} cannot be written as {file_format}'):
             form.write(_Job(model, x, free, stride, metadata, opset or DEFAULT_OPSET), new)

@@ -142,7 +142,7 @@ def quantize(
             yield prepare(load_image(path))[None].numpy()
 
     size = file.stat().st_size  # the tools write as much at least
-    with whole(out, replace=False) as new:
+    with whole(out, replace=overwrite) as new:
         _logger.info(f'calibrating on {len(paths)} images')
         with _quiet_tools(), sentence(f'{file} cannot be quantised'), _disk_errors(new.parent, size):
             nodes = _write(file, prepared('calibrating'), new)

@@ -11,17 +11,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 
-from timm.data.readers.img_extensions import get_img_extensions
-
 from .errors import InputError
 
-__all__ = ['check_classes', 'find_images', 'find_labels', 'find_parts', 'is_part', 'name_order']
+__all__ = [
+    'check_classes', 'find_images', 'find_labels', 'find_parts', 'is_image', 'is_left_out', 'is_part', 'name_order']
 
 PARTS = {
     'train': ('train', 'training'),
     'val': ('val', 'valid', 'validation'),
     'test': ('test', 'testing', 'evaluation'),
 }
+IMAGE_EXTENSIONS = frozenset((  # of the files that are taken of a folder
+    '.avif', '.bmp', '.dib', '.gif', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.pnm',
+    '.ppm', '.tga', '.tif', '.tiff', '.webp'))
 COPIES = ('__MACOSX', '@eaDir')
 
 _FILLER = '(data|dataset|set|image|img|picture|photo|split|seg|part)s?'
@@ -34,12 +36,18 @@ def name_order(name: str) -> Tuple[list, str]:
     return [int(word) if i % 2 else word for i, word in enumerate(words)], name
 
 
-def _is_left_out(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file in a folder is taken for an image, by the end of its name."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder in a folder is hidden, or of those in which systems keep copies."""
     return name.startswith('.') or name in COPIES
 
 
 def find_images(folder: Union[str, Path]) -> List[str]:
-    """Paths of all image files in a folder and its subfolders, by timm's image extensions, in order of their names.
+    """Paths of all image files in a folder and its subfolders, in order of their names.
 
     Raises:
         OSError: A folder cannot be read.
@@ -47,12 +55,10 @@ def find_images(folder: Union[str, Path]) -> List[str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    extensions, paths = get_img_extensions(as_set=True), []
+    paths = []
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not _is_left_out(name)]
-        paths += [
-            os.path.join(root, name) for name in files
-            if os.path.splitext(name)[1].lower() in extensions and not _is_left_out(name)]
+        folders[:] = [name for name in folders if not is_left_out(name)]
+        paths += [os.path.join(root, name) for name in files if is_image(name) and not is_left_out(name)]
     return sorted(paths, key=name_order)
 
 

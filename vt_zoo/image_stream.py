@@ -13,13 +13,11 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 from PIL import Image
 
 from .errors import InputError
+from .folders import is_image, is_left_out
 from .images import load_image
 
-__all__ = ['IMAGE_EXTENSIONS', 'OpenedImage', 'Source', 'find_images', 'open_images']
+__all__ = ['OpenedImage', 'Source', 'find_images', 'open_images']
 
-IMAGE_EXTENSIONS = frozenset((  # of the files that are taken of a folder
-    '.avif', '.bmp', '.dib', '.gif', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.pnm',
-    '.ppm', '.tga', '.tif', '.tiff', '.webp'))
 _STDIN = '-'
 _CHUNK = 65536  # bytes of a list that are read at once
 _BOM = b'\xef\xbb\xbf'
@@ -58,7 +56,7 @@ def find_images(words: Iterable[str]) -> Iterator[Optional[Source]]:
 
     Args:
         words: Files; folders, whose files with the end of an image's name are taken, in the order of their names and
-            with all that lies below, but nothing whose name begins with a dot; '-' for paths of both kinds on standard
+            with all that lies below, but nothing that is hidden; '-' for paths of both kinds on standard
             input, one a line, as the file system has their bytes. Blank lines are left out.
 
     Yields:
@@ -120,7 +118,7 @@ def _walk(folder: str, below: str, parents: Tuple[Tuple[int, int], ...]) -> Iter
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith('.'))
+            found = sorted((entry.name, entry.is_dir()) for entry in entries if not is_left_out(entry.name))
     except OSError as e:
         yield Source(folder, below, f'folder {folder} cannot be read: {e.strerror}')
         return
@@ -128,7 +126,7 @@ def _walk(folder: str, below: str, parents: Tuple[Tuple[int, int], ...]) -> Iter
     if identity in parents:
         return
     for name, is_folder in found:
-        if not is_folder and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+        if not is_folder and is_image(name):
             yield Source(os.path.join(folder, name), os.path.join(below, name))
     for name, is_folder in found:
         if is_folder:

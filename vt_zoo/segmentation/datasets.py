@@ -127,8 +127,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 class FolderDataset(SegmentationDataset):
-    """`images/{train,val,test}/NAME.jpg` (or another kind of image), `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
+    """`images/{train,val,test}/NAME.jpg`, `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
 
+    Images may be of any kind of `vt_zoo.folders.IMAGE_EXTENSIONS`.
     Masks are grey or palette images (of 1 to 16 bits) whose values are class indices, or 255 where a pixel is ignored.
     `map_labels` is for other values and for coloured masks. `test/` is never trained on and may be missing.
     """

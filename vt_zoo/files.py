@@ -7,7 +7,7 @@ import stat
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Collection, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 from .errors import InputError
 
@@ -51,7 +51,7 @@ def check_regular(path: Union[str, Path], what: str) -> None:
 
 def walk_files(
         folder: Union[str, Path],
-        extensions: Collection[str],
+        is_wanted: Callable[[str], bool],
         skip: Callable[[str], bool],
 ) -> Iterator[Tuple[str, Optional[OSError]]]:
     """Files of a folder in the order of their names, then those of its subfolders.
@@ -62,7 +62,7 @@ def walk_files(
 
     Args:
         folder: Where to look.
-        extensions: Ends of the names, in lower case and with the dot.
+        is_wanted: Whether to take a file of this name.
         skip: Whether to leave out a file or folder of this name, without a warning.
 
     Yields:
@@ -71,9 +71,6 @@ def walk_files(
     roots: List[str] = []  # real paths of folders of which all is found that is below
     seen: Set[str] = set()  # real paths of the folders, and of the files that links lead to
     left_out: List[str] = []
-
-    def is_wanted(name: str) -> bool:
-        return os.path.splitext(name)[1].lower() in extensions
 
     def is_below_a_root(real: str) -> bool:
         return any(

@@ -8,6 +8,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from vt_zoo.folders import find_images
+from vt_zoo.image_stream import find_images as find_sources
 from vt_zoo.images import describe_split, find_split
 
 TIES = ['a', 'A', '1', '01', 'b 2', 'B 02', 'b 10', 'É', 'é', '5²', '²']
@@ -173,3 +174,20 @@ def test_command_prints_the_classes_before_it_trains(command, few_digits, tiny_a
         'train      36 images of 3 classes: 0 (12), 1 (12), 2 (12)',
         'val        18 images of 3 classes: 0 (6), 1 (6), 2 (6)']
     assert lines[2].startswith('epoch')
+
+
+@pytest.mark.parametrize('suffix', ['.webp', '.tif', '.BMP', '.gif', '.ppm'])
+def test_kinds_of_image_files(tmp_path, suffix):
+    """The same files in a folder are images to train on and images to predict."""
+    make(tmp_path, 'cat', 'dog')
+    (tmp_path / 'owl').mkdir()
+    for i in range(2):
+        Image.new('RGB', (4, 4), (i, 0, 0)).save(tmp_path / 'owl' / f'{i}{suffix}')
+    split = find_split(tmp_path)
+    assert counted(split.train + split.val, split.classes) == {'cat': 2, 'dog': 2, 'owl': 2}
+    assert sorted(path for path, _ in split.train + split.val) == [s.path for s in find_sources([str(tmp_path)])]
+
+
+def test_copies_of_systems_are_not_predicted(tmp_path):
+    make(tmp_path, 'cat', '@eaDir/cat', '__MACOSX/cat', '.thumbnails')
+    assert [source.name for source in find_sources([str(tmp_path)])] == ['cat/0.png', 'cat/1.png']

@@ -10,18 +10,21 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 
-from timm.data.readers.img_extensions import get_img_extensions
-
 from .errors import InputError
 from .files import walk_files
 
-__all__ = ['check_classes', 'find_images', 'find_labels', 'find_parts', 'is_part', 'name_order']
+__all__ = [
+    'IMAGE_EXTENSIONS', 'check_classes', 'find_images', 'find_labels', 'find_parts', 'is_left_out', 'is_part',
+    'name_order']
 
 PARTS = {
     'train': ('train', 'training'),
     'val': ('val', 'valid', 'validation'),
     'test': ('test', 'testing', 'evaluation'),
 }
+IMAGE_EXTENSIONS = frozenset((  # of the files that are taken of a folder
+    '.avif', '.bmp', '.dib', '.gif', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.pnm',
+    '.ppm', '.tga', '.tif', '.tiff', '.webp'))
 COPIES = ('__MACOSX', '@eaDir')
 
 _FILLER = '(data|dataset|set|image|img|picture|photo|split|seg|part)s?'
@@ -34,12 +37,13 @@ def name_order(name: str) -> Tuple[list, str]:
     return [int(word) if i % 2 else word for i, word in enumerate(words)], name
 
 
-def _is_left_out(name: str) -> bool:
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder in a folder is hidden, or of those in which systems keep copies."""
     return name.startswith('.') or name in COPIES
 
 
 def find_images(folder: Union[str, Path]) -> List[str]:
-    """Paths of all image files in a folder and its subfolders, by timm's image extensions, in order of their names.
+    """Paths of all image files in a folder and its subfolders, in order of their names.
 
     Links are followed, and each file counts once, by its real path; a warning says how many links were left out.
 
@@ -47,7 +51,7 @@ def find_images(folder: Union[str, Path]) -> List[str]:
         OSError: A folder cannot be read.
     """
     paths = []
-    for path, error in walk_files(folder, get_img_extensions(as_set=True), _is_left_out):
+    for path, error in walk_files(folder, IMAGE_EXTENSIONS, is_left_out):
         if error is not None:
             raise error
         paths.append(path)

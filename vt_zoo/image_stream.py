@@ -14,13 +14,11 @@ from PIL import Image
 
 from .errors import InputError
 from .files import walk_files
+from .folders import IMAGE_EXTENSIONS, is_left_out
 from .images import load_image
 
-__all__ = ['IMAGE_EXTENSIONS', 'OpenedImage', 'Source', 'find_images', 'open_images']
+__all__ = ['OpenedImage', 'Source', 'find_images', 'open_images']
 
-IMAGE_EXTENSIONS = frozenset((  # of the files that are taken of a folder
-    '.avif', '.bmp', '.dib', '.gif', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.pnm',
-    '.ppm', '.tga', '.tif', '.tiff', '.webp'))
 _STDIN = '-'
 _CHUNK = 65536  # bytes of a list that are read at once
 _BOM = b'\xef\xbb\xbf'
@@ -59,8 +57,8 @@ def find_images(words: Iterable[str]) -> Iterator[Optional[Source]]:
 
     Args:
         words: Files; folders, whose files with the end of an image's name are taken, in the order of their names and
-            with all that lies below, each file once, but nothing whose name begins with a dot; '-' for paths of both
-            kinds on standard input, one a line, as the file system has their bytes. Blank lines are left out.
+            with all that lies below, each file once, but nothing that is hidden; '-' for paths of both kinds on
+            standard input, one a line, as the file system has their bytes. Blank lines are left out.
 
     Yields:
         The files, not opened yet; a folder that cannot be read or holds no image has an error. None where the next
@@ -109,7 +107,7 @@ def _expand(path: str) -> Iterator[Source]:
         yield Source(path, os.path.basename(path))
         return
     is_empty = True
-    for found, error in walk_files(path, IMAGE_EXTENSIONS, lambda name: name.startswith('.')):
+    for found, error in walk_files(path, IMAGE_EXTENSIONS, is_left_out):
         is_empty = False
         reason = None if error is None else f'folder {found} cannot be read: {error.strerror}'
         yield Source(found, os.path.relpath(found, path), reason)

@@ -155,8 +155,6 @@ def image_transform(data_config: Dict[str, Any], **kwargs) -> Callable[[Image.Im
     return transform
 
 
-
-
 @dataclass
 class Split:
     """Images of a folder: (path, class index) pairs, and the names of the classes.

@@ -12,10 +12,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 import torch.utils.data
 from PIL import ExifTags, Image, ImageOps
-from timm.data.readers.img_extensions import get_img_extensions
 
 from ..errors import InputError, first_line
 from ..files import check_regular
+from ..folders import IMAGE_EXTENSIONS, is_left_out
 from ..images import load_upright
 from .label_map import IGNORED, LabelMap
 
@@ -128,8 +128,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 class FolderDataset(SegmentationDataset):
-    """`images/{train,val,test}/NAME.jpg` (or .png), `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
+    """`images/{train,val,test}/NAME.jpg`, `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
 
+    Images may be of any kind of `vt_zoo.folders.IMAGE_EXTENSIONS`.
     Masks are grey or palette images (of 1 to 16 bits) whose values are class indices, or 255 where a pixel is ignored.
     `map_labels` is for other values and for coloured masks. `test/` is never trained on and may be missing.
     """
@@ -282,7 +283,9 @@ def _lip_folder(root: Path, archive: str, name: str) -> Path:
 
 
 def _images(folder: Path) -> List[Path]:
-    names = sorted(name for name in os.listdir(folder) if Path(name).suffix.lower() in get_img_extensions())
+    names = sorted(
+        name for name in os.listdir(folder)
+        if Path(name).suffix.lower() in IMAGE_EXTENSIONS and not is_left_out(name))
     if not names:
         raise InputError(f'data folder {folder} holds no images')
     return [folder / name for name in names]

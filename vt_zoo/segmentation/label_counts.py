@@ -94,8 +94,8 @@ def _count(dataset: SegmentationDataset, indices: range, progress: bool) -> Tupl
     pool = ThreadPoolExecutor()
     try:
         looks = tqdm(
-            pool.map(look, indices), total=len(indices), desc='checking images and masks', disable=not progress,
-            leave=False)
+            pool.map(look, indices), total=len(indices), desc='checking images and masks',
+            disable=None if progress else True, leave=False)
         for index, of_mask in zip(indices, looks):
             if isinstance(of_mask, InputError):
                 errors.append((index, str(of_mask)))

@@ -199,7 +199,8 @@ def test_card_and_pictures_of_names_that_are_not_utf8(command, my_model, picture
 
 
 @pytest.mark.parametrize('words', [
-    ['finetune', 'data', '--model', 'test_vt_resnet'], ['convert', 'last.pth.tar'],
+    ['finetune', 'data', '--model', 'test_vt_resnet'], ['finetune', 'data', '--overwrite'],
+    ['convert', 'last.pth.tar'],
     ['export', 'test_vt_resnet', '--format', 'torchscript']])
 def test_places_that_libraries_could_not_read(command, few_digits, tmp_path, words):
     """Refused before the work, not after it."""

@@ -378,3 +378,17 @@ def test_recipe_with_a_map_can_be_written(tmp_path):
     settings = read_settings(None, {'label_map': {0: 0, 255: 1}})
     (tmp_path / 'a.yaml').write_text(yaml.safe_dump({'label_map': settings.label_map}))
     assert read_settings(str(tmp_path / 'a.yaml')).label_map == settings.label_map
+
+
+def test_images_of_other_kinds(tmp_path):
+    """Of a part with JPEG and TIFF images none is left out."""
+    for part in ('images', 'masks'):
+        (tmp_path / part / 'train').mkdir(parents=True)
+    (tmp_path / 'classes.txt').write_text('a\nb\n')
+    for name in ('1.jpg', '2.tif', '3.webp'):
+        Image.new('RGB', (4, 4)).save(tmp_path / 'images' / 'train' / name)
+        Image.new('L', (4, 4), 1).save(tmp_path / 'masks' / 'train' / f'{name.split(".")[0]}.png')
+    (tmp_path / 'images' / 'train' / '._1.jpg').write_bytes(b'\0\5\26\7')
+    dataset = load_dataset('folder', tmp_path, 'train')
+    assert [path.name for path, _ in dataset.samples] == ['1.jpg', '2.tif', '3.webp']
+    assert [image.size for image, _ in dataset] == [(4, 4)] * 3

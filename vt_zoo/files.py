@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
 
-from .errors import InputError
+from .errors import InputError, check_utf8
 
 try:
     import fcntl
@@ -196,9 +196,10 @@ def run_folder(out: Path) -> Iterator[None]:
     """Make the folder of a run and hold it while the block runs. What is empty at the end and was not there is removed.
 
     Raises:
-        InputError: Another process or thread has it.
+        InputError: Its name is not UTF-8, or another process or thread has it.
         OSError: It cannot be made or written.
     """
+    check_utf8(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:

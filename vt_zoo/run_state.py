@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from .checkpoint import whole
-from .errors import InputError, check_utf8
+from .errors import InputError
 from .files import check_regular
 
 __all__ = ['RunFinishedError', 'check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
@@ -19,7 +19,7 @@ class RunFinishedError(InputError):
 
 
 def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: Dict[str, Any]) -> None:
-    """Raise InputError where a folder holds a run that is not to be lost, or its name is not UTF-8.
+    """Raise InputError where a folder holds a run that is not to be lost.
 
     Args:
         checkpoint: File of an unfinished run.
@@ -32,7 +32,6 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
         RunFinishedError: A run with these settings was to go on, and is finished.
     """
     out = checkpoint.parent
-    check_utf8(out)
     if checkpoint.exists() and not resume:
         raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
     if not model_dir.exists() or checkpoint.exists():

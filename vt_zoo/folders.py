@@ -5,6 +5,7 @@ to it. The order is timm's, natural and without regard to case; names that tie i
 order in timm changes from process to process, are ordered by themselves. Hidden files and folders are left out, as are
 `__MACOSX` and `@eaDir`, in which systems keep copies.
 """
+import os
 import re
 from collections import defaultdict
 from pathlib import Path

@@ -57,8 +57,8 @@ def find_images(words: Iterable[str]) -> Iterator[Optional[Source]]:
 
     Args:
         words: Files; folders, whose files with the end of an image's name are taken, in the order of their names and
-            with all that lies below, each file once, but nothing that is hidden; '-' for paths of both kinds on standard
-            input, one a line, as the file system has their bytes. Blank lines are left out.
+            with all that lies below, each file once, but nothing that is hidden; '-' for paths of both kinds on
+            standard input, one a line, as the file system has their bytes. Blank lines are left out.
 
     Yields:
         The files, not opened yet; a folder that cannot be read or holds no image has an error. None where the next

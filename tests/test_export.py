@@ -258,7 +258,9 @@ def test_a_model_that_cannot_be_scripted(segment_settings, tmp_path, input_error
 
 
 def test_command(command, tmp_path):
-    result = command('export', 'test_vt_resnet', '--format', 'torchscript', '--out', 'a.pt', cwd=tmp_path)
+    (tmp_path / 'a.pt').write_text('old')
+    result = command(
+        'export', 'test_vt_resnet', '--format', 'torchscript', '--out', 'a.pt', '--overwrite', cwd=tmp_path)
     assert result.code == 0, result.stderr
     assert result.lines == [
         'vt-zoo: INFO: writing torchscript', 'vt-zoo: INFO: comparing it with PyTorch on 5 batches']

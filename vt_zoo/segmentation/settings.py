@@ -20,6 +20,8 @@ SCHEDULES = ('multistep', 'poly', 'cosine')
 PRECISIONS = ('no', 'bf16', 'fp16')
 MAX_WIDTH = 4096  # of what a layer computes
 MAX_SCALE = 16
+MAX_LR = 1e6
+MAX_POWER = 100
 MIN_STD, MAX_STD = 0.001, 10  # of images with values from 0 to 1
 # of reading YAML: numbers of too many digits and dates that are none, lists in lists in lists, and its own
 YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)
@@ -79,9 +81,10 @@ class SegmentSettings:
                f'a multiple of 32 and at most {MAX_WIDTH}')
         _check('warmup', self.warmup, 0 <= self.warmup <= MAX_INT, f'at least 0 and at most {MAX_INT}')
         _check('seed', self.seed, 0 <= self.seed < 2 ** 63, 'from 0 to under 2 ** 63')
-        _check('lr', self.lr, 0 < self.lr < math.inf, 'above 0')
-        _check('steps', self.steps, all(step >= 1 for step in self.steps), 'iterations of at least 1')
-        _check('power', self.power, 0 <= self.power < math.inf, 'at least 0')
+        _check('lr', self.lr, 0 < self.lr <= MAX_LR, f'above 0 and at most {MAX_LR}')
+        _check('steps', self.steps, all(1 <= step <= MAX_INT for step in self.steps),
+               f'iterations of at least 1 and at most {MAX_INT}')
+        _check('power', self.power, 0 <= self.power <= MAX_POWER, f'at least 0 and at most {MAX_POWER}')
         for name in ('momentum', 'weight_decay', 'ema_decay'):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, 'from 0 to under 1')
         _check('hflip', self.hflip, 0 <= self.hflip <= 1, 'from 0 to 1')

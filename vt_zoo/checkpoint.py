@@ -138,12 +138,21 @@ def write_model(
     """
     with whole(path, replace) as new:
         model_config = {'label_names': classes, **({'training': training} if training else {})}
-        save_for_hf(model, str(new), model_config=model_config, safe_serialization=True, data_config=data_config)
+        save_for_hf(
+            model, str(new), model_config=model_config, model_args=getattr(model, 'creation_args', None),
+            safe_serialization=True)
         if max_shard_size is not None:
             save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size)
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
         drop_second_num_classes(config)
-        config['pretrained_cfg'].pop('tag', None)  # of the weights that the model began with
+        theirs = config['pretrained_cfg']
+        for key in ('tag', 'test_input_size', 'test_crop_pct', 'test_pool_size'):  # of the weights that it began with
+            theirs.pop(key, None)
+        if list(theirs['input_size']) != list(data_config.get('input_size', theirs['input_size'])):
+            theirs['pool_size'] = None
+        if theirs.get('num_classes') != model.num_classes:
+            theirs.pop('label_names', None)
+        theirs.update(data_config, num_classes=model.num_classes)
         (new / 'config.json').write_text(json.dumps(config, indent=2))
 
 
@@ -200,7 +209,7 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
         else:
             hub_id = find_hub_id(source)
             files = [download_weights(hub_id, kwargs.get('cache_dir'))] if hub_id else []
-        if files and files[0].name != WEIGHTS:
+        if files:  # not left to timm, which before 1.0.31 unpickles what it finds in a folder
             tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
             kwargs['pretrained_cfg_overlay'] = {'source': '', 'state_dict': tensors}
         model = create_model(source, pretrained=True, **kwargs).eval()

@@ -51,6 +51,11 @@ TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the fir
     'pooling': (PoolingTokenizer, PoolingTokenizer),
     'clustering': (ClusteringTokenizer, RecurrentTokenizer),
 }
+CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
+    'in_chans', 'output_stride', 'global_pool', 'layers', 'channels', 'cardinality', 'base_width', 'stem_width',
+    'stem_type', 'replace_stem_pool', 'block_reduce_first', 'down_kernel_size', 'avg_down', 'feature_dim', 'token_dim',
+    'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
+    'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
 TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
     'transformer': TokenTransformer,
     'graph': GraphMixer,
@@ -522,7 +527,7 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
         if not kwargs.get('projector', True):
             raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
         kwargs.setdefault('last_projector', True)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         VTResNet,
         variant,
         pretrained,
@@ -530,6 +535,10 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
         feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
+    # timm keeps them since 1.0.31; drop rates are of a training
+    model.creation_args = {
+        k: v for k, v in kwargs.items() if k in CREATION_ARGS and isinstance(v, (bool, int, float, str, tuple, list))}
+    return model
 
 
 @register_model

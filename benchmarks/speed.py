@@ -124,6 +124,9 @@ class _ProductRecorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ('mm', 'bmm', 'addmm', 'baddbmm'):
             self.operands.append(args[-2:])
+        elif name == 'convolution':  # 1x1, the only ones in a VT stage
+            x, weight = args[:2]
+            self.operands.append((x.flatten(2).transpose(1, 2).flatten(0, 1), weight.flatten(1).t()))
         return func(*args, **(kwargs or {}))
 
 

@@ -339,7 +339,7 @@ def test_missing_compiler(command, tmp_path):
 def test_full_disk(command, limit_file_size, tmp_path, words):
     result = command('export', 'test_vt_resnet', *words, cwd=tmp_path, before=limit_file_size(500_000))
     assert (result.code, len(result.lines)) == (2, 2), result.stderr
-    assert 'cannot read or write a file: File too large' in result.lines[1]
+    assert f'cannot read or write {words[-1]}: File too large' in result.lines[1]
     assert os.listdir(tmp_path) == []
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
 
 from vt_zoo.checkpoint import load_model, read_tensors, write_tensors
 from vt_zoo.finetune import finetune
@@ -35,7 +35,7 @@ def train(data_dir, out, settings, **kwargs):
 
 def interrupt(data_dir, out, settings, **kwargs):
     """Ctrl-C in the second epoch."""
-    update_ema, calls = ClassificationTask.update_ema, []
+    update_ema, calls = ModelEmaV3.update, []
 
     def update(*args, **kwargs):
         calls.append(args)
@@ -44,7 +44,7 @@ def interrupt(data_dir, out, settings, **kwargs):
         update_ema(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClassificationTask, 'update_ema', update)
+        patch.setattr(ModelEmaV3, 'update', update)
         with pytest.raises(KeyboardInterrupt):
             train(data_dir, out, settings, **kwargs)
 

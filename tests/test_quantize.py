@@ -81,7 +81,7 @@ def test_what_is_in_int8(float_file, quantized):
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     with_weights = sum(node.op_type == 'MatMul' and ranks.get(node.input[1]) == 2 for node in graph.node)
     found = in_int8(path)
-    assert found['Conv'] == (10, 10) and found['Gemm'] == (1, 1) and found['Softmax'][0] == 0
+    assert found['Conv'] == (12, 12) and found['Gemm'] == (1, 1) and found['Softmax'][0] == 0
     assert found['Add'][0] == 3  # the trunk's blocks
     assert found['MatMul'][0] >= with_weights > 5
     assert found['MatMul'][1] - found['MatMul'][0] >= 10
@@ -166,7 +166,7 @@ def test_command(command, float_file, digits, tmp_path):
     assert result.code == 0, result.stderr
     assert result.lines == ['vt-zoo: INFO: calibrating on 5 images', f'vt-zoo: INFO: comparing with {float_file}']
     nodes, same, difference, file = result.stdout.splitlines()
-    assert nodes.startswith('in int8    10 of 10 Conv, 1 of 1 Gemm, ')
+    assert nodes.startswith('in int8    12 of 12 Conv, 1 of 1 Gemm, ')
     assert same == 'same class 100.00 %, on the 5 images'
     assert 0 < float(difference.split()[1]) < 0.1
     assert file.startswith(f'file       a.onnx, {(tmp_path / "a.onnx").stat().st_size} bytes, 3.')

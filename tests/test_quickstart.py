@@ -140,14 +140,13 @@ def test_command_that_is_printed(command, quickstart, summary):
     assert (result.code, result.stderr) == (0, '')
     image, first, *_ = result.stdout.splitlines()
     assert image == words[1]
-    assert first.split()[-1] == os.path.basename(os.path.dirname(image))
+    assert re.fullmatch(r' +\d+\.\d\d %  \d', first)
 
 
 def test_progress_is_shown(quickstart):
     lines = [line.split(':')[0].split() for line in quickstart.stdout.splitlines() if line.startswith('epoch ')]
     count = len(history(quickstart.out))
     assert lines == [['epoch', str(i + 1)] for i in range(count)]
-    assert f'epoch {count}/{count}' in quickstart.stderr
     assert 'Traceback' not in quickstart.stderr
 
 

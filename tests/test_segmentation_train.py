@@ -400,7 +400,7 @@ def test_checkpoint_holds_no_pickle_and_finite_weights(unfinished):
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize('lr', [1e4, 1e30])
+@pytest.mark.parametrize('lr', [1e4, 1e6])
 def test_learning_rate_that_is_too_high(composed, segment_settings, tmp_path, lr, input_error):
     with input_error(r'the loss became (nan|inf) in iteration \d+: try a lower lr'):
         run(composed, tmp_path / 'run', segment_settings, lr=lr, iterations=100, warmup=0, eval_every=1000)

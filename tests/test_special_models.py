@@ -48,11 +48,11 @@ def test_nothing_is_converted_where_folding_fails(monkeypatch):
     before = [(name, type(m)) for name, m in model.named_modules()]
     folded = iter(range(5))
 
-    def fail(conv, scale, shift, fold_norm=fold.fold_norm):
+    def fail(conv, scale, shift, scaled=fold._scaled):
         if next(folded, None) is None:
             raise MemoryError
-        return fold_norm(conv, scale, shift)
-    monkeypatch.setattr(fold, 'fold_norm', fail)
+        return scaled(conv, scale, shift)
+    monkeypatch.setattr(fold, '_scaled', fail)
     with pytest.raises(MemoryError):
         reparameterize_model(model, inplace=True)
     assert [(name, type(m)) for name, m in model.named_modules()] == before

@@ -170,6 +170,7 @@ def test_byol_learns_on_features(x):
     assert torch.equal(features, model.forward_head(model.forward_features(x), pre_logits=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['classifier', 'classifier, inference form'])
 def test_compile_with_free_sizes(form):
     model = MODELS[form]()

@@ -169,6 +169,10 @@ class Reparameterizer(nn.Module):
         """Make one the first child of a model, so that an error comes before timm changed any other child."""
         model._modules = type(model._modules)({'reparameterizer': cls(model), **model._modules})
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Give x back, for tools that run the children of a model one after another."""
+        return x
+
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Turn the model into its inference form."""

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import needs_timm_that_reads_folders
 
 import vt_zoo.checkpoint
 from vt_zoo.checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
@@ -208,6 +209,7 @@ def test_model_comes_back(tmp_path):
     assert list(result.pretrained_cfg['mean']) == [0.1, 0.2, 0.3]
 
 
+@needs_timm_that_reads_folders
 def test_timm_loads_the_folder(model_dir):
     result = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval()
     assert torch.equal(outputs(result), outputs(create()))

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import load_folder
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
@@ -200,7 +201,7 @@ def test_predict_as_json(command, few_digits, tiny_model):
     predictions = json.loads(result.stdout)
     assert [p['image'] for p in predictions] == paths
 
-    model = timm.create_model(f'local-dir:{tiny_model}', pretrained=True).eval()
+    model = load_folder(tiny_model)
     transform = create_transform(**resolve_data_config({}, model=model))
     for path, prediction in zip(paths, predictions):
         with torch.inference_mode():

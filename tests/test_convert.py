@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import needs_timm_that_reads_folders
 from huggingface_hub import load_torch_model
 from timm.utils import CheckpointSaver, ModelEmaV3
 
@@ -61,6 +62,7 @@ def same(model, state_dict):
     return all(torch.equal(v, state_dict[k]) for k, v in model.state_dict().items())
 
 
+@needs_timm_that_reads_folders
 @pytest.mark.parametrize('name', ['last.pth.tar', 'model_best.pth.tar', 'checkpoint-3.pth.tar'])
 @pytest.mark.parametrize('ema', [None, True, False])
 def test_weights_and_moving_average(checkpoints, tmp_path, name, ema):
@@ -135,6 +137,7 @@ def test_state_dict_alone(tmp_path, kind, input_error):
         convert(path, tmp_path / 'other')
 
 
+@needs_timm_that_reads_folders
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(last, tmp_path, dtype):
     convert(last, tmp_path / 'whole')
@@ -173,6 +176,7 @@ def test_shards(last, tmp_path):
     assert same(other, expected)
 
 
+@needs_timm_that_reads_folders
 def test_timm_does_not_read_shards(last, tmp_path):
     """As the help of the command says."""
     convert(last, tmp_path / 'out', max_shard_size='300KB')

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from helpers import load_folder
 from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.utils import ModelEmaV3
 
@@ -60,7 +60,7 @@ def interrupted_after(steps):
 
 def count_correct(model_dir, data_dir):
     """Right predictions and images by timm's parts alone."""
-    model = timm.create_model(f'local-dir:{model_dir}', pretrained=True).eval()
+    model = load_folder(model_dir)
     config = resolve_data_config({}, model=model)
     loader = create_loader(
         ImageDataset(str(data_dir)), config['input_size'], 7, interpolation=config['interpolation'],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import load_folder
 from PIL import Image
 
 from vt_zoo.image_stream import Source, find_images, open_images
@@ -233,7 +234,7 @@ def test_models_of_other_channels(command, few_digits, tmp_path, channels, pictu
         result = command('tokens', colour, '--model', tmp_path / 'model', '--out', tmp_path / 'out')
         assert (result.code, len(result.lines), (tmp_path / 'out').exists()) == (2, 1, False)
         return
-    data_config = resolve_data_config({}, model=timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True))
+    data_config = resolve_data_config({}, model=load_folder(tmp_path / 'model'))
     with torch.inference_mode():
         x = create_transform(**data_config)(Image.open(colour).convert('L'))[None]
         expected = model(x).softmax(-1)[0].sort(descending=True).values.tolist()

@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
+from helpers import needs_timm_that_reads_folders
 from test_layers import array, assert_close, build, mapped, matrix, normed, pixels, softmax
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -714,6 +715,7 @@ def test_features_only_needs_a_projector(options):
         timm.create_model('test_vt_resnet', features_only=True, projector=False, **TINY, **options)
 
 
+@needs_timm_that_reads_folders
 @pytest.mark.parametrize('options', [
     *COMBINED, {'tokenizer': 'pooling', 'num_tokens': 6, 'token_mixer': 'graph'}], ids=name)
 def test_saved_model_keeps_its_arguments(options, tmp_path):

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm
 import torch
+from helpers import load_folder
 from PIL import Image
 from timm.data import ImageDataset, create_loader, resolve_data_config
 
@@ -89,7 +89,7 @@ def test_accuracy(quickstart):
 
 
 def test_accuracy_is_the_one_that_timm_finds(quickstart, summary):
-    model = timm.create_model(f'local-dir:{quickstart.out / "model"}', pretrained=True).eval()
+    model = load_folder(quickstart.out / 'model')
     config = resolve_data_config({}, model=model)
     assert config['input_size'] == (3, 96, 96)
     loader = create_loader(

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import needs_timm_that_reads_folders
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -129,6 +130,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(1, keepdims=True))
 
 
+@needs_timm_that_reads_folders
 def test_loss_of_advanced(tmp_path):
     """0.2 CE(smoothed) + 0.8 KL(teacher, student), through timm.task and in float64."""
     task_module = pytest.importorskip('timm.task', reason='timm has no timm.task before 1.0.23')

@@ -10,6 +10,7 @@ import timm.optim
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import needs_timm_that_reads_folders
 from timm.layers import BlurPool2d, DropPath, FrozenBatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.utils.flop_counter import FlopCounterMode
@@ -392,6 +393,7 @@ def test_output_stride_only_pools_the_map():
     assert maps[3].shape[2:] == whole_maps[4].shape[2:]
 
 
+@needs_timm_that_reads_folders
 def test_saved_classifier_loads(tmp_path):
     model = calibrated(num_classes=7, num_tokens=5)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)

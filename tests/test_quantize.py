@@ -142,6 +142,7 @@ def test_images_are_prepared_as_the_file_says(float_file, digits, tmp_path):
     assert tensors[first.input[2]] == round(255 * -low / (high - low))
 
 
+@pytest.mark.slow
 def test_vt_fpn(segment_model, composed, tmp_path):
     export(str(segment_model), 'onnx', tmp_path / 'float.onnx', dynamic_size=True)
     images = tmp_path / 'images'

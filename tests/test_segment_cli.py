@@ -41,7 +41,7 @@ BAD_TRAINING = {
     'no iterations': (['--iterations', '0'], ['iterations', 'at least 1', '0']),
     'negative rate': (['--lr', '-0.1'], ['lr', 'above 0', '-0.1']),
     'rate of nan': (['--lr', '.nan'], ['lr', 'nan']),
-    'rate too high': (['--lr', '1e6'], ['the loss became', 'lower lr']),
+    'rate too high': (['--lr', '1e6', '--checkpoint-every', '8', '--eval-every', '8'], ['the loss became', 'lower lr']),
     'crop of one number': (['--crop-size', '32'], ['crop_size', 'a list of 2 numbers', '32']),
     'no YAML': (['--crop-size', '[32'], ['crop_size', "'[32'"]),
     'unknown layout': (['--format', 'voc'], ["'voc'", 'coco_stuff', 'lip']),

@@ -15,7 +15,9 @@ sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
 import speed
 
 ROUNDS = 3
-pytestmark = pytest.mark.skipif(speed.CUDA or sys.platform != 'linux', reason='looks at the CPU, and Linux for memory')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(speed.CUDA or sys.platform != 'linux', reason='looks at the CPU, and Linux for memory')]
 
 
 def run(out, *options):

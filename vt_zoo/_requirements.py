@@ -4,8 +4,6 @@ import sys
 
 import timm
 
-__all__ = ['OLDEST_TIMM', 'check_timm']
-
 OLDEST_TIMM = '1.0.22'  # also the bound in pyproject.toml
 
 

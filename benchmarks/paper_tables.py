@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vt_zoo
 from vt_zoo.analysis.count import count_weights
 from vt_zoo.checkpoint import whole
-from vt_zoo.layers import KMeans
+from vt_zoo.layers.kmeans import KMeans
 from vt_zoo.models import vt_fpn
 
 RESULTS = Path(__file__).parent / 'results'

@@ -40,7 +40,7 @@ from versions import versions
 
 from vt_zoo.analysis.count import count_multiply_adds
 from vt_zoo.checkpoint import whole
-from vt_zoo.layers import fold_norms
+from vt_zoo.inference import fold_norms
 
 RESULTS = Path(__file__).parent / 'results'
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
@@ -111,7 +111,7 @@ class LastStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         model = self.model
         if hasattr(model, 'vt_stage'):
-            return model.forward_head(model._forward_tokens(x, model.pool_early))
+            return model.forward_head(model.vt_stage(x)[1])
         return model.forward_head(model.layer4(x))
 
 

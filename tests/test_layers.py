@@ -9,18 +9,8 @@ import torch
 import torch.nn as nn
 from timm.layers import GroupNorm, LayerNorm2d
 
-from vt_zoo.layers import (
-    FilterTokenizer,
-    PixelLinear,
-    Projector,
-    RecurrentTokenizer,
-    TokenLinear,
-    TokenNorm,
-    TokenTransformer,
-    VTModule,
-    create_logit_norm,
-    pixel_groups,
-)
+from vt_zoo.layers import FilterTokenizer, Projector, RecurrentTokenizer, TokenTransformer, VTModule
+from vt_zoo.layers.linear import PixelLinear, TokenLinear, TokenNorm, create_logit_norm, pixel_groups
 
 # in_chs, out_chs, token_dim, num_tokens, height, width
 SHAPES = [

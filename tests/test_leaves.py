@@ -16,7 +16,7 @@ from test_reparameterize import assert_equal
 from timm.utils import reparameterize_model
 from torch.nn.utils import parametrizations, prune, remove_weight_norm, weight_norm
 
-from vt_zoo.layers import TokenLinear
+from vt_zoo.layers.linear import TokenLinear
 from vt_zoo.models.vt_fpn import VTFPN
 
 OPTIONS = [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}]

@@ -21,17 +21,17 @@ from vt_zoo.layers import (
     DynamicVTModule,
     FilterTokenizer,
     GraphMixer,
-    KMeans,
     LinearMixer,
     PoolingTokenizer,
-    PositionCode,
     Projector,
     RecurrentTokenizer,
     TokenModule,
     TokenTransformer,
     VTModule,
-    token_grid,
 )
+from vt_zoo.layers.kmeans import KMeans
+from vt_zoo.layers.position_code import PositionCode
+from vt_zoo.layers.tokenizer import token_grid
 
 TINY = {
     'layers': (1, 1, 1, 3), 'channels': (8, 8, 16), 'feature_dim': 24, 'token_dim': 32, 'num_tokens': 4,
@@ -641,7 +641,7 @@ def test_stage_is_the_chain_of_references(options):
             m.adjacency.data += 0.3 * ragged(*m.adjacency.shape)
     x = ragged(2, 16, 3, 4).relu()
     with torch.no_grad():
-        x_out, tokens = model._forward_vt_stage(x)
+        x_out, tokens = model.vt_stage(x)
     for i, result in enumerate((x_out, tokens)):
         assert_each(result, lambda x, i=i: stage_reference(model.vt_stage, x, **options)[i], x)
 

@@ -7,7 +7,7 @@ from timm.models import reparameterize_model
 
 from vt_zoo.checkpoint import write_model
 from vt_zoo.export import export
-from vt_zoo.layers import fold
+from vt_zoo.inference import fold
 from vt_zoo.layers.kmeans import KMeans
 
 UNTRACED = [
@@ -48,11 +48,11 @@ def test_nothing_is_converted_where_folding_fails(monkeypatch):
     before = [(name, type(m)) for name, m in model.named_modules()]
     folded = iter(range(5))
 
-    def fail(conv, scale, shift, scaled=fold._scaled):
+    def fail(conv, scale, shift, scaled=fold.scaled):
         if next(folded, None) is None:
             raise MemoryError
         return scaled(conv, scale, shift)
-    monkeypatch.setattr(fold, '_scaled', fail)
+    monkeypatch.setattr(fold, 'scaled', fail)
     with pytest.raises(MemoryError):
         reparameterize_model(model, inplace=True)
     assert [(name, type(m)) for name, m in model.named_modules()] == before
@@ -95,5 +95,5 @@ def test_clusters_do_not_hang_on_rounding(channels, num_tokens, size):
 
 
 def test_dynamic_tokens_of_one_module_are_refused():
-    with pytest.raises(ValueError, match='dynamic_tokens=True is of modules after the first'):
+    with pytest.raises(ValueError, match='dynamic_tokens=True is for modules after the first'):
         timm.create_model('test_vt_resnet', layers=(1, 1, 1, 1), dynamic_tokens=True)

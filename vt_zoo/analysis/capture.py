@@ -65,9 +65,6 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
         attn = outputs.pop(getattr(part, 'softmax', None), None)  # (B * heads, L, ...)
         return None if attn is None else attn.unflatten(0, (-1, getattr(part, 'num_heads', 1))).mean(1)
 
-    def all_tokens(module, inputs):
-        return inputs[:2]  # and not their mean alone, as the inference form asks its last module for
-
     def record_module(module, inputs, output):
         attention, relation, projection = (
             mean_of_heads(getattr(module, name, None)) for name in ('tokenizer', 'transformer', 'projector'))
@@ -90,7 +87,6 @@ def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
                 handles.append(owner.transformer.register_forward_hook(keep))
                 handles.append(owner.register_forward_hook(record_neck))
             else:
-                handles.append(owner.register_forward_pre_hook(all_tokens))
                 handles.append(owner.register_forward_hook(record_module))
         with torch.compiler.set_stance('force_eager'):  # what was compiled in place runs as it is written
             model(images)

@@ -13,12 +13,7 @@ import torch
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
-from .fold import fixed_affine, fold_norm, new_parameter
-from .token_map import TokenAffine, create_token_map
-
-__all__ = [
-    'GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'finite', 'merge_heads',
-    'pixel_groups', 'pixel_products', 'split_heads']
+__all__ = ['GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -44,31 +39,18 @@ def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
     return image.squeeze(2).transpose(1, 2)
 
 
-def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(B, N, C) -> (B * heads, N, C / heads)."""
-    if num_heads == 1:
-        return x
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
+class _NormedLinear(nn.Module):
+    """A linear map `conv` without bias, and the norm of what it makes."""
+
+    def __init__(self, conv: nn.Module, norm_layer: LayerType) -> None:
+        super().__init__()
+        weight = conv.weight
+        self.conv = conv
+        self.norm = get_norm_layer(norm_layer)(weight.shape[0], device=weight.device, dtype=weight.dtype)
+        nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
 
 
-def merge_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(B * heads, N, C / heads) -> (B, N, C)."""
-    if num_heads == 1:
-        return x
-    return x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
-
-
-def finite(logits: torch.Tensor) -> torch.Tensor:
-    """Logits within float16's range: products of two activations can leave it, and softmax makes NaN of an infinity."""
-    return torch.nan_to_num(logits) if logits.dtype == torch.float16 else logits
-
-
-def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Products of tokens (B, L, C) with the pixels of a feature map (B, C, H, W): (B, L, H*W)."""
-    return torch.bmm(x.flatten(2).transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
-
-
-class PixelLinear(nn.Module):
+class PixelLinear(_NormedLinear):
     """Linear map of each pixel and a norm: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(
@@ -87,24 +69,12 @@ class PixelLinear(nn.Module):
             groups: Groups of channels that are mapped apart.
             norm_layer: Norm over channels of an NCHW tensor.
         """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, **dd)
-        self.norm = get_norm_layer(norm_layer)(out_chs, **dd)
-        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
+        super().__init__(
+            nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, device=device, dtype=dtype), norm_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map pixels (B, C_in, H, W) to (B, C_out, H, W)."""
         return self.norm(self.conv(x))
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Fold the norm into the map, exact in eval mode; timm's `reparameterize_model` calls it.
-
-        Returns:
-            The map alone, or this module where its norm is not the same affine map for every input.
-        """
-        return fold_norm(self.conv, self.norm) or self
 
 
 class GroupedTokenLinear(PixelLinear):
@@ -114,14 +84,8 @@ class GroupedTokenLinear(PixelLinear):
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
         return _image_to_tokens(self.norm(self.conv(_tokens_to_image(tokens))))
 
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Fold the norm into the map as `PixelLinear` does, to a `GroupedTokenMap`."""
-        conv = fold_norm(self.conv, self.norm)
-        return self if conv is None else create_token_map(conv)
 
-
-class TokenLinear(nn.Module):
+class TokenLinear(_NormedLinear):
     """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def __init__(
@@ -138,11 +102,7 @@ class TokenLinear(nn.Module):
             out_chs: Output channels.
             norm_layer: Norm over channels of an NCHW tensor.
         """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.conv = nn.Linear(in_chs, out_chs, bias=False, **dd)
-        self.norm = get_norm_layer(norm_layer)(out_chs, **dd)
-        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+        super().__init__(nn.Linear(in_chs, out_chs, bias=False, device=device, dtype=dtype), norm_layer)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
@@ -154,11 +114,6 @@ class TokenLinear(nn.Module):
         if weight is not None and weight.ndim == 4:
             state_dict[f'{prefix}conv.weight'] = weight.flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Fold the norm into the map as `PixelLinear` does, to an nn.Linear."""
-        return fold_norm(self.conv, self.norm) or self
 
 
 class TokenNorm(nn.Module):
@@ -176,12 +131,6 @@ class TokenNorm(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Normalise tokens (B, L, C)."""
         return _image_to_tokens(self.norm(_tokens_to_image(tokens)))
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Make a scale and a shift of a norm that is nothing else in eval mode."""
-        affine = fixed_affine(self.norm)
-        return self if affine is None else TokenAffine(*(new_parameter(x, self.norm.running_mean) for x in affine))
 
 
 def create_logit_norm(num_tokens: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Module:

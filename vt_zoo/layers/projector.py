@@ -3,11 +3,13 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .fold import in_float64
-from .linear import PixelLinear, TokenLinear, TokenNorm, finite, pixel_groups, pixel_products, split_heads
-from .token_map import matrix, merged_token_map
+from .attention import add_mixed, finite, pixel_products
+from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups
 
 __all__ = ['Projector']
+
+torch.fx.wrap('add_mixed')
+torch.fx.wrap('finite')
 
 
 class Projector(nn.Module):
@@ -76,48 +78,7 @@ class Projector(nn.Module):
         Returns:
             Feature map X_out (B, C_out, H, W).
         """
-        attn = self.softmax(finite(self._logits(x, tokens)))  # softmax_L((X W_Q)(T W_K)^T): (B * heads, L, H*W)
+        logits = pixel_products(self.key(tokens) * self.scale, self.query(x), self.num_heads)
+        attn = self.softmax(finite(logits))  # softmax_L((X W_Q)(T W_K)^T): (B * heads, L, H*W)
         value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
-        return _add_mixed(self.skip(x), attn, split_heads(value, self.num_heads), self.num_heads)
-
-    def _logits(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (B * heads, L, H*W) of the pixels, for each token."""
-        key = self.key(tokens)
-        if self.query is None:
-            return pixel_products(key[..., :-1], x) + key[..., -1:]
-        query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
-        return torch.bmm(split_heads(key * self.scale, self.num_heads), query)
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Merge the query map into the key map, which then makes a filter of C_in channels and a bias from each token.
-
-        Exact in eval mode: (X W_Q + b)(T W_K)^T = X (T W_K W_Q^T)^T + b (T W_K)^T. With several heads, or norms that
-        cannot be folded into their maps, it stays as it is. timm's `reparameterize_model` calls it.
-        """
-        if self.num_heads > 1 or not isinstance(self.query, PixelLinear):
-            return
-        query, key = self.query.fuse(), self.key.fuse()
-        if query is self.query or key is self.key:
-            return
-        back = torch.cat([matrix(query).T, in_float64(query.bias)[None]])  # C_out -> C_in and a bias
-        # what the key's bias adds is the same for all tokens, so the softmax over them cancels it
-        self.query, self.key = None, merged_token_map(self.scale * back @ in_float64(key.weight), None, key.weight)
-
-
-def _add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Add values (B * heads, L, C / heads), mixed by attn (B * heads, L, H*W), to a map x (B, C, H, W).
-
-    One product that writes the sum, in the memory format of x: a map of its own for the mixture costs more time than
-    the arithmetic.
-    """
-    if num_heads == 1 and not x.is_contiguous():
-        mixed = torch.baddbmm(x.flatten(2).transpose(1, 2), attn.transpose(1, 2), value).transpose(1, 2)
-    else:
-        parts = x.flatten(2).unflatten(1, (num_heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
-        mixed = torch.baddbmm(parts, value.transpose(1, 2), attn).unflatten(0, (-1, num_heads)).flatten(1, 2)
-    return mixed.view(x.shape)
-
-
-torch.fx.wrap('finite')
-torch.fx.wrap('_add_mixed')
+        return add_mixed(self.skip(x), attn, value, self.num_heads)

@@ -43,14 +43,9 @@ class LinearMixer(nn.Module):
                 f'got {num_heads} and {attention_values}')
         self.linear = TokenLinear(dim, dim, norm_layer=norm_layer, device=device, dtype=dtype)
 
-    @torch.jit.ignore
-    def can_pool(self) -> bool:
-        """Whether W is a linear map alone, as in the inference form: then it may run on the mean of the tokens."""
-        return isinstance(self.linear, nn.Linear)
-
-    def forward(self, tokens: torch.Tensor, pool: bool = False) -> torch.Tensor:
-        """Map tokens (B, L, CT) to tokens (B, L, CT), or with `pool` to their mean (B, 1, CT)."""
-        return self.linear(tokens.mean(1, keepdim=True) if pool else tokens)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens (B, L, CT) to tokens (B, L, CT)."""
+        return self.linear(tokens)
 
 
 class GraphMixer(LinearMixer):
@@ -75,7 +70,6 @@ class GraphMixer(LinearMixer):
             dim, num_tokens, act_layer, norm_layer, drop_path, num_heads, attention_values, device=device, dtype=dtype)
         self.adjacency = nn.Parameter(torch.eye(num_tokens, device=device, dtype=dtype))
 
-    def forward(self, tokens: torch.Tensor, pool: bool = False) -> torch.Tensor:
-        """Mix tokens (B, L, CT) into tokens (B, L, CT), or with `pool` into their mean (B, 1, CT)."""
-        adjacency = self.adjacency.mean(0, keepdim=True) if pool else self.adjacency
-        return self.linear(adjacency.expand(tokens.shape[0], -1, -1) @ tokens)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mix tokens (B, L, CT) into tokens (B, L, CT)."""
+        return self.linear(self.adjacency @ tokens)

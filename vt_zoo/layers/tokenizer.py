@@ -11,13 +11,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType
 
-from .fold import fixed_affine, in_float64, is_plain, new_parameter
+from .attention import finite, gather, in_float32, pixel_products
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, finite, pixel_groups, pixel_products
+from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
 from .position_code import PositionCode
-from .token_map import matrix, merged_token_map
 
-__all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer', 'token_grid']
+__all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer']
+
+torch.fx.wrap('finite')
+torch.fx.wrap('in_float32')
 
 
 class AttentionTokenizer(nn.Module):
@@ -35,8 +37,8 @@ class AttentionTokenizer(nn.Module):
             token_dim: int,
             num_tokens: int = 16,
             position_code: bool = False,
-            value_map: bool = True,
             norm_layer: LayerType = nn.BatchNorm2d,
+            value_map: bool = True,
             device=None,
             dtype=None,
     ) -> None:
@@ -46,14 +48,14 @@ class AttentionTokenizer(nn.Module):
             token_dim: Channels CT of the tokens of the module before.
             num_tokens: Tokens L that it makes. 16 is the paper's base model; more did not help (Table 6).
             position_code: Append a code of where the token comes from, as in the first version of the paper.
+            norm_layer: Norm after each linear map.
             value_map: Map the pixels before they are gathered, as the counts of Tables 2 to 7 show; False for
                 equation (1) as it is written, as the counts of Tables 9 and 10 show.
-            norm_layer: Norm after each linear map.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         groups = pixel_groups(in_chs, in_chs)
-        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd) if value_map else None
+        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd) if value_map else nn.Identity()
         self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
         self.position_code = PositionCode(norm_layer=norm_layer, **dd) if position_code else None
@@ -61,36 +63,13 @@ class AttentionTokenizer(nn.Module):
 
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H*W)."""
-        logits = finite(self.logit_norm(logits.unsqueeze(2)).squeeze(2))  # the norm sees an image of one row
-        attn = self.softmax(_beyond_float16(logits))  # A^T: (B, L, H*W)
-        values = x if self.value is None else self.value(x)
-        sums = torch.bmm(_in_precision_of(logits, attn), values.flatten(2).transpose(1, 2))
-        tokens = _unscaled(sums, logits, attn)
+        logits = self.logit_norm(logits.unsqueeze(2)).squeeze(2)  # the norm sees an image of one row
+        attn = self.softmax(in_float32(finite(logits)))  # A^T
+        tokens = gather(attn, self.value(x))
         if self.position_code is not None:
-            shares = attn.to(tokens.dtype).view(x.shape[0], -1, x.shape[2], x.shape[3])
+            shares = attn.to(tokens.dtype).unflatten(-1, x.shape[2:])
             tokens = torch.cat([tokens, self.position_code(shares)], dim=-1)
         return tokens
-
-
-def _beyond_float16(x: torch.Tensor) -> torch.Tensor:
-    """x, in float32 where it has float16, of whose normal numbers shares of tens of thousands of pixels are below."""
-    return x.float() if x.dtype == torch.float16 else x
-
-
-def _in_precision_of(logits: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-    """Shares in the logits' precision; in float16 times 16, so that they are normal numbers of it."""
-    return attn if attn.dtype == logits.dtype else (attn * 16).to(logits.dtype)
-
-
-def _unscaled(sums: torch.Tensor, logits: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-    """What `_in_precision_of` scaled, as it should be."""
-    return sums if attn.dtype == logits.dtype else sums / 16
-
-
-torch.fx.wrap('finite')
-torch.fx.wrap('_beyond_float16')
-torch.fx.wrap('_in_precision_of')
-torch.fx.wrap('_unscaled')
 
 
 class FilterTokenizer(AttentionTokenizer):
@@ -105,24 +84,15 @@ class FilterTokenizer(AttentionTokenizer):
             token_dim: int,
             num_tokens: int = 16,
             position_code: bool = False,
-            value_map: bool = True,
             norm_layer: LayerType = nn.BatchNorm2d,
+            value_map: bool = True,
             device=None,
             dtype=None,
     ) -> None:
-        super().__init__(
-            in_chs, token_dim, num_tokens, position_code, value_map, norm_layer, device=device, dtype=dtype)
-        self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, device=device, dtype=dtype)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, **dd)
+        self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, **dd)
         nn.init.normal_(self.filters.weight, std=in_chs ** -0.5)
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Fold the norm of the logits into the filters; its shift is one for all pixels, so the softmax cancels it."""
-        affine = fixed_affine(self.logit_norm)
-        if affine is not None and is_plain(self.filters):
-            weight = self.filters.weight
-            self.filters.weight = new_parameter(affine[0][:, None, None, None] * in_float64(weight), weight)
-            self.logit_norm = nn.Identity()
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.
@@ -151,34 +121,15 @@ class RecurrentTokenizer(AttentionTokenizer):
             num_tokens: int = 16,
             position_code: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
+            value_map: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer=norm_layer, **dd)
+        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, **dd)
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, norm_layer, **dd)
         self.key = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Merge the key map of the pixels into the query map of the tokens, which then makes filters of X itself.
-
-        Exact in eval mode: (X W_K + b)(T W_TR)^T = X (T W_TR W_K^T)^T + b (T W_TR)^T, where the last term is one for
-        all pixels, so that the softmax over them cancels it, as it does the shift of the logits' norm. The norm's
-        scale goes onto the filters. What has a norm that is no fixed affine map stays. timm's `reparameterize_model`
-        calls it.
-        """
-        if isinstance(self.key, PixelLinear):
-            key, query = self.key.fuse(), self.query.fuse()
-            if key is not self.key and query is not self.query:
-                back = matrix(key).T
-                weight, bias = back @ in_float64(query.weight), back @ in_float64(query.bias)
-                self.query, self.key = merged_token_map(weight, bias, query.weight), None
-        affine = fixed_affine(self.logit_norm)
-        if affine is not None:
-            self.scale = new_parameter(affine[0][:, None] * self.scale, self.logit_norm.running_mean)
-            self.logit_norm = nn.Identity()
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.
@@ -196,7 +147,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
         filters = self.query(tokens) * self.scale  # W_R
-        return self.gather(pixel_products(filters, x if self.key is None else self.key(x)), x)  # (X W_R)^T
+        return self.gather(pixel_products(filters, self.key(x)), x)  # (X W_R)^T
 
 
 class ClusteringTokenizer(AttentionTokenizer):
@@ -212,11 +163,12 @@ class ClusteringTokenizer(AttentionTokenizer):
             num_tokens: int = 16,
             position_code: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
+            value_map: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_chs, token_dim, num_tokens, position_code, norm_layer=norm_layer, device=device, dtype=dtype)
+            in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, device=device, dtype=dtype)
         self.kmeans = KMeans(num_tokens)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -262,6 +214,7 @@ class PoolingTokenizer(nn.Module):
             num_tokens: int = 16,
             position_code: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
+            value_map: bool = True,
             device=None,
             dtype=None,
     ) -> None:
@@ -272,6 +225,7 @@ class PoolingTokenizer(nn.Module):
             num_tokens: Tokens L, a number that makes a grid.
             position_code: Must be False, a cell of a grid is always at the same place.
             norm_layer: Not used.
+            value_map: Not used.
 
         Raises:
             ValueError: num_tokens makes no grid, or there is a position code.

@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType, get_act_layer
 
-from .linear import GroupedTokenLinear, TokenLinear, TokenNorm, finite, merge_heads, split_heads
+from .attention import finite, merge_heads, split_heads
+from .linear import GroupedTokenLinear, TokenLinear, TokenNorm
 
 __all__ = ['TokenTransformer']
 
@@ -74,28 +75,11 @@ class TokenTransformer(nn.Module):
             if getattr(norm, 'weight', None) is not None:
                 nn.init.zeros_(norm.weight)
 
-    @torch.jit.ignore
-    def can_pool(self) -> bool:
-        """Whether F_2 is a linear map alone, as in the inference form: then it may run on the mean of the tokens."""
-        return isinstance(self.fc2, nn.Linear)
-
-    def forward(self, tokens: torch.Tensor, pool: bool = False) -> torch.Tensor:
-        """Relate the tokens.
-
-        Args:
-            tokens: Tokens T_in (B, L, CT).
-            pool: Return the mean of the tokens alone, for which F_2 runs once instead of L times. Exact where
-                `can_pool()`.
-
-        Returns:
-            Tokens T_out (B, L, CT), or their mean (B, 1, CT).
-        """
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Relate tokens T_in (B, L, CT): tokens T_out (B, L, CT)."""
         key = split_heads(self.key(tokens) * self.scale, self.num_heads)
         query = split_heads(self.query(tokens), self.num_heads)
-        attn = self.softmax(finite(torch.bmm(key, query.transpose(1, 2))))  # softmax_L((T K)(T Q)^T): (B * heads, L, L)
-        mixed = merge_heads(torch.bmm(attn, split_heads(self.value(tokens), self.num_heads)), self.num_heads)
-        tokens = tokens + self.drop_path(self.norm(mixed))
-        hidden = self.act(self.fc1(tokens))
-        if pool:
-            tokens, hidden = tokens.mean(1, keepdim=True), hidden.mean(1, keepdim=True)
-        return tokens + self.drop_path(self.fc2(hidden))
+        value = split_heads(self.value(tokens), self.num_heads)
+        attn = self.softmax(finite(key @ query.transpose(1, 2)))  # softmax_L((T K)(T Q)^T): (B * heads, L, L)
+        tokens = tokens + self.drop_path(self.norm(merge_heads(attn @ value, self.num_heads)))
+        return tokens + self.drop_path(self.fc2(self.act(self.fc1(tokens))))

@@ -5,14 +5,19 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType
 
-from .fold import fold_norm, in_float64
-from .linear import PixelLinear, TokenLinear, TokenNorm
+from .linear import TokenLinear, TokenNorm
 from .projector import Projector
-from .token_map import create_token_map, matrix, merged_token_map
 from .tokenizer import FilterTokenizer
 from .transformer import TokenTransformer
 
 __all__ = ['DynamicVTModule', 'TokenModule', 'VTModule']
+
+
+def _start_at_zero(module: nn.Module) -> None:
+    """Start the residual branches of a module's parts at zero."""
+    for part in module.children():
+        if hasattr(part, 'zero_init_last'):
+            part.zero_init_last()
 
 
 class VTModule(nn.Module):
@@ -37,6 +42,7 @@ class VTModule(nn.Module):
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
+            zero_init_last: bool = True,
             device=None,
             dtype=None,
     ) -> None:
@@ -55,6 +61,7 @@ class VTModule(nn.Module):
             act_layer: Activation of the transformer.
             norm_layer: Norm over channels of an NCHW tensor, after each linear map.
             drop_path: Stochastic depth rate of each residual branch.
+            zero_init_last: Start residual branches at zero. Without it training at the paper's learning rates diverges.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -69,37 +76,13 @@ class VTModule(nn.Module):
         self.projector = None
         if projector:
             self.projector = Projector(in_chs, out_chs, token_dim, norm_layer, drop_path, **heads, **dd)
+        if zero_init_last:
+            _start_at_zero(self)
 
     @staticmethod
     def new_tokens(num_tokens: int) -> int:
         """Tokens that the tokenizer makes, of `num_tokens` that the module relates."""
         return num_tokens
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Move the tokenizer's value map from the pixels to the tokens, into `embed`.
-
-        Exact in eval mode: A^T (X W_V + b) = (A^T X) W_V + b, since a token's shares of the pixels sum to one. Norms
-        that are no fixed affine map forbid it, and so does a position code where `embed` is a norm alone. timm's
-        `reparameterize_model` calls it.
-        """
-        value = getattr(self.tokenizer, 'value', None)  # a pooling tokenizer has none
-        if not isinstance(value, PixelLinear):
-            return
-        conv, embed = value.fuse(), self.embed.fuse()
-        if conv is value or embed is self.embed:
-            return
-        bias = in_float64(conv.bias)
-        if isinstance(embed, nn.Linear):
-            weight = in_float64(embed.weight)
-            of_pixels, of_code = weight.tensor_split([conv.out_channels], dim=1)
-            merged = torch.cat([of_pixels @ matrix(conv), of_code], dim=1)
-            self.embed = merged_token_map(merged, in_float64(embed.bias) + of_pixels @ bias, embed.weight)
-        elif self.tokenizer.position_code is None:
-            self.embed = create_token_map(fold_norm(conv, self.embed.norm))
-        else:
-            return
-        self.tokenizer.value = None
 
     def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
         """Make tokens (B, L, CT) from the feature map and the tokens of the module before."""
@@ -109,21 +92,18 @@ class VTModule(nn.Module):
             self,
             x: torch.Tensor,
             tokens: Optional[torch.Tensor] = None,
-            pool: bool = False,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Run the module.
 
         Args:
             x: Feature map (B, C_in, H, W).
             tokens: Tokens of the module before (B, L, CT); the first module has none.
-            pool: Only the mean of the tokens is asked for, see `TokenTransformer`; the map then stays as it came.
 
         Returns:
-            The refined feature map (B, C_out, H, W), or x where there is no projector, and the tokens (B, L, CT), or
-            their mean (B, 1, CT).
+            The refined feature map (B, C_out, H, W), or x where there is no projector, and the tokens (B, L, CT).
         """
-        tokens = self.transformer(self.tokenize(x, tokens), pool)
-        if self.projector is not None and not pool:
+        tokens = self.transformer(self.tokenize(x, tokens))
+        if self.projector is not None:
             x = self.projector(x, tokens)
         return x, tokens
 
@@ -164,6 +144,7 @@ class TokenModule(nn.Module):
             token_dim: int = 1024,
             num_tokens: int = 16,
             token_mixer: Type[nn.Module] = TokenTransformer,
+            zero_init_last: bool = True,
             **kwargs,
     ) -> None:
         """
@@ -171,18 +152,20 @@ class TokenModule(nn.Module):
             token_dim: Token channels CT.
             num_tokens: Tokens L.
             token_mixer: Class of what relates the tokens.
+            zero_init_last: Start residual branches at zero.
             **kwargs: Its other arguments.
         """
         super().__init__()
         self.transformer = token_mixer(token_dim, num_tokens, **kwargs)
+        if zero_init_last:
+            _start_at_zero(self)
 
     def forward(
             self,
             x: torch.Tensor,
             tokens: Optional[torch.Tensor] = None,
-            pool: bool = False,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the feature map as it came and the related tokens (B, L, CT), or with `pool` their mean (B, 1, CT)."""
+        """Return the feature map as it came and the related tokens (B, L, CT)."""
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
-        return x, self.transformer(tokens, pool)
+        return x, self.transformer(tokens)

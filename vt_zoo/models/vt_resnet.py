@@ -24,46 +24,20 @@ from timm.layers import LayerType, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from timm.utils import reparameterize_model
-from torch.utils.checkpoint import checkpoint
 
-from vt_zoo.layers import (
-    ClusteringTokenizer,
-    DynamicVTModule,
-    FilterTokenizer,
-    GraphMixer,
-    LinearMixer,
-    PoolingTokenizer,
-    RecurrentTokenizer,
-    Reparameterizer,
-    TokenModule,
-    TokenTransformer,
-    VTModule,
-    fold_norms,
-)
+from vt_zoo.inference import InferenceStage, fold_norms
+from vt_zoo.layers import VTStage
+from vt_zoo.layers.vt_stage import check_choice, check_positive
 
 __all__ = ['VTResNet']
 
 _logger = logging.getLogger(__name__)
 
-TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the first module, of those after it
-    'filter': (FilterTokenizer, RecurrentTokenizer),
-    'pooling': (PoolingTokenizer, PoolingTokenizer),
-    'clustering': (ClusteringTokenizer, RecurrentTokenizer),
-}
 CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
     'in_chans', 'output_stride', 'global_pool', 'layers', 'channels', 'cardinality', 'base_width', 'stem_width',
     'stem_type', 'replace_stem_pool', 'block_reduce_first', 'down_kernel_size', 'avg_down', 'feature_dim', 'token_dim',
     'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
     'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
-TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
-    'transformer': TokenTransformer,
-    'graph': GraphMixer,
-    'none': LinearMixer,
-}
-
-FEW_TOKENS = 2  # with more of them those of one image differ enough for batch norms
-
 
 def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """Return x, or raise ValueError where it is not (B, in_chans, H, W) with H, W >= 32."""
@@ -75,25 +49,12 @@ def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
 torch.fx.wrap('_check_input')
 
 
-def _check_different(x: torch.Tensor, num_tokens: int) -> None:
-    """Raise ValueError where all maps of a batch (B, C, H, W) are the same but for rounding."""
-    if len(x) > 1 and (x - x[:1]).abs().max() <= 1e-6 * x.abs().max():
-        raise ValueError(
-            f'num_tokens={num_tokens} cannot be trained on a batch of {len(x)} equal images: the tokens have no '
-            'variance, which their batch norms divide by')
+class PixelTokens(nn.Module):
+    """What stands in place of a VT stage that was pruned: the map as it came, and its pixels for the tokens."""
 
-
-torch.fx.wrap('_check_different')
-
-
-def _check_choice(name: str, value: Any, choices: List[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(repr(c) for c in choices)}, got {value!r}')
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}')
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return a feature map (B, C, H, W) and tokens (B, H*W, C)."""
+        return x, x.flatten(2).transpose(1, 2)
 
 
 class VTResNet(ResNet):
@@ -188,31 +149,16 @@ class VTResNet(ResNet):
             ValueError: An argument is outside what is allowed.
         """
         dd = {'device': device, 'dtype': dtype}
-        _check_choice('output_stride', output_stride, [8, 16, 32])
-        _check_choice('tokenizer', tokenizer, list(TOKENIZERS))
-        _check_choice('token_mixer', token_mixer, list(TOKEN_MIXERS))
-        _check_choice('global_pool', global_pool, ['avg', 'max', 'avgmax', 'catavgmax', ''])
-        _check_positive('in_chans', in_chans)
-        _check_positive('feature_dim', feature_dim)
-        _check_positive('token_dim', token_dim)
-        _check_positive('num_tokens', num_tokens)
-        _check_positive('num_heads', num_heads)
+        check_choice('output_stride', output_stride, [8, 16, 32])
+        check_choice('global_pool', global_pool, ['avg', 'max', 'avgmax', 'catavgmax', ''])
+        check_positive('in_chans', in_chans)
         if len(layers) != 4 or len(channels) != 3:
             raise ValueError(
                 f'layers must hold 4 numbers (three stages, VT modules), channels 3; got {layers!r} and {channels!r}')
-        if tokenizer != 'filter' and not recurrent:
-            raise ValueError(f"recurrent=False is for tokenizer='filter', got tokenizer={tokenizer!r}")
-        if dynamic_tokens and (tokenizer == 'pooling' or not recurrent):
-            raise ValueError('dynamic_tokens=True needs recurrent tokenizers, got '
-                             f'tokenizer={tokenizer!r}, recurrent={recurrent}')
-        if not projector and (dynamic_tokens or last_projector or not recurrent):
-            raise ValueError(
-                'projector=False leaves modules after the first without tokenizer and map, got '
-                f'dynamic_tokens={dynamic_tokens}, last_projector={last_projector}, recurrent={recurrent}')
+        if last_projector and not projector:
+            raise ValueError('last_projector=True needs projector=True, got projector=False')
         num_blocks, num_modules = sum(layers[:3]), layers[3]
-        _check_positive('layers[3]', num_modules)
-        if dynamic_tokens and num_modules == 1:
-            raise ValueError('dynamic_tokens=True is of modules after the first, got layers[3]=1, no other module')
+        check_positive('layers[3]', num_modules)
         last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate
         super().__init__(
             block,
@@ -243,61 +189,57 @@ class VTResNet(ResNet):
 
         self.in_chans = in_chans  # timm's ResNet has it since 1.0.25
         self.output_stride = output_stride
-        in_chs = self.num_features
-        first_tokenizer, next_tokenizer = TOKENIZERS[tokenizer]
-        shared = dict(
-            token_dim=token_dim, num_tokens=num_tokens, token_mixer=TOKEN_MIXERS[token_mixer], num_heads=num_heads,
-            attention_values=attention_values, act_layer=act_layer, norm_layer=norm_layer, **dd)
-        modules = []
-        for i in range(num_modules):
-            drop_path = last_rate * (num_blocks + i)
-            if i > 0 and not projector:
-                modules.append(TokenModule(drop_path=drop_path, **shared))
-                continue
-            module_class = DynamicVTModule if i > 0 and dynamic_tokens else VTModule
-            modules.append(module_class(
-                in_chs,
-                feature_dim,
-                tokenizer=first_tokenizer if i == 0 else next_tokenizer if recurrent else FilterTokenizer,
-                projector=projector and (last_projector or i < num_modules - 1),
-                position_code=position_code,
-                drop_path=drop_path,
-                **shared,
-            ))
-            in_chs = feature_dim if modules[-1].projector is not None else in_chs
-        self.vt_stage = nn.ModuleList(modules)
-        self.few_tokens = num_tokens if num_tokens <= FEW_TOKENS else 0
-        self.feature_info.append(dict(num_chs=in_chs, reduction=output_stride, module='vt_stage'))
-        if zero_init_last:
-            for m in self.vt_stage.modules():
-                if hasattr(m, 'zero_init_last'):
-                    m.zero_init_last()
-
-        self.pool_early = False
+        self.vt_stage = VTStage(
+            self.num_features,
+            feature_dim,
+            num_modules,
+            token_dim=token_dim,
+            num_tokens=num_tokens,
+            tokenizer=tokenizer,
+            recurrent=recurrent,
+            token_mixer=token_mixer,
+            projector=projector,
+            last_projector=last_projector,
+            dynamic_tokens=dynamic_tokens,
+            position_code=position_code,
+            num_heads=num_heads,
+            attention_values=attention_values,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            drop_path=[last_rate * (num_blocks + i) for i in range(num_modules)],
+            zero_init_last=zero_init_last,
+            **dd,
+        )
+        self.vt_stage.reparameterize = self.reparameterize  # timm's `reparameterize_model` asks children alone
+        self.feature_info.append(dict(num_chs=self.vt_stage.out_chs, reduction=output_stride, module='vt_stage'))
         self.num_classes = num_classes
         self.num_features = token_dim
         self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = token_dim * self.global_pool.feat_mult()
-        Reparameterizer.add_to(self)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
 
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
-        too; maps of all pixels that a map of the tokens can do for them merge into that one (see the modules'
-        `reparameterize`). With average pooling the last map of the last module runs once on the mean of the tokens.
-        Where a norm or an option forbids one of these, it alone is left out. After an error the model is as it was.
+        too; maps of all pixels that a map of the tokens can do for them merge into that one (see
+        `vt_zoo.inference.stage`). Where a norm or an option forbids one of these, it alone is left out. After an error
+        the model is as it was.
         """
         stage = self.vt_stage
-        self.vt_stage = reparameterize_model(stage)
+        if isinstance(stage, VTStage):
+            self.vt_stage = InferenceStage(stage)
         try:
             fold_norms(self)
         except BaseException:
             self.vt_stage = stage
             raise
-        if len(self.vt_stage):
-            self.pool_early = self.vt_stage[-1].transformer.can_pool() and self.vt_stage[-1].projector is None
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the activations of blocks and VT modules again in the backward pass, or keep them."""
+        super().set_grad_checkpointing(enable)
+        self.vt_stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
@@ -307,33 +249,6 @@ class VTResNet(ResNet):
             blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)',
             vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)',
         )
-
-    @torch.jit.unused
-    def _check_norms(self, x: torch.Tensor) -> None:
-        if any(m.training and isinstance(m, nn.BatchNorm2d) for m in self.vt_stage.modules()):
-            _check_different(x, self.few_tokens)
-
-    def _forward_vt_stage(self, x: torch.Tensor, pool: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map of stage 3 (B, C, H, W) to the refined map (B, C_out, H, W) and the tokens (B, L, CT).
-
-        With `pool` to the mean of the last module's tokens (B, 1, CT), and the map that comes into it.
-        """
-        if self.few_tokens and not torch.jit.is_scripting():
-            self._check_norms(x)
-        tokens: Optional[torch.Tensor] = None
-        last = len(self.vt_stage) - 1
-        for i, module in enumerate(self.vt_stage):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, tokens = checkpoint(module, x, tokens, pool and i == last, use_reentrant=False)
-            else:
-                x, tokens = module(x, tokens, pool and i == last)
-        if tokens is None:  # the stage was pruned: the pixels stand for the tokens
-            tokens = x.flatten(2).transpose(1, 2)
-        return x, tokens
-
-    def _forward_tokens(self, x: torch.Tensor, pool: bool = False) -> torch.Tensor:
-        """Map of stage 3 (B, C, H, W) to the tokens (B, L, CT), or with `pool` to their mean (B, 1, CT)."""
-        return self._forward_vt_stage(x, pool)[1]
 
     def forward_intermediates(
             self,
@@ -370,17 +285,15 @@ class VTResNet(ResNet):
         for layer in (self.layer1, self.layer2, self.layer3)[:last_index]:
             x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
             maps.append(x)
-        tokens: Optional[torch.Tensor] = None
+        tokens = x.flatten(2).transpose(1, 2)
         if last_index == 4:
-            x, tokens = self._forward_vt_stage(x)
+            x, tokens = self.vt_stage(x)
             if self.output_stride == 32:
                 x = F.max_pool2d(x, 3, stride=2, padding=1)
             maps.append(x)
 
         intermediates = [maps[i] for i in take_indices]
-        if intermediates_only:
-            return intermediates
-        return x.flatten(2).transpose(1, 2) if tokens is None else tokens, intermediates
+        return intermediates if intermediates_only else (tokens, intermediates)
 
     def prune_intermediate_layers(
             self,
@@ -404,7 +317,8 @@ class VTResNet(ResNet):
         if max_index == 0:
             self.maxpool = nn.Identity()
         if max_index < 4:
-            self.vt_stage = nn.ModuleList()
+            self.vt_stage = PixelTokens()
+            self.vt_stage.reparameterize = self.reparameterize
             self.output_stride = 0  # nothing left to pool
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or max_index < 4:
@@ -417,7 +331,7 @@ class VTResNet(ResNet):
         Raises:
             ValueError: H or W is under 32, or the channels are not in_chans.
         """
-        return self._forward_tokens(self._forward_trunk(x))
+        return self.vt_stage(self._forward_trunk(x))[1]
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the map of stage 3 (B, C, H, W)."""
@@ -444,8 +358,7 @@ class VTResNet(ResNet):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        pool = self.pool_early and self.global_pool.pool_type == 'avg'
-        return self.forward_head(self._forward_tokens(self._forward_trunk(x), pool))
+        return self.forward_head(self.forward_features(x))
 
 
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

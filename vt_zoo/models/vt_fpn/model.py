@@ -21,7 +21,8 @@ from segmentation_models_pytorch.encoders import get_encoder
 from timm.layers import LayerType, get_norm_layer
 from timm.utils import reparameterize_model
 
-from vt_zoo.layers import Reparameterizer, VTNeck, fold_norms
+from vt_zoo.inference import fold_norms, merge_neck
+from vt_zoo.layers import VTNeck
 
 from .decoder import FPNNeck, PanopticDecoder
 
@@ -90,7 +91,7 @@ class PyramidModel(SegmentationModel):
         self.classification_head = None
         self.name = f'{type(self).__name__.lower()}-{encoder_name}'
         initialize_head(self.segmentation_head)
-        Reparameterizer.add_to(self)
+        self.decoder.reparameterize = self.reparameterize  # timm's `reparameterize_model` asks children alone
 
     def reparameterize(self) -> None:
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
@@ -99,9 +100,10 @@ class PyramidModel(SegmentationModel):
         too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys. After an error the
         model is as it was.
         """
-        encoder, decoder = reparameterize_model(self.encoder), reparameterize_model(self.decoder)
+        encoder, neck = reparameterize_model(self.encoder), self.decoder.neck
         fold_norms(encoder)
-        self.encoder, self.decoder = encoder, decoder
+        neck = merge_neck(neck) if isinstance(neck, VTNeck) else neck
+        self.encoder, self.decoder.neck = encoder, neck
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment images.

@@ -10,7 +10,7 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.layers.norm_act import FrozenBatchNorm2d
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ['Reparameterizer', 'fixed_affine', 'fold_norm', 'fold_norms', 'in_float64', 'is_plain', 'new_parameter']
+__all__ = ['fixed_affine', 'fold_norm', 'fold_norms', 'in_float64', 'is_plain', 'new_parameter', 'runs_alone', 'scaled']
 
 FOLDABLE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
@@ -21,7 +21,7 @@ def in_float64(weight: torch.Tensor) -> torch.Tensor:
     return (weight.cpu() if weight.device.type == 'mps' else weight).double()
 
 
-def _runs_alone(module: nn.Module) -> bool:
+def runs_alone(module: nn.Module) -> bool:
     """Whether no hook and no replaced forward, as pruning or offloading bring, acts on what a module computes."""
     return not (module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
 
@@ -32,7 +32,7 @@ def is_plain(layer: nn.Module) -> bool:
     Not so with adapters, parametrizations, pruning, quantised weights, offloading or hooks: such a layer stays.
     """
     return (
-        type(layer) in (nn.Conv2d, nn.Linear) and _runs_alone(layer)
+        type(layer) in (nn.Conv2d, nn.Linear) and runs_alone(layer)
         and isinstance(layer.weight, nn.Parameter) and type(layer.weight.data) is torch.Tensor)
 
 
@@ -48,7 +48,7 @@ def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]
 
 def _affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
     """As `fixed_affine`, of what comes before an activation."""
-    if not isinstance(norm, FOLDABLE) or norm.running_mean is None or not _runs_alone(norm) or is_parametrized(norm):
+    if not isinstance(norm, FOLDABLE) or norm.running_mean is None or not runs_alone(norm) or is_parametrized(norm):
         return None
     scale = (in_float64(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -69,10 +69,10 @@ def fold_norm(layer: nn.Module, norm: nn.Module) -> Optional[nn.Module]:
         A new layer, or None where the layer is not plain or the norm no fixed affine map.
     """
     affine = fixed_affine(norm)
-    return _scaled(layer, *affine) if affine is not None and is_plain(layer) else None
+    return scaled(layer, *affine) if affine is not None and is_plain(layer) else None
 
 
-def _scaled(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
+def scaled(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
     """The layer with a scale and a shift (C_out) of its output, given in float64."""
     scaled = copy.deepcopy(layer)
     rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
@@ -139,7 +139,7 @@ def fold_norms(model: nn.Module) -> None:
         affine = _affine(norm)
         once = calls[source.target] == calls[node.target] == 1
         if isinstance(conv, nn.Conv2d) and is_plain(conv) and affine is not None and once:
-            replaced[source.target] = _scaled(conv, *affine)
+            replaced[source.target] = scaled(conv, *affine)
             replaced[node.target] = getattr(norm, 'act', nn.Identity())
     for name, module in replaced.items():
         _replace(model, name, module)
@@ -148,32 +148,3 @@ def fold_norms(model: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition('.')
     setattr(model.get_submodule(parent), child, module)
-
-
-class Reparameterizer(nn.Module):
-    """A child without weights through which timm's `reparameterize_model`, which asks children only, reaches a model.
-
-    The model's own `reparameterize` does the work.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        """
-        Args:
-            model: The model that this is to be a child of.
-        """
-        super().__init__()
-        self._model = (model,)  # in a tuple, so that the model is no child of its child
-
-    @classmethod
-    def add_to(cls, model: nn.Module) -> None:
-        """Make one the first child of a model, so that an error comes before timm changed any other child."""
-        model._modules = type(model._modules)({'reparameterizer': cls(model), **model._modules})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give x back, for tools that run the children of a model one after another."""
-        return x
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Turn the model into its inference form."""
-        self._model[0].reparameterize()

@@ -1,0 +1,194 @@
+"""The VT stage as a module of its own, on other backbones than ours, and where its code lives."""
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from test_docs import DOCS, run_blocks
+from test_layers import stir
+from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
+from test_reparameterize import assert_equal
+from timm.utils import reparameterize_model
+
+import vt_zoo.layers
+from vt_zoo.inference import InferenceStage
+from vt_zoo.layers import (
+    ClusteringTokenizer,
+    FilterTokenizer,
+    PoolingTokenizer,
+    RecurrentTokenizer,
+    VTModule,
+    VTStage,
+)
+
+LAYERS = Path(vt_zoo.layers.__file__).parent
+SMALL = {'token_dim': 32, 'num_tokens': 4}
+
+
+def test_document(tmp_path):
+    names = run_blocks((DOCS / 'stage.md').read_text(), tmp_path)
+    x = images(2, 64, 64)
+    model, trained = names['model'], names['Classifier'](10)
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    trained = stir(trained).eval()
+    with torch.no_grad():
+        expected = trained(x)
+        trained.vt_stage = InferenceStage(trained.vt_stage)
+        names['fold_norms'](trained)
+        assert_equal(trained(x), expected)
+    blocks = names['resnext'].layer2[0].conv2, names['se_resnet'].layer1[0].se
+    assert blocks[0].groups == 32 and blocks[1] is not None and isinstance(names['resnet_d'].conv1, nn.Sequential)
+
+
+@pytest.mark.parametrize('options', [*SINGLE, *COMBINED], ids=name)
+def test_stage_is_that_of_the_model(options):
+    """The same names, the same weights: a stage that was trained alone fits a model, and the other way round."""
+    model = calibrated(**options)
+    own = {k: v for k, v in {**TINY, **options}.items() if k not in ('layers', 'channels', 'num_classes')}
+    stage = VTStage(16, depth=3, **{'last_projector': False, **own}).eval()
+    stage.load_state_dict(model.vt_stage.state_dict())
+    x = torch.randn(2, 16, 5, 7)
+    with torch.no_grad():
+        for result, expected in zip(stage(x), model.vt_stage(x), strict=True):
+            assert torch.equal(result, expected)
+    assert stage.out_chs == stage(x)[0].shape[1]
+
+
+def test_stage_is_a_row_of_modules():
+    stage = VTStage(16, 24, depth=3, **SMALL).eval()
+    assert len(stage) == 3 and list(stage) == [stage[0], stage[1], stage[-1]]
+    assert {k.split('.')[0] for k in stage.state_dict()} == {'0', '1', '2'}
+    x = torch.randn(2, 16, 5, 7)
+    first, rest = stage[:1], stage[1:]
+    assert len(first) == 1 and len(rest) == 2 and rest[0] is stage[1]
+    with torch.no_grad():
+        for result, expected in zip(rest(*first(x)), stage(x), strict=True):
+            assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize('build', [lambda: VTStage(24, 24, depth=2, **SMALL), lambda: VTModule(24, 24, **SMALL)])
+def test_it_starts_as_the_identity_of_the_map(build):
+    """Residual branches start at zero, without a call of anything."""
+    x = torch.randn(2, 24, 5, 7)
+    assert torch.equal(build().eval()(x)[0], x)
+
+
+def test_branches_that_do_not_start_at_zero():
+    x = torch.randn(2, 24, 5, 7)
+    assert not torch.equal(VTStage(24, 24, depth=2, zero_init_last=False, **SMALL).eval()(x)[0], x)
+
+
+def test_a_stage_trains():
+    torch.manual_seed(0)
+    stage = VTStage(16, 24, **SMALL)
+    x, y = torch.randn(8, 16, 6, 6), torch.randint(4, (8,))
+    head, losses = nn.Linear(24 + 32, 4), []
+    optimizer = torch.optim.SGD([*stage.parameters(), *head.parameters()], 0.1, momentum=0.9)
+    for _ in range(30):
+        feature_map, tokens = stage(x)
+        loss = nn.functional.cross_entropy(head(torch.cat([feature_map.mean((2, 3)), tokens.mean(1)], dim=1)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+    assert all(p.grad is not None for p in stage.parameters())
+
+
+@pytest.mark.parametrize('rates', [0.1, (0.1, 0.2, 0.3)])
+def test_drop_path(rates):
+    stage = VTStage(16, 24, drop_path=rates, **SMALL)
+    expected = [0.1] * 3 if rates == 0.1 else list(rates)
+    assert [m.transformer.drop_path.drop_prob for m in stage] == expected
+
+
+@pytest.mark.parametrize('checkpoints', [False, True])
+def test_checkpointing_changes_no_gradient(checkpoints):
+    torch.manual_seed(0)
+    stage = stir(VTStage(16, 24, dtype=torch.float64, **SMALL)).train()
+    stage.grad_checkpointing = checkpoints
+    x = torch.randn(4, 16, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sum(out.square().sum() for out in stage(x)).backward()
+    grads = torch.cat([p.grad.flatten() for p in stage.parameters()])
+    torch.manual_seed(0)
+    plain = stir(VTStage(16, 24, dtype=torch.float64, **SMALL)).train()
+    sum(out.square().sum() for out in plain(x)).backward()
+    assert_equal(grads, torch.cat([p.grad.flatten() for p in plain.parameters()]))
+
+
+@pytest.mark.parametrize(('argument', 'changes'), [
+    ('in_chs', {'in_chs': 0}), ('feature_dim', {'feature_dim': 2.5}), ('depth', {'depth': 0}),
+    ('token_dim', {'token_dim': -1}), ('num_tokens', {'num_tokens': True}), ('num_heads', {'num_heads': 5}),
+    ('tokenizer', {'tokenizer': 'filters'}), ('token_mixer', {'token_mixer': 'mlp'}),
+    ('recurrent', {'tokenizer': 'pooling', 'recurrent': False}),
+    ('dynamic_tokens', {'depth': 1, 'dynamic_tokens': True}), ('projector', {'projector': False, 'recurrent': False}),
+    ('drop_path', {'drop_path': [0.1, 0.2]})])
+def test_arguments_that_cannot_be(argument, changes):
+    with pytest.raises(ValueError, match=rf'^{argument} ?.*got'):
+        VTStage(**{'in_chs': 16, 'feature_dim': 24, **SMALL, **changes})
+
+
+def test_tokenizers_are_interchangeable():
+    signatures = {
+        str(inspect.signature(cls)) for cls in
+        (FilterTokenizer, RecurrentTokenizer, ClusteringTokenizer, PoolingTokenizer)}
+    assert len(signatures) == 1
+
+
+@pytest.mark.parametrize('cls', [FilterTokenizer, RecurrentTokenizer, ClusteringTokenizer])
+def test_value_map_is_an_option_of_each(cls):
+    tokenizer = stir(cls(16, 32, 4, value_map=False)).eval()
+    x, tokens = torch.randn(2, 16, 5, 7), torch.randn(2, 4, 32)
+    attn = []
+    tokenizer.softmax.register_forward_hook(lambda module, inputs, output: attn.append(output))
+    with torch.no_grad():
+        result = tokenizer(x, tokens)
+    torch.testing.assert_close(result, torch.einsum('bln,bcn->blc', attn[0], x.flatten(2)))
+
+
+def test_inference_form_leaves_the_stage():
+    stage = stir(VTStage(16, 24, **SMALL)).eval()
+    x = torch.randn(2, 16, 5, 7)
+    with torch.no_grad():
+        before = stage(x)
+        merged = InferenceStage(stage)(x)
+        for result, expected, again in zip(merged, before, stage(x), strict=True):
+            assert_equal(result, expected)
+            assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize('build', [
+    lambda: timm.create_model('test_vt_resnet'),
+    lambda: __import__('vt_zoo.models.vt_fpn').models.vt_fpn.VTFPN('tu-test_resnet', classes=3, token_dim=32)])
+def test_no_child_is_there_for_the_inference_form(build):
+    """Children are those of a ResNet or of segmentation_models_pytorch."""
+    model = build()
+    known = {'conv1', 'bn1', 'act1', 'maxpool', 'layer1', 'layer2', 'layer3', 'vt_stage', 'global_pool', 'fc',
+             'encoder', 'decoder', 'segmentation_head', 'activation', 'classification_head'}
+    assert {n for n, _ in model.named_children()} <= known
+
+
+def test_pruned_model_has_an_inference_form():
+    model = calibrated()
+    model.prune_intermediate_layers([2])
+    x = images()
+    with torch.no_grad():
+        once = reparameterize_model(model)
+        assert not [m for m in once.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert_equal(once(x), model(x))
+
+
+@pytest.mark.parametrize('path', sorted(LAYERS.glob('*.py')), ids=lambda path: path.name)
+def test_layers_know_no_inference_form(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ''] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            assert not [n for n in names if n.startswith('vt_zoo') or 'inference' in n], ast.unparse(node)
+
+
+def test_public_names():
+    assert set(vt_zoo.layers.__all__) <= set(dir(vt_zoo.layers))
+    assert all(inspect.isclass(getattr(vt_zoo.layers, n)) for n in vt_zoo.layers.__all__)

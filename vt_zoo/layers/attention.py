@@ -1,0 +1,61 @@
+"""Attention between tokens and pixels: what tokenizer, transformer and projector share.
+
+float16 is why there is more to it than `torch.softmax`. A product of two activations can leave its range, and softmax
+makes NaN of an infinity: `finite` brings logits back into it. The share of one of tens of thousands of pixels is below
+its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies its shares by 16, exactly.
+
+torch.fx cannot look into `finite`, `in_float32` and `add_mixed`, which ask what they are given: callers wrap them.
+"""
+import torch
+
+__all__ = ['add_mixed', 'finite', 'gather', 'in_float32', 'merge_heads', 'pixel_products', 'split_heads']
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Logits, within the range of float16 where they are in it."""
+    return torch.nan_to_num(logits) if logits.dtype == torch.float16 else logits
+
+
+def in_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits, in float32 where they are in float16."""
+    return logits.float() if logits.dtype == torch.float16 else logits
+
+
+def gather(attn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A^T V: tokens (B, L, C) of shares A^T (B, L, H*W) and values of the pixels (B, C, H, W)."""
+    return torch.bmm((16 * attn).to(values.dtype), values.flatten(2).transpose(1, 2)) / 16
+
+
+def pixel_products(tokens: torch.Tensor, x: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
+    """(X T^T)^T: products (B * heads, L, H*W) of tokens (B, L, C) with the pixels of a feature map (B, C, H, W)."""
+    pixels = split_heads(x.flatten(2).transpose(1, 2), num_heads)
+    return torch.bmm(pixels, split_heads(tokens, num_heads).transpose(1, 2)).transpose(1, 2)
+
+
+def add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
+    """X + A^T V: values of tokens (B, L, C), mixed by shares (B * heads, L, H*W), on a feature map (B, C, H, W).
+
+    One product that writes the sum, in the memory format of x: a map of its own for the mixture costs more time than
+    the arithmetic.
+    """
+    value = split_heads(value, num_heads)
+    if num_heads == 1 and not x.is_contiguous():
+        mixed = torch.baddbmm(x.flatten(2).transpose(1, 2), attn.transpose(1, 2), value).transpose(1, 2)
+    else:
+        parts = x.flatten(2).unflatten(1, (num_heads, -1)).flatten(0, 1)  # (B * heads, C / heads, H*W)
+        mixed = torch.baddbmm(parts, value.transpose(1, 2), attn).unflatten(0, (-1, num_heads)).flatten(1, 2)
+    return mixed.view(x.shape)
+
+
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, N, C) -> (B * heads, N, C / heads)."""
+    if num_heads == 1:
+        return x
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def merge_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B * heads, N, C / heads) -> (B, N, C)."""
+    if num_heads == 1:
+        return x
+    return x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)

@@ -1,0 +1,196 @@
+"""The VT stage: VT modules one after another, in place of the last stage of a convolutional backbone."""
+import copy
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerType
+from torch.utils.checkpoint import checkpoint
+
+from .token_mixer import GraphMixer, LinearMixer
+from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer
+from .transformer import TokenTransformer
+from .vt_module import DynamicVTModule, TokenModule, VTModule
+
+__all__ = ['VTStage', 'check_choice', 'check_positive']
+
+TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the first module, of those after it
+    'filter': (FilterTokenizer, RecurrentTokenizer),
+    'pooling': (PoolingTokenizer, PoolingTokenizer),
+    'clustering': (ClusteringTokenizer, RecurrentTokenizer),
+}
+TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
+    'transformer': TokenTransformer,
+    'graph': GraphMixer,
+    'none': LinearMixer,
+}
+FEW_TOKENS = 2  # with more of them those of one image differ enough for batch norms
+
+
+def check_choice(name: str, value: Any, choices: List[Any]) -> None:
+    """Raise ValueError where an argument is none of the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(repr(c) for c in choices)}, got {value!r}')
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ValueError where an argument is no whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}')
+
+
+def _check_different(x: torch.Tensor, num_tokens: int) -> None:
+    """Raise ValueError where all maps of a batch (B, C, H, W) are the same but for rounding."""
+    if len(x) > 1 and (x - x[:1]).abs().max() <= 1e-6 * x.abs().max():
+        raise ValueError(
+            f'num_tokens={num_tokens} cannot be trained on a batch of {len(x)} equal images: the tokens have no '
+            'variance, which their batch norms divide by')
+
+
+torch.fx.wrap('_check_different')
+
+
+class VTStage(nn.ModuleList):
+    """VT modules in a row: the first makes tokens from the feature map alone, each later one with the tokens before it.
+
+    Attributes:
+        out_chs: Channels of the feature map that it returns.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            feature_dim: int,
+            depth: int = 3,
+            token_dim: int = 1024,
+            num_tokens: int = 16,
+            tokenizer: str = 'filter',
+            recurrent: bool = True,
+            token_mixer: str = 'transformer',
+            projector: bool = True,
+            last_projector: bool = True,
+            dynamic_tokens: bool = False,
+            position_code: bool = False,
+            num_heads: int = 1,
+            attention_values: bool = False,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            drop_path: Union[float, Sequence[float]] = 0.,
+            zero_init_last: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Channels C_in of the incoming feature map.
+            feature_dim: Channels C_out of the feature map that the modules refine. The paper takes the channels of the
+                last stage that it replaces in ResNet-18 and 34, 512, and 1024 in ResNet-50 and 101.
+            depth: VT modules. The paper takes as many as the replaced stage had blocks: 2 or 3.
+            token_dim: Channels CT of a token. 1024 is the paper's (section 4).
+            num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6). With 1 or 2 a batch of equal
+                images cannot be trained on, and `forward` raises ValueError.
+            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, recurrent ones (equation 2) after it;
+                or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
+            recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
+            token_mixer: 'transformer' (equations 3 and 4), 'graph' (a learned L x L adjacency and a linear map) or
+                'none' (a linear map) (Table 5).
+            projector: Write the tokens back to the map; False for modules after the first that work on tokens only
+                (Table 7).
+            last_projector: Write those of the last module back too. False where nothing reads the map, as in a
+                classifier on tokens: weights without a gradient would be left.
+            dynamic_tokens: Modules after the first make half of the tokens anew and keep the other half (first version
+                of the paper, as the next three).
+            position_code: Append a code of the token coefficients A to the tokens.
+            num_heads: Heads of the transformer and the projector.
+            attention_values: Value maps W_V in the transformer and the projector. (The tokenizers always have one.)
+            act_layer: Activation of the transformers.
+            norm_layer: Norm over channels of an NCHW tensor, after each linear map.
+            drop_path: Stochastic depth rate of the residual branches, one for all modules or one a module.
+            zero_init_last: Start residual branches at zero. Without it training at the paper's learning rates diverges.
+
+        Raises:
+            ValueError: An argument is outside what is allowed.
+        """
+        super().__init__()
+        check_choice('tokenizer', tokenizer, list(TOKENIZERS))
+        check_choice('token_mixer', token_mixer, list(TOKEN_MIXERS))
+        for name, value in dict(
+                in_chs=in_chs, feature_dim=feature_dim, depth=depth, token_dim=token_dim, num_tokens=num_tokens,
+                num_heads=num_heads).items():
+            check_positive(name, value)
+        if tokenizer != 'filter' and not recurrent:
+            raise ValueError(f"recurrent=False is for tokenizer='filter', got tokenizer={tokenizer!r}")
+        if dynamic_tokens and (tokenizer == 'pooling' or not recurrent):
+            raise ValueError(
+                f'dynamic_tokens=True needs recurrent tokenizers, got tokenizer={tokenizer!r}, recurrent={recurrent}')
+        if dynamic_tokens and depth == 1:
+            raise ValueError('dynamic_tokens=True is for modules after the first, got a stage of one module')
+        if not projector and (dynamic_tokens or not recurrent):
+            raise ValueError(
+                'projector=False leaves modules after the first without tokenizer and map, got '
+                f'dynamic_tokens={dynamic_tokens}, recurrent={recurrent}')
+        rates = [drop_path] * depth if isinstance(drop_path, (int, float)) else list(drop_path)
+        if len(rates) != depth:
+            raise ValueError(f'drop_path must be one rate or one for each of {depth} modules, got {drop_path!r}')
+
+        self.few_tokens = num_tokens if num_tokens <= FEW_TOKENS else 0
+        self.grad_checkpointing = False
+        first_tokenizer, next_tokenizer = TOKENIZERS[tokenizer]
+        shared = dict(
+            token_dim=token_dim, num_tokens=num_tokens, token_mixer=TOKEN_MIXERS[token_mixer], num_heads=num_heads,
+            attention_values=attention_values, act_layer=act_layer, norm_layer=norm_layer,
+            zero_init_last=zero_init_last, device=device, dtype=dtype)
+        for i, rate in enumerate(rates):
+            if i > 0 and not projector:
+                self.append(TokenModule(drop_path=rate, **shared))
+                continue
+            module_class = DynamicVTModule if i > 0 and dynamic_tokens else VTModule
+            projects = projector and (last_projector or i < depth - 1)
+            self.append(module_class(
+                in_chs,
+                feature_dim,
+                tokenizer=first_tokenizer if i == 0 else next_tokenizer if recurrent else FilterTokenizer,
+                projector=projects,
+                position_code=position_code,
+                drop_path=rate,
+                **shared,
+            ))
+            in_chs = feature_dim if projects else in_chs
+        self.out_chs = in_chs
+
+    def __getitem__(self, idx: Union[int, slice]) -> nn.Module:
+        """A module, or the stage of a slice of them."""
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        part = copy.copy(self)
+        part._modules = {str(i): module for i, module in enumerate(list(self)[idx])}
+        return part
+
+    @torch.jit.unused
+    def _check_norms(self, x: torch.Tensor) -> None:
+        if any(m.training and isinstance(m, nn.BatchNorm2d) for m in self.modules()):
+            _check_different(x, self.few_tokens)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Refine a feature map.
+
+        Args:
+            x: Feature map (B, C_in, H, W).
+            tokens: Tokens (B, L, CT) of a stage before, which a first module with recurrent tokenizer needs.
+
+        Returns:
+            The refined feature map (B, C_out, H, W) and the tokens of the last module (B, L, CT).
+        """
+        if self.few_tokens and not torch.jit.is_scripting():
+            self._check_norms(x)
+        for module in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, tokens = checkpoint(module, x, tokens, use_reentrant=False)
+            else:
+                x, tokens = module(x, tokens)
+        assert tokens is not None  # there is a module
+        return x, tokens

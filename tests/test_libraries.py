@@ -159,5 +159,5 @@ def test_backbone_with_fpn_ends_at_stage_3():
     model = timm.create_model('test_vt_resnet')
     maps = BackboneWithFPN(model, {'layer2': '0', 'layer3': '1'}, [48, 96], 32)(images(1, 3, 64, 64))
     assert [tuple(m.shape) for m in maps.values()] == [(1, 32, 8, 8), (1, 32, 4, 4), (1, 32, 2, 2)]
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(TypeError):
         BackboneWithFPN(model, {'layer3': '0', 'vt_stage': '1'}, [96, 128], 32)(images(1, 3, 64, 64))

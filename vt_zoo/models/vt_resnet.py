@@ -39,6 +39,7 @@ CREATION_ARGS = (  # what a model must be created with for its weights to fit, w
     'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
     'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
 
+
 def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """Return x, or raise ValueError where it is not (B, in_chans, H, W) with H, W >= 32."""
     if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:

@@ -7,14 +7,17 @@ import torch
 
 from vt_zoo.analysis.capture import VTRecord
 from vt_zoo.analysis.metrics import (
+    attention_correlation,
     attention_entropy,
     attention_spread,
+    effective_rank,
     foreground_ratio,
     foreground_share,
     interaction_map,
     locality,
     record_interaction,
     resize_attention,
+    token_cosine,
     token_similarity,
     uniform_locality,
 )
@@ -134,6 +137,41 @@ def test_similarity():
     np.testing.assert_allclose(token_similarity(a), expected, rtol=1e-12)
     twins = a[:, [0, 0]]
     torch.testing.assert_close(token_similarity(twins), torch.ones(2, 2, dtype=torch.float64))
+
+
+def literal_cosine(rows):
+    """Mean cosine of two different rows of a matrix."""
+    pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+    return np.mean([rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j]) for i, j in pairs])
+
+
+def literal_rank(rows):
+    shares = np.linalg.svd(rows - rows.mean(0))[1] ** 2
+    shares = shares[shares > 1e-12 * shares.sum()] / shares.sum()
+    return math.exp(-(shares * np.log(shares)).sum())
+
+
+def test_how_alike_tokens_are():
+    a = attention(3)
+    tokens = torch.randn(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = [literal_cosine(image.reshape(len(image), -1) - image.mean()) for image in a.numpy()]
+    np.testing.assert_allclose(attention_correlation(a), expected, rtol=1e-10)
+    np.testing.assert_allclose(token_cosine(tokens), [literal_cosine(t) for t in tokens.numpy()], rtol=1e-10)
+    np.testing.assert_allclose(effective_rank(tokens), [literal_rank(t) for t in tokens.numpy()], rtol=1e-10)
+    for half in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(effective_rank(tokens.to(half)), effective_rank(tokens).float(), rtol=0.02, atol=0)
+
+
+def test_how_alike_known_tokens_are():
+    same, corners = torch.ones(1, 4, 6), torch.eye(4)[None]
+    assert token_cosine(same).item() == pytest.approx(1) and effective_rank(same).item() == 0
+    assert token_cosine(corners).item() == 0 and effective_rank(corners).item() == pytest.approx(3)
+    halves = torch.cat([torch.eye(2), torch.eye(2)])[None]  # two pairs of equal tokens differ in one direction
+    assert effective_rank(halves).item() == pytest.approx(1)
+    pixels = one_pixel(4, 5, 1, 2)
+    assert attention_correlation(torch.cat([pixels, pixels], dim=1)).item() == pytest.approx(1)
+    assert attention_correlation(uniform(4, 5)).item() == 0
+    assert token_cosine(same[:, :1]).isnan().all() and attention_correlation(pixels).isnan().all()
 
 
 @pytest.mark.parametrize('prefix', [0, 2])

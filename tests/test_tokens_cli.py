@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.capture import capture
+from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
 from vt_zoo.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
 from vt_zoo.segmentation.model_files import LoadedModel, save_segmentation_model
@@ -59,6 +60,12 @@ def test_tokens(command, pictures, tmp_path):
             assert (numbers['height'], numbers['width']) == record.attention.shape[-2:]
             np.testing.assert_allclose(numbers['entropy'], literal_entropy(record.attention[0]), rtol=1e-3, atol=1e-5)
             assert all(0 <= v <= 1 for v in (*numbers['entropy_normalized'], *numbers['spread']))
+            assert numbers['rank'] == pytest.approx(effective_rank(record.tokens).item(), rel=1e-3)
+            assert numbers['cosine'] == pytest.approx(token_cosine(record.tokens).item(), abs=1e-3)
+            assert numbers['correlation'] == pytest.approx(attention_correlation(record.attention).item(), abs=1e-3)
+    for i in range(2):
+        mean = np.mean([entry['modules'][i]['rank'] for entry in written['images']])
+        assert f'effective rank {mean:.1f} of at most 15' in result.stdout.splitlines()[2 + i]
     for similarity in written['similarity']:
         similarity = np.array(similarity)
         assert similarity.shape == (16, 16)

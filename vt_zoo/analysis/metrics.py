@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from .capture import VTRecord
 
 __all__ = [
-    'attention_entropy', 'attention_spread', 'foreground_ratio', 'foreground_share', 'interaction_map', 'locality',
-    'record_interaction', 'resize_attention', 'token_similarity', 'uniform_locality']
+    'attention_correlation', 'attention_entropy', 'attention_spread', 'effective_rank', 'foreground_ratio',
+    'foreground_share', 'interaction_map', 'locality', 'record_interaction', 'resize_attention', 'token_cosine',
+    'token_similarity', 'uniform_locality']
 
 
 def attention_entropy(attention: torch.Tensor, normalize: bool = False) -> torch.Tensor:
@@ -129,6 +130,50 @@ def token_similarity(attention: torch.Tensor) -> torch.Tensor:
     """
     directions = F.normalize(attention.flatten(2), dim=-1)
     return (directions @ directions.transpose(1, 2)).mean(0)
+
+
+def attention_correlation(attention: torch.Tensor) -> torch.Tensor:
+    """Whether tokens look at the same pixels: mean correlation of the attention of two different tokens.
+
+    The uniform part is taken off first, so that soft attention everywhere does not count as looking at the same place.
+
+    Args:
+        attention: A (B, L, H, W), sums to one over the pixels.
+
+    Returns:
+        Correlation (B), from -1 to 1; NaN where there is one token.
+    """
+    return token_cosine(attention.flatten(2) - 1 / (attention.shape[-2] * attention.shape[-1]))
+
+
+def token_cosine(tokens: torch.Tensor) -> torch.Tensor:
+    """Whether tokens say the same: mean cosine of two different tokens (B, L, CT) of an image.
+
+    Returns:
+        Cosine (B), from -1 to 1; NaN where there is one token.
+    """
+    directions = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+    num_tokens = tokens.shape[1]
+    own = directions.square().sum((1, 2))
+    return (directions.sum(1).square().sum(-1) - own) / (num_tokens * (num_tokens - 1) or math.nan)
+
+
+def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
+    """As many directions as the tokens of an image differ in: effective rank of the tokens around their mean.
+
+    The exponential of the entropy of the squared singular values, as shares of their sum (Roy and Vetterli, 2007).
+
+    Args:
+        tokens: T (B, L, CT).
+
+    Returns:
+        Rank (B), from 1 to L - 1 for tokens that differ, 0 where all are the same.
+    """
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # half precision has no SVD
+    squares = torch.linalg.svdvals(tokens - tokens.mean(1, keepdim=True)).square()
+    total = squares.sum(-1, keepdim=True)
+    shares = squares / total.clamp_min(torch.finfo(squares.dtype).tiny)
+    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * (total[:, 0] > 0)
 
 
 def locality(attention: torch.Tensor, grid: Tuple[int, int], prefix_tokens: int = 0) -> torch.Tensor:

@@ -73,6 +73,17 @@ def test_tokens(command, pictures, tmp_path):
         np.testing.assert_allclose(similarity, similarity.T, atol=1e-3)
 
 
+def test_tokens_of_a_folder(command, pictures, tmp_path):
+    result = command('tokens', pictures, '--model', 'test_vt_resnet', '--out', tmp_path / 'out')
+    assert result.code == 0, result.stderr
+    written = json.loads((tmp_path / 'out' / 'tokens.json').read_text())
+    assert [entry['image'] for entry in written['images']] == [str(pictures / f'{n}.png') for n in ('square', 'wide')]
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    result = command('tokens', empty, '--model', 'test_vt_resnet', '--out', tmp_path / 'none')
+    assert result.code == 2 and 'holds no images' in result.stderr and not (tmp_path / 'none').exists()
+
+
 @pytest.mark.parametrize('module', [1, 4])
 def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
     """Images are seen at their own size; the module is the level."""

@@ -27,6 +27,7 @@ from vt_zoo.analysis.metrics import (
 from vt_zoo.analysis.subject import load_subject
 from vt_zoo.checkpoint import whole
 from vt_zoo.errors import InputError, printable
+from vt_zoo.image_stream import find_images
 from vt_zoo.images import load_image
 
 from .arguments import positive_int
@@ -39,7 +40,7 @@ GRID_IMAGES = 16  # that tokens.png shows, the first ones
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('images', nargs='+', metavar='IMAGE', help='path to an image')
+    add('images', nargs='+', metavar='IMAGE', help='image file, or folder, for the images in it and below')
     add('--model', required=True, metavar='NAME_OR_DIR',
         help='model as in `vt-zoo predict`, or a folder of `vt-zoo segment`')
     add('--out', required=True, metavar='DIR', help='path to the output folder')
@@ -121,16 +122,20 @@ def run(args: argparse.Namespace) -> None:
 
 def _open(paths: List[str]) -> Dict[Path, Any]:
     images: Dict[Path, Any] = {}
-    for path in map(Path, paths):
+    sources = [source for source in find_images(paths) if source is not None]
+    for source in sources:
+        path = Path(source.path)
         same = next((p for p in images if p.stem == path.stem), None)
         if same is not None:
             raise InputError(f'images {same} and {path} would be written to the same name {path.stem}')
         try:
+            if source.error is not None:
+                raise InputError(source.error)
             images[path] = load_image(path)
         except InputError as e:
             _logger.warning(f'{e}; left out')
     if not images:
-        raise InputError(f'none of the {len(paths)} images can be read')
+        raise InputError(f'none of the {len(sources)} images can be read')
     return images
 
 

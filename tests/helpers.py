@@ -1,12 +1,11 @@
 """Helpers that several test files import."""
-import re
-
 import pytest
 import timm
 
+from vt_zoo._requirements import timm_is_at_least
 from vt_zoo.checkpoint import load_model
 
-TIMM_READS_FOLDERS = [int(n) for n in re.findall(r'\d+', timm.__version__)[:3]] >= [1, 0, 31]
+TIMM_READS_FOLDERS = timm_is_at_least('1.0.31')
 
 # for tests in which timm itself loads a folder
 needs_timm_that_reads_folders = pytest.mark.skipif(

@@ -230,7 +230,7 @@ def test_compiled_model(model, in_place):
 def test_reduced_model(model):
     model.double()
     x = images().double()
-    assert_same_records(capture(timm.models.reparameterize_model(model), x), capture(model, x))
+    assert_same_records(capture(timm.utils.reparameterize_model(model), x), capture(model, x))
 
 
 def test_distributed_model(model, tmp_path):

@@ -227,13 +227,17 @@ def test_layout_of_the_folder(model_dir):
     assert 'num_classes' not in config.get('model_args', {})
 
 
-def test_arguments_that_make_the_model_come_back(tmp_path):
-    model = create(num_tokens=5, in_chans=1, global_pool='max')
-    write_model(tmp_path / 'model', model, CLASSES, {'input_size': (1, 32, 32)})
+@pytest.mark.parametrize('in_chans, kwargs', [
+    (1, {'num_tokens': 5, 'global_pool': 'max'}), (1, {'stem_type': 'deep', 'stem_width': 16}), (2, {}), (4, {}),
+    (13, {})], ids=str)
+def test_arguments_that_make_the_model_come_back(tmp_path, in_chans, kwargs):
+    model = create(in_chans=in_chans, **kwargs)
+    write_model(tmp_path / 'model', model, CLASSES, {'input_size': (in_chans, 32, 32)})
     result = load_model(str(tmp_path / 'model'))
-    image = torch.randn(2, 1, 32, 32)
+    image = torch.randn(2, in_chans, 32, 32)
     with torch.inference_mode():
         assert torch.equal(result(image), model(image))
+    assert result.pretrained_cfg['first_conv'] == model.pretrained_cfg['first_conv']
 
 
 def test_model_is_replaced(model_dir):

@@ -91,7 +91,7 @@ def test_preprocessing_is_that_of_the_training(last, tmp_path):
     convert(last, tmp_path / 'out')
     model = load_model(str(tmp_path / 'out'))
     data = timm.data.resolve_model_data_config(model)
-    assert (data['input_size'], list(data['mean']), data['crop_pct']) == ((3, 48, 48), [0.1, 0.2, 0.3], 0.9)
+    assert (list(data['input_size']), list(data['mean']), data['crop_pct']) == ([3, 48, 48], [0.1, 0.2, 0.3], 0.9)
     assert data['std'] == model.default_cfg['std']
 
 

@@ -65,7 +65,7 @@ def count_correct(model_dir, data_dir):
     loader = create_loader(
         ImageDataset(str(data_dir)), config['input_size'], 7, interpolation=config['interpolation'],
         mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'], num_workers=0,
-        device=torch.device('cpu'))
+        device=torch.device('cpu'), persistent_workers=False)
     correct = total = 0
     with torch.inference_mode():
         for x, target in loader:

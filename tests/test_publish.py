@@ -207,6 +207,17 @@ def test_edited_card_is_kept_unless_asked(hub, release, tmp_path, edit):
     assert path.read_bytes() == (release / 'README.md').read_bytes()
 
 
+@newer_client
+def test_nothing_is_uploaded_where_the_card_cannot_be_asked_for(hub, release, monkeypatch, input_error):
+    upload(release, REPO)
+    before = len(hub.requests)
+    monkeypatch.setattr(
+        'huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE', hub.url + '/nowhere/{repo_id}/{revision}/{filename}')
+    with input_error(f'{REPO} cannot be published at {hub.url}: '):
+        upload(release, REPO)
+    assert not any('/commit/' in path for _, path in hub.requests[before:])
+
+
 def test_segmenter_is_not_published(segment_run, tmp_path, input_error):
     for folder in (segment_run.out, segment_run.out / 'best'):
         with input_error('holds a segmenter, publish is for classifiers.* `hf upload ORG/NAME '):
@@ -323,7 +334,8 @@ def test_command(command, release, tiny_model, tmp_path):
     with hub_server(tmp_path / 'hub') as server:
         before = (
             f'import os; os.environ["HF_TOKEN"] = "{WRITER}"; import huggingface_hub.constants as c; '
-            f'c.ENDPOINT = {server.url!r}; c.HF_HUB_DISABLE_XET = True')
+            f'c.ENDPOINT = {server.url!r}; c.HF_HUB_DISABLE_XET = True; '
+            "c.HUGGINGFACE_CO_URL_TEMPLATE = c.ENDPOINT + '/{repo_id}/resolve/{revision}/{filename}'")
         words = ['--repo-id', REPO, '--license', 'cc-by-4.0', '--dataset', 'Handwritten digits', '--private']
         result = command('publish', tiny_model, *words, before=before)
     assert result.code == 0, result.stderr

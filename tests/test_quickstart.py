@@ -91,11 +91,11 @@ def test_accuracy(quickstart):
 def test_accuracy_is_the_one_that_timm_finds(quickstart, summary):
     model = load_folder(quickstart.out / 'model')
     config = resolve_data_config({}, model=model)
-    assert config['input_size'] == (3, 96, 96)
+    assert tuple(config['input_size']) == (3, 96, 96)
     loader = create_loader(
         ImageDataset(str(quickstart.out / 'data' / 'val')), config['input_size'], 50, mean=config['mean'],
         std=config['std'], interpolation=config['interpolation'], crop_pct=config['crop_pct'], num_workers=0,
-        device=torch.device('cpu'))
+        device=torch.device('cpu'), persistent_workers=False)
     with torch.inference_mode():
         correct = sum(int((model(x).argmax(-1) == target).sum()) for x, target in loader)
     assert f'({correct} of 450 held-out images)' in summary['accuracy']

@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from vt_zoo.checkpoint import write_model
 from vt_zoo.export import export

@@ -43,7 +43,8 @@ def correct(model, digits):
     config = resolve_data_config({}, model=model)
     loader = create_loader(
         ImageDataset(str(digits / 'val')), config['input_size'], 50, interpolation=config['interpolation'],
-        mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'], num_workers=0, device=torch.device('cpu'))
+        mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'], num_workers=0, device=torch.device('cpu'),
+        persistent_workers=False)
     with torch.inference_mode():
         return sum(int((model(x).argmax(-1) == target).sum()) for x, target in loader)
 

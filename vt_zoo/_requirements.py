@@ -15,13 +15,18 @@ def _numbers(version: str) -> list:
     return [int(n) for n in re.match(r'\d+(?:\.\d+)*', version)[0].split('.')]
 
 
+def timm_is_at_least(version: str) -> bool:
+    """Whether the timm that Python finds is this one or a newer one."""
+    return _numbers(timm.__version__) >= _numbers(version)
+
+
 def check_timm() -> None:
     """Check that the timm that Python finds is not too old.
 
     Raises:
         OldTimmError: It is. Where nothing catches it, the program ends with its sentence and exit code 2.
     """
-    if _numbers(timm.__version__) >= _numbers(OLDEST_TIMM):
+    if timm_is_at_least(OLDEST_TIMM):
         return
     hook = sys.excepthook
 

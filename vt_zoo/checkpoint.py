@@ -12,8 +12,9 @@ import torch.nn as nn
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models import create_model, is_model, save_for_hf
+from timm.models import create_model, get_pretrained_cfg, is_model, save_for_hf
 
+from ._requirements import timm_is_at_least
 from .errors import InputError, first_line
 from .files import check_regular, hold
 from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
@@ -212,7 +213,13 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
         if files:  # not left to timm, which before 1.0.31 unpickles what it finds in a folder
             tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
             kwargs['pretrained_cfg_overlay'] = {'source': '', 'state_dict': tensors}
+        # timm before 1.0.31 takes weights for those of 3 channels, and makes new ones of what it then cannot adapt
+        as_they_are = bool(files) and not timm_is_at_least('1.0.31') and kwargs.get('in_chans') is None
+        if as_they_are:
+            kwargs['pretrained_cfg_overlay']['first_conv'] = None
         model = create_model(source, pretrained=True, **kwargs).eval()
+        if as_they_are:
+            model.pretrained_cfg['first_conv'] = get_pretrained_cfg(model.pretrained_cfg['architecture']).first_conv
         model.pretrained_cfg.pop('state_dict', None)
         _check_dtypes(files, model)
         return model

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, Optional, Tuple, Union
 
 from huggingface_hub import HfApi, ModelCard, get_token, hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError, HFValidationError, validate_repo_id
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from ._version import __version__
@@ -165,6 +166,6 @@ def _has_edited_card(repo_id: str) -> bool:
     with TemporaryDirectory() as cache:  # the client would take an old one from its own where the hub does not answer
         try:
             card = Path(hf_hub_download(repo_id, CARD, cache_dir=cache)).read_bytes()
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return False
     return _is_edited(card.decode(errors='replace'))

@@ -91,18 +91,19 @@ def _count(dataset: SegmentationDataset, indices: range, progress: bool) -> Tupl
             return e
 
     counts, errors = np.zeros((2, 256), dtype=np.int64), []
+    bar = tqdm(
+        total=len(indices), desc='checking images and masks', disable=None if progress else True, leave=False)
     pool = ThreadPoolExecutor()
     try:
-        looks = tqdm(
-            pool.map(look, indices), total=len(indices), desc='checking images and masks',
-            disable=None if progress else True, leave=False)
-        for index, of_mask in zip(indices, looks):
+        for index, of_mask in zip(indices, pool.map(look, indices)):
             if isinstance(of_mask, InputError):
                 errors.append((index, str(of_mask)))
             else:
                 counts += of_mask, of_mask > 0
+            bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
+        bar.close()
     return counts, errors
 
 

@@ -377,6 +377,7 @@ def _train(
         run.write_model(last_dir, metrics)
         write_history(out / 'history.csv', run.history)
         checkpoint.unlink()
+    accelerator.wait_for_everyone()  # else gloo may still free tensors while its threads are joined, and wait for ever
     accelerator.end_training()
     return SegmentResult(
         best_dir, last_dir, max(line['miou'] for line in run.history), metrics, time.monotonic() - start)

@@ -467,7 +467,7 @@ def test_label_out_of_range(my_composed, segment_settings, tmp_path, workers, in
     ({'encoder_name': 'tu-no_such_encoder'}, "encoder 'tu-no_such_encoder' cannot be made"),
     ({'encoder_name': 'no_such_encoder'}, "encoder 'no_such_encoder' cannot be made"),
     ({'encoder_name': 'tu-test_vit'}, "encoder 'tu-test_vit' cannot be made"),
-    ({'encoder_name': 'tu-test_coatnet'}, 'tu-test_coatnet does not take images of 3x32x32'),
+    ({'encoder_name': 'tu-coatnet_pico_rw_224'}, 'tu-coatnet_pico_rw_224 does not take images of 3x32x32'),
     ({'batch_size': 1}, 'a batch of 1 crops of 32x32 cannot be trained'),
     ({'format': 'voc'}, "'voc'"),
     ({'format': 'lip'}, 'TrainVal_images'),

@@ -98,8 +98,7 @@ def quantize_static_arguments(graph: Any) -> Dict[str, Any]:
     return {
         'quant_format': QuantFormat.QDQ, 'calibrate_method': CalibrationMethod.MinMax, 'per_channel': True,
         'activation_type': QuantType.QUInt8, 'weight_type': QuantType.QInt8, 'reduce_range': True,
-        # Softmax is not among the nodes, but onnxruntime 1.20 asks for the range of every one
-        'op_types_to_quantize': [*WEIGHTED, *OF_MAPS, 'Softmax'], 'nodes_to_quantize': choose_nodes(graph),
+        'op_types_to_quantize': [*WEIGHTED, *OF_MAPS], 'nodes_to_quantize': choose_nodes(graph),
         'extra_options': {'OpTypesToExcludeOutputQuantization': ['Gemm', 'MatMul']}}
 
 

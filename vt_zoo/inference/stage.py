@@ -66,7 +66,7 @@ class TokenAffine(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scale and shift tokens (B, L, C)."""
-        return torch.addcmul(self.bias, tokens, self.weight)
+        return tokens * self.weight + self.bias
 
 
 class InferenceProjector(nn.Module):

@@ -4,7 +4,8 @@ float16 is why there is more to it than `torch.softmax`. A product of two activa
 makes NaN of an infinity: `finite` brings logits back into it. The share of one of tens of thousands of pixels is below
 its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies its shares by 16, exactly.
 
-torch.fx cannot look into `finite`, `in_float32` and `add_mixed`, which ask what they are given: callers wrap them.
+torch.fx cannot look into `finite`, `in_float32`, `gather` and `add_mixed`, which ask what they are given: callers wrap
+them.
 """
 import torch
 
@@ -23,7 +24,10 @@ def in_float32(logits: torch.Tensor) -> torch.Tensor:
 
 def gather(attn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """A^T V: tokens (B, L, C) of shares A^T (B, L, H*W) and values of the pixels (B, C, H, W)."""
-    return torch.bmm((16 * attn).to(values.dtype), values.flatten(2).transpose(1, 2)) / 16
+    pixels = values.flatten(2).transpose(1, 2)
+    if attn.dtype == values.dtype:
+        return torch.bmm(attn, pixels)
+    return torch.bmm((16 * attn).to(values.dtype), pixels) / 16
 
 
 def pixel_products(tokens: torch.Tensor, x: torch.Tensor, num_heads: int = 1) -> torch.Tensor:

@@ -19,6 +19,7 @@ from .position_code import PositionCode
 __all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer']
 
 torch.fx.wrap('finite')
+torch.fx.wrap('gather')
 torch.fx.wrap('in_float32')
 
 

@@ -166,6 +166,9 @@ def test_how_alike_known_tokens_are():
     same, corners = torch.ones(1, 4, 6), torch.eye(4)[None]
     assert token_cosine(same).item() == pytest.approx(1) and effective_rank(same).item() == 0
     assert token_cosine(corners).item() == 0 and effective_rank(corners).item() == pytest.approx(3)
+    for scale in (1e-20, 1, 1e25):
+        assert effective_rank(scale * torch.randn(1, 1, 64).expand(1, 16, 64)).item() == 0
+        assert effective_rank(scale * corners).item() == pytest.approx(3)
     halves = torch.cat([torch.eye(2), torch.eye(2)])[None]  # two pairs of equal tokens differ in one direction
     assert effective_rank(halves).item() == pytest.approx(1)
     pixels = one_pixel(4, 5, 1, 2)

@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
+from vt_zoo.checkpoint import write_model
 from vt_zoo.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
 from vt_zoo.segmentation.model_files import LoadedModel, save_segmentation_model
@@ -82,6 +83,16 @@ def test_tokens_of_a_folder(command, pictures, tmp_path):
     empty.mkdir()
     result = command('tokens', empty, '--model', 'test_vt_resnet', '--out', tmp_path / 'none')
     assert result.code == 2 and 'holds no images' in result.stderr and not (tmp_path / 'none').exists()
+
+
+def test_dynamic_tokens(command, pictures, tmp_path):
+    """The second module attends to pixels with half of its tokens; its relation is of all of them."""
+    model = timm.create_model('test_vt_resnet', dynamic_tokens=True, num_classes=2)
+    write_model(tmp_path / 'model', model, ['a', 'b'], {'input_size': (3, 64, 64)})
+    result = command(
+        'tokens', pictures / 'square.png', '--model', tmp_path / 'model', '--module', 2, '--out', tmp_path / 'out')
+    assert result.code == 0, result.stderr
+    assert result.stdout.count('of at most 15') == 2
 
 
 @pytest.mark.parametrize('module', [1, 4])

@@ -53,7 +53,9 @@ def interaction_map(attention: torch.Tensor, relation: torch.Tensor) -> torch.Te
 
 
 def record_interaction(records: Sequence[VTRecord], index: int) -> Optional[torch.Tensor]:
-    """A-hat of the tokens of a record (B, L, H, W), at the size of its own A; None where it has no A or no relation.
+    """A-hat of the tokens of a record (B, L, H, W), at the size of its own A.
+
+    None where it has no A or no relation, or where A is of some of its tokens alone, as with dynamic tokens.
 
     The transformer of VT-FPN relates the tokens of all levels, so its A-hat takes in the A of each, resized.
     """
@@ -64,6 +66,8 @@ def record_interaction(records: Sequence[VTRecord], index: int) -> Optional[torc
     size = record.attention.shape[-2:]
     attention = torch.cat([resize_attention(r.attention, size) for r in related], dim=1)
     first = sum(r.attention.shape[1] for r in related[:related.index(record)])
+    if attention.shape[1] != record.relation.shape[2]:
+        return None
     rows = record.relation[:, first:first + record.attention.shape[1]]
     return interaction_map(attention, rows)
 
@@ -170,10 +174,13 @@ def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
         Rank (B), from 1 to L - 1 for tokens that differ, 0 where all are the same.
     """
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # half precision has no SVD
+    tokens = tokens / tokens.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
     squares = torch.linalg.svdvals(tokens - tokens.mean(1, keepdim=True)).square()
     total = squares.sum(-1, keepdim=True)
+    rounding = tokens.shape[1] * torch.finfo(tokens.dtype).eps  # of the mean
+    differ = total[:, 0] > rounding ** 2 * tokens.square().sum((1, 2))
     shares = squares / total.clamp_min(torch.finfo(squares.dtype).tiny)
-    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * (total[:, 0] > 0)
+    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * differ
 
 
 def locality(attention: torch.Tensor, grid: Tuple[int, int], prefix_tokens: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 from tqdm import tqdm
@@ -63,19 +63,19 @@ def numbers(records: List[VTRecord]) -> List[Dict[str, Any]]:
             'correlation': attention_correlation(record.attention), 'cosine': token_cosine(record.tokens),
             'rank': effective_rank(record.tokens)}
         result.append({
-            'height': record.attention.shape[-2], 'width': record.attention.shape[-1],
+            'tokens': record.tokens.shape[1], 'height': record.attention.shape[-2], 'width': record.attention.shape[-1],
             **{name: [round(v, 6) for v in values[0].tolist()] for name, values in measures.items()},
             **{name: None if value.isnan() else round(value.item(), 6) for name, value in differ.items()}})
     return result
 
 
-def describe(modules: Sequence[Optional[Dict[str, Any]]], num_tokens: int) -> str:
+def describe(modules: Sequence[Dict[str, Any]]) -> str:
     """How alike the tokens of a module are, in one line, on average over the images."""
     correlation, cosine, rank = (
         sum(m[name] for m in modules) / len(modules) for name in ('correlation', 'cosine', 'rank'))
     return (
         f'attention of two tokens correlates {correlation:.2f}, cosine of two tokens {cosine:.2f}, '
-        f'effective rank {rank:.1f} of at most {num_tokens - 1}')
+        f'effective rank {rank:.1f} of at most {modules[0]["tokens"] - 1}')
 
 
 @torch.inference_mode()
@@ -114,9 +114,8 @@ def run(args: argparse.Namespace) -> None:
         entropy = entry['modules'][args.module - 1]['entropy_normalized']
         print(f'{entry["image"]}  entropy of {min(entropy):.3f} to {max(entropy):.3f} (uniform attention: 1)')
     for i, modules in enumerate(zip(*(entry['modules'] for entry in written)), 1):
-        num_tokens = 0 if modules[0] is None else len(modules[0]['entropy'])
-        if num_tokens > 1:
-            print(f'module {i}  {describe(modules, num_tokens)}')
+        if modules[0] is not None and modules[0]['cosine'] is not None:
+            print(f'module {i}  {describe(modules)}')
     print(f'pictures   {out / f"tokens.{args.format}"} and one of each image\nnumbers    {out / "tokens.json"}')
 
 

@@ -128,6 +128,7 @@ def fold_norms(model: nn.Module) -> None:
         traced.set_grad_checkpointing(False)
     nodes, untraced = _trace(traced)
     calls = Counter(node.target for node in nodes if node.op == 'call_module')
+    read = {node.target.rpartition('.')[0] for node in nodes if node.op == 'get_attr'}  # weights used elsewhere
     replaced = {}
     for node in nodes:
         source = node.args[0] if node.op == 'call_module' and node.args else None
@@ -137,10 +138,10 @@ def fold_norms(model: nn.Module) -> None:
             continue
         conv, norm = model.get_submodule(source.target), model.get_submodule(node.target)
         affine = _affine(norm)
-        once = calls[source.target] == calls[node.target] == 1
+        once = calls[source.target] == calls[node.target] == 1 and not read.intersection((source.target, node.target))
         if isinstance(conv, nn.Conv2d) and is_plain(conv) and affine is not None and once:
             replaced[source.target] = scaled(conv, *affine)
-            replaced[node.target] = getattr(norm, 'act', nn.Identity())
+            replaced[node.target] = getattr(norm, 'act', nn.Identity().train(norm.training))
     for name, module in replaced.items():
         _replace(model, name, module)
 

@@ -11,16 +11,28 @@ In the second line the last term is one for all pixels, so that the softmax over
 of the logits' norm, whose scale goes onto the filters. In the third each token has a bias of its own, which the softmax
 over the tokens sees; it cancels what is one for all tokens, that is what the bias of W_K would add.
 
-Each of these is done where the layers allow it. Several heads, norms that depend on their input, and layers that a
-hook, an adapter, a parametrization or offloading acts on stay as they are.
+Each of these is done where the layers allow it. Several heads, norms that depend on their input, parts of other classes
+than those of `vt_zoo.layers` (subclasses too), and layers that a hook, an adapter, a parametrization or offloading acts
+on stay as they are.
 """
 import copy
 from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import DropPath
 
-from vt_zoo.layers import FilterTokenizer, Projector, RecurrentTokenizer, VTModule, VTNeck, VTStage
+from vt_zoo.layers import (
+    ClusteringTokenizer,
+    DynamicVTModule,
+    FilterTokenizer,
+    Projector,
+    RecurrentTokenizer,
+    TokenModule,
+    VTModule,
+    VTNeck,
+    VTStage,
+)
 from vt_zoo.layers.attention import add_mixed, finite, pixel_products
 from vt_zoo.layers.linear import GroupedTokenLinear, PixelLinear, TokenLinear, TokenNorm
 
@@ -75,16 +87,16 @@ class InferenceProjector(nn.Module):
     F | f = T (W_K [W_Q^T | b_Q]) / sqrt(C_out), one map of the tokens.
     """
 
-    def __init__(self, filters: nn.Linear, value: nn.Module, skip: nn.Module) -> None:
+    def __init__(self, filters: nn.Linear, softmax: nn.Softmax, value: nn.Module, skip: nn.Module) -> None:
         """
         Args:
             filters: Map of a token's CT channels to C_in of a filter and one of a bias.
+            softmax: Over the tokens.
             value: Map of a token to C_out channels.
             skip: Map of the incoming feature map to C_out channels.
         """
         super().__init__()
-        self.filters, self.value, self.skip = filters, value, skip
-        self.softmax = nn.Softmax(dim=-2)
+        self.filters, self.softmax, self.value, self.skip = filters, softmax, value, skip
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Write tokens (B, L, CT) into a feature map (B, C_in, H, W): (B, C_out, H, W)."""
@@ -97,19 +109,33 @@ class InferenceStage(nn.ModuleList):
     """A trained VT stage in its inference form; the feature map and the tokens are those of its eval mode.
 
     Its modules are the stage's, with parts replaced: `fold_maps`, `merge_tokenizer` and `merge_projector` say by what.
+
+    Attributes:
+        out_chs: Channels of the feature map that it returns.
     """
 
     def __init__(self, stage: VTStage) -> None:
         """
         Args:
             stage: The trained stage, which is left as it is.
+
+        Raises:
+            TypeError: It is no VTStage.
         """
+        if not isinstance(stage, VTStage):
+            raise TypeError(f'stage must be a VTStage, got {type(stage).__name__}')
         super().__init__(copy.deepcopy(module) for module in stage)
+        self.out_chs = stage.out_chs
         for module in self:
-            if isinstance(module, VTModule):
+            if type(module) in (VTModule, DynamicVTModule):
                 merge_tokenizer(module)
                 module.projector = merge_projector(module.projector)
-            module.transformer = fold_maps(module.transformer)
+            if isinstance(module, (VTModule, TokenModule)):
+                fold_maps(module)
+            for part in module.modules():
+                if isinstance(getattr(part, 'drop_path', None), DropPath) and runs_alone(part.drop_path):
+                    part.drop_path = nn.Identity()
+        self.train(stage.training)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
         """Refine a feature map (B, C_in, H, W): the refined map (B, C_out, H, W) and the tokens (B, L, CT)."""
@@ -120,19 +146,24 @@ class InferenceStage(nn.ModuleList):
 
 
 def merge_neck(neck: VTNeck) -> VTNeck:
-    """The inference form of VT-FPN's neck, which is left as it is."""
-    neck = copy.deepcopy(neck)
-    for parts in (neck.tokenizers, neck.embeds, neck.transformer):
-        fold_maps(parts)
-    for tokenizer in neck.tokenizers:
+    """The inference form of VT-FPN's neck, which is left as it is.
+
+    Raises:
+        TypeError: It is no VTNeck.
+    """
+    if not isinstance(neck, VTNeck):
+        raise TypeError(f'neck must be a VTNeck, got {type(neck).__name__}')
+    merged = copy.deepcopy(neck)
+    merged.projectors = nn.ModuleList(merge_projector(projector) for projector in merged.projectors)
+    fold_maps(merged)
+    for tokenizer in merged.tokenizers:
         merge_logit_norm(tokenizer)
-    neck.projectors = nn.ModuleList(merge_projector(projector) for projector in neck.projectors)
-    return neck
+    return merged.train(neck.training)
 
 
 def fold_maps(part: nn.Module) -> nn.Module:
     """A part of a VT module with each norm folded into the map before it; its children are replaced in place."""
-    if isinstance(part, (PixelLinear, TokenLinear, TokenNorm)):
+    if type(part) in (PixelLinear, GroupedTokenLinear, TokenLinear, TokenNorm):
         return _folded(part) if runs_alone(part) else part
     for name, child in part.named_children():
         setattr(part, name, fold_maps(child))
@@ -154,12 +185,16 @@ def merge_tokenizer(module: VTModule) -> None:
     """Fold the norms of a module's tokenizer and `embed`, and move its value and key maps to the tokens, in place."""
     tokenizer, embed = fold_maps(module.tokenizer), fold_maps(module.embed)
     module.embed = embed
+    if type(tokenizer) not in (FilterTokenizer, RecurrentTokenizer, ClusteringTokenizer):
+        return
+    if not _is_softmax(tokenizer.softmax):
+        return
     merge_logit_norm(tokenizer)
     if isinstance(tokenizer, RecurrentTokenizer) and _can_merge(tokenizer.key) and _can_merge(tokenizer.query):
         back = _matrix(tokenizer.key).T
         weight, bias = (back @ in_float64(x) for x in (tokenizer.query.weight, tokenizer.query.bias))
         tokenizer.query, tokenizer.key = _linear(weight, bias, tokenizer.query.weight), nn.Identity()
-    value = getattr(tokenizer, 'value', None)  # a pooling tokenizer has none
+    value = tokenizer.value
     if not (_can_merge(value) and runs_alone(tokenizer)):
         return
     if _can_merge(embed):
@@ -177,12 +212,13 @@ def merge_tokenizer(module: VTModule) -> None:
 def merge_logit_norm(tokenizer: nn.Module) -> None:
     """Put the scale of the logits' norm onto the tokenizer's filters, in place, where there are filters."""
     affine = fixed_affine(getattr(tokenizer, 'logit_norm', None))
-    if affine is None:
+    if affine is None or not _is_softmax(tokenizer.softmax):
         return
-    if isinstance(tokenizer, FilterTokenizer) and is_plain(tokenizer.filters):
-        tokenizer.filters.weight = new_parameter(
-            affine[0][:, None, None, None] * in_float64(tokenizer.filters.weight), tokenizer.filters.weight)
-    elif isinstance(tokenizer, RecurrentTokenizer):
+    if type(tokenizer) is FilterTokenizer and is_plain(tokenizer.filters):
+        weight = tokenizer.filters.weight
+        tokenizer.filters = copy.deepcopy(tokenizer.filters)
+        tokenizer.filters.weight = new_parameter(affine[0][:, None, None, None] * in_float64(weight), weight)
+    elif type(tokenizer) is RecurrentTokenizer:
         tokenizer.scale = new_parameter(affine[0][:, None] * tokenizer.scale, tokenizer.logit_norm.running_mean)
     else:
         return
@@ -194,14 +230,21 @@ def merge_projector(projector: Optional[nn.Module]) -> Optional[nn.Module]:
     if projector is None:
         return None
     projector = fold_maps(projector)
-    if not isinstance(projector, Projector) or projector.num_heads > 1 or not runs_alone(projector):
+    if type(projector) is not Projector or projector.num_heads > 1 or not _is_softmax(projector.softmax):
+        return projector
+    if not (runs_alone(projector) and runs_alone(projector.drop_path)):
         return projector
     query, key = projector.query, projector.key
     if not (_can_merge(query) and _can_merge(key)):
         return projector
     back = torch.cat([_matrix(query).T, in_float64(query.bias)[None]])  # [W_Q^T | b_Q]
     filters = _linear(projector.scale * back @ in_float64(key.weight), None, key.weight)
-    return InferenceProjector(filters, projector.value, projector.skip)
+    return InferenceProjector(filters, projector.softmax, projector.value, projector.skip)
+
+
+def _is_softmax(module: nn.Module) -> bool:
+    """Whether a module gives shares that sum to one, which no hook changes."""
+    return type(module) is nn.Softmax and runs_alone(module)
 
 
 def _can_merge(layer: Optional[nn.Module]) -> bool:

@@ -2,7 +2,7 @@
 
 float16 is why there is more to it than `torch.softmax`. A product of two activations can leave its range, and softmax
 makes NaN of an infinity: `finite` brings logits back into it. The share of one of tens of thousands of pixels is below
-its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies its shares by 16, exactly.
+its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies shares by 16 for their product.
 
 torch.fx cannot look into `finite`, `in_float32`, `gather` and `add_mixed`, which ask what they are given: callers wrap
 them.
@@ -27,7 +27,8 @@ def gather(attn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     pixels = values.flatten(2).transpose(1, 2)
     if attn.dtype == values.dtype:
         return torch.bmm(attn, pixels)
-    return torch.bmm((16 * attn).to(values.dtype), pixels) / 16
+    none = pixels.new_zeros(1, 1, 1)
+    return torch.baddbmm(none, (16 * attn).to(values.dtype), pixels, beta=0, alpha=1 / 16)  # what it sums is in float32
 
 
 def pixel_products(tokens: torch.Tensor, x: torch.Tensor, num_heads: int = 1) -> torch.Tensor:

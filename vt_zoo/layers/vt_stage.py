@@ -1,10 +1,9 @@
 """The VT stage: VT modules one after another, in place of the last stage of a convolutional backbone."""
-import copy
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType
+from timm.layers import LayerType, get_norm_layer
 from torch.utils.checkpoint import checkpoint
 
 from .token_mixer import GraphMixer, LinearMixer
@@ -39,6 +38,15 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}')
 
 
+def _check_norm(norm_layer: Any) -> None:
+    try:
+        known = get_norm_layer(norm_layer) is not None
+    except KeyError:
+        known = False
+    if not known:
+        raise ValueError(f"norm_layer must be timm's name of a norm or a class, got {norm_layer!r}")
+
+
 def _check_different(x: torch.Tensor, num_tokens: int) -> None:
     """Raise ValueError where all maps of a batch (B, C, H, W) are the same but for rounding."""
     if len(x) > 1 and (x - x[:1]).abs().max() <= 1e-6 * x.abs().max():
@@ -55,6 +63,7 @@ class VTStage(nn.ModuleList):
 
     Attributes:
         out_chs: Channels of the feature map that it returns.
+        grad_checkpointing: Compute the modules' activations again in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -129,9 +138,13 @@ class VTStage(nn.ModuleList):
             raise ValueError(
                 'projector=False leaves modules after the first without tokenizer and map, got '
                 f'dynamic_tokens={dynamic_tokens}, recurrent={recurrent}')
-        rates = [drop_path] * depth if isinstance(drop_path, (int, float)) else list(drop_path)
+        rates = list(drop_path) if isinstance(drop_path, (list, tuple)) else [float(drop_path)] * depth
         if len(rates) != depth:
             raise ValueError(f'drop_path must be one rate or one for each of {depth} modules, got {drop_path!r}')
+
+        if not all(0 <= rate < 1 for rate in rates):
+            raise ValueError(f'drop_path must be at least 0 and below 1, got {drop_path!r}')
+        _check_norm(norm_layer)
 
         self.few_tokens = num_tokens if num_tokens <= FEW_TOKENS else 0
         self.grad_checkpointing = False
@@ -162,13 +175,15 @@ class VTStage(nn.ModuleList):
         """A module, or the stage of a slice of them."""
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
-        part = copy.copy(self)
-        part._modules = {str(i): module for i, module in enumerate(list(self)[idx])}
+        part = VTStage.__new__(VTStage)
+        nn.ModuleList.__init__(part, list(self)[idx])
+        part.few_tokens, part.grad_checkpointing = self.few_tokens, self.grad_checkpointing
+        part.out_chs, part.training = self.out_chs, self.training
         return part
 
     @torch.jit.unused
     def _check_norms(self, x: torch.Tensor) -> None:
-        if any(m.training and isinstance(m, nn.BatchNorm2d) for m in self.modules()):
+        if any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()):
             _check_different(x, self.few_tokens)
 
     def forward(
@@ -185,7 +200,7 @@ class VTStage(nn.ModuleList):
         Returns:
             The refined feature map (B, C_out, H, W) and the tokens of the last module (B, L, CT).
         """
-        if self.few_tokens and not torch.jit.is_scripting():
+        if self.few_tokens and not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             self._check_norms(x)
         for module in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():

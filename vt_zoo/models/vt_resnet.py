@@ -27,8 +27,11 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from vt_zoo.inference import InferenceStage, fold_norms
+from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers.vt_stage import check_choice, check_positive
+
+from ._asked import AsksModel
 
 __all__ = ['VTResNet']
 
@@ -59,7 +62,7 @@ class PixelTokens(nn.Module):
         return x, x.flatten(2).transpose(1, 2)
 
 
-class VTResNet(ResNet):
+class VTResNet(AsksModel, ResNet):
     """VT-ResNet (section 4 of the paper).
 
     Feature maps, from `features_only=True` and `forward_intermediates()`, are five, as a ResNet's: the stem, stages 1
@@ -72,6 +75,8 @@ class VTResNet(ResNet):
     For classification nothing reads the map after the last VT module, so that module has no projector; with
     `features_only=True` each module has one.
     """
+
+    asked = 'vt_stage'
 
     def __init__(
             self,
@@ -212,7 +217,6 @@ class VTResNet(ResNet):
             zero_init_last=zero_init_last,
             **dd,
         )
-        self.vt_stage.reparameterize = self.reparameterize  # timm's `reparameterize_model` asks children alone
         self.feature_info.append(dict(num_chs=self.vt_stage.out_chs, reduction=output_stride, module='vt_stage'))
         self.num_classes = num_classes
         self.num_features = token_dim
@@ -229,7 +233,7 @@ class VTResNet(ResNet):
         the model is as it was.
         """
         stage = self.vt_stage
-        if isinstance(stage, VTStage):
+        if type(stage) is VTStage and runs_alone(stage):
             self.vt_stage = InferenceStage(stage)
         try:
             fold_norms(self)
@@ -320,7 +324,6 @@ class VTResNet(ResNet):
             self.maxpool = nn.Identity()
         if max_index < 4:
             self.vt_stage = PixelTokens()
-            self.vt_stage.reparameterize = self.reparameterize
             self.output_stride = 0  # nothing left to pool
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or max_index < 4:

@@ -24,6 +24,7 @@ from timm.utils import reparameterize_model
 from vt_zoo.inference import fold_norms, merge_neck
 from vt_zoo.layers import VTNeck
 
+from .._asked import AsksModel
 from .decoder import FPNNeck, PanopticDecoder
 
 __all__ = ['VTFPN', 'PanopticFPN']
@@ -44,13 +45,14 @@ def _check_norm(norm_layer: Any) -> None:
         raise ValueError(f"norm_layer must be timm's name of a norm or a class, got {norm_layer!r}")
 
 
-class PyramidModel(SegmentationModel):
+class PyramidModel(AsksModel, SegmentationModel):
     """An encoder, a neck over its maps of stride 4, 8, 16 and 32, the head of the panoptic FPN.
 
     Images (B, in_channels, H, W) of any size become logits (B, classes, H, W). `from_pretrained` reads safetensors only
     and never fetches the encoder's own weights, which the model's replace.
     """
 
+    asked = 'decoder'
     requires_divisible_input_shape = False
     num_levels = 4
 
@@ -91,7 +93,6 @@ class PyramidModel(SegmentationModel):
         self.classification_head = None
         self.name = f'{type(self).__name__.lower()}-{encoder_name}'
         initialize_head(self.segmentation_head)
-        self.decoder.reparameterize = self.reparameterize  # timm's `reparameterize_model` asks children alone
 
     def reparameterize(self) -> None:
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.

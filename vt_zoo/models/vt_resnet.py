@@ -442,7 +442,7 @@ default_cfgs = generate_default_cfgs({
 
 def _fits_json(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.JSONEncoder().encode(value)
     except (TypeError, ValueError):
         return False
     return value is not None

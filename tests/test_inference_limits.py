@@ -59,20 +59,18 @@ class Foreign(nn.Module):
 
 
 def hook(path, function=double):
-    return lambda stage: stage.get_submodule(path).register_forward_hook(function)
+    return f'hook on {path}', lambda stage: stage.get_submodule(path).register_forward_hook(function)
 
 
 def put(path, module):
     def change(stage):
         parent, _, name = path.rpartition('.')
         setattr(stage.get_submodule(parent), name, module)
-    return change
+    return f'{type(module).__name__} as {path}', change
 
 
 def become(path, cls):
-    def change(stage):
-        stage.get_submodule(path).__class__ = cls
-    return change
+    return f'{path} of {cls.__name__}', lambda stage: setattr(stage.get_submodule(path), '__class__', cls)
 
 
 @pytest.mark.parametrize('change', [
@@ -82,13 +80,13 @@ def become(path, cls):
     put('0.projector.softmax', Warm()), put('1.tokenizer.softmax', nn.Sigmoid()),
     put('1.tokenizer.key', nn.Conv2d(24, 24, 3, padding=1, dtype=torch.float64)),
     become('0.tokenizer', OwnTokenizer), become('1', OwnModule), become('0.projector', OwnProjector),
-    put('1', Foreign())], ids=str)
+    put('1', Foreign())], ids=lambda change: change[0])
 def test_what_people_put_into_a_stage_stays(change):
     stage = stage_of()
     x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
     with torch.no_grad():
         before = stage(x)
-        change(stage)
+        change[1](stage)
         expected = stage(x)
         assert any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(expected, before)), 'the change is none'
         for result, other in zip(InferenceStage(stage)(x), expected):

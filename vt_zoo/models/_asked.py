@@ -5,8 +5,6 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 
-__all__ = ['AsksModel']
-
 
 class _OfModel:
     """A model's `reparameterize`, as a child offers it: in a copy of the model the copy's, in a child alone none."""

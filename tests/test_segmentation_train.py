@@ -467,7 +467,7 @@ def test_label_out_of_range(my_composed, segment_settings, tmp_path, workers, in
     ({'encoder_name': 'tu-no_such_encoder'}, "encoder 'tu-no_such_encoder' cannot be made"),
     ({'encoder_name': 'no_such_encoder'}, "encoder 'no_such_encoder' cannot be made"),
     ({'encoder_name': 'tu-test_vit'}, "encoder 'tu-test_vit' cannot be made"),
-    ({'encoder_name': 'tu-test_coatnet'}, 'tu-test_coatnet does not take images of 3x32x32'),
+    ({'encoder_name': 'tu-coatnet_pico_rw_224'}, 'tu-coatnet_pico_rw_224 does not take images of 3x32x32'),
     ({'batch_size': 1}, 'a batch of 1 crops of 32x32 cannot be trained'),
     ({'format': 'voc'}, "'voc'"),
     ({'format': 'lip'}, 'TrainVal_images'),
@@ -590,7 +590,7 @@ def test_gradients_of_two_processes(
     one, two = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('one', 'two'))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)
     for row, expected in zip(history(tmp_path / 'two'), history(tmp_path / 'one'), strict=True):
-        assert row == pytest.approx(expected, rel=1e-4)
+        assert row == pytest.approx(expected, rel=1e-3)
     assert sorted(os.listdir(tmp_path / 'two')) == WRITTEN
     assert printed.count('models     ') == printed.count('iteration 8:') == 1
 
@@ -622,9 +622,20 @@ def test_two_processes_that_are_killed_and_resumed(
     assert sorted(os.listdir(out)) == WRITTEN
 
 
+# gloo's threads end while Python can run: where they end as the model is freed, they and it may wait for each other
+GLOO_ENDS = '''
+import accelerate, os
+def end_training(self, end=accelerate.Accelerator.end_training):
+    threads = len(os.listdir('/proc/self/task'))
+    end(self)
+    assert len(os.listdir('/proc/self/task')) < threads
+accelerate.Accelerator.end_training = end_training
+'''
+
+
 def test_two_processes_measure_the_model_that_is_written(two_processes, distributed_words, composed, tmp_path):
     words = [*distributed_words, '--ema-decay', '0', '--iterations', '3']
-    results = two_processes(*words, '--out', tmp_path / 'run')
+    results = two_processes(*words, '--out', tmp_path / 'run', before=GLOO_ENDS)
     assert [r.code for r in results] == [0, 0], results[0].stderr
     row, metrics = history(tmp_path / 'run')[-1], measure(tmp_path / 'run' / 'last', composed)
     assert (row['miou'], row['pixel_accuracy']) == (metrics.miou, metrics.pixel_accuracy)

@@ -75,8 +75,8 @@ def test_reference_has_what_is_public(pages, path):
     name = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
     module = importlib.import_module(name)
     anchors = set().union(*(page.anchors for path, page in pages.items() if path.parent.name == 'api'))
-    public = [x for x in module.__all__ if inspect.isroutine(getattr(module, x)) or inspect.isclass(getattr(module, x))]
-    assert {f'{name}.{x}' for x in public} - anchors == set()
+    public = [x for x in map(module.__dict__.get, module.__all__) if inspect.isroutine(x) or inspect.isclass(x)]
+    assert {f'{x.__module__}.{x.__name__}' for x in public} - anchors == set()
 
 
 def test_no_option_became_a_dash(pages):

@@ -671,25 +671,35 @@ def test_vt_stage_is_equivariant_to_permuted_pixels():
 # --- head and groups
 
 
+def head(model):
+    """What a classifier is like, but for the width of the model."""
+    weight = getattr(model.fc, 'weight', None)
+    return {
+        'pool': model.global_pool.pool_type, 'training': (model.fc.training, model.global_pool.training),
+        'kind': type(model.fc), 'num_classes': model.num_classes,
+        'weight': weight is not None and (
+            weight.shape[0], weight.shape[1] / model.num_features, weight.dtype, weight.device)}
+
+
 @pytest.mark.parametrize('global_pool', ['avg', 'catavgmax'])
-def test_reset_classifier_keeps_what_it_is_not_given(global_pool):
-    model = create(global_pool=global_pool, dtype=torch.bfloat16).eval()
-    model.reset_classifier(7)
-    assert model.global_pool.pool_type == global_pool and model.num_classes == 7
-    assert model.fc.weight.shape == (7, model.head_hidden_size) and model.fc.weight.dtype == torch.bfloat16
-    assert not model.fc.training and not model.global_pool.training
-    assert model.get_classifier() is model.fc and model.get_classifier(name_only=True) == 'fc'
-    assert model(images().bfloat16()).shape == (2, 7)
+@pytest.mark.parametrize('kwargs', [{}, {'dtype': torch.bfloat16}, {'device': 'meta'}], ids=str)
+def test_reset_classifier_is_that_of_timm(global_pool, kwargs):
+    """Newer versions of timm keep pooling, type, device and mode, older ones take their defaults."""
+    ours, theirs = (create(name, global_pool=global_pool, **kwargs) for name in ('test_vt_resnet', 'test_resnet'))
+    for training in False, True:
+        for words in (7,), (0,), (3, 'max'), (5, 'catavgmax'):
+            for model in ours, theirs:
+                model.train(training).reset_classifier(*words)
+            assert head(ours) == head(theirs)
+            assert ours.get_classifier() is ours.fc and ours.get_classifier(name_only=True) == 'fc'
 
-    model.train().reset_classifier(0)
-    assert isinstance(model.fc, nn.Identity) and model.fc.training and model.global_pool.pool_type == global_pool
-    model.reset_classifier(3, 'max')
-    assert model.global_pool.pool_type == 'max' and model.head_hidden_size == 128
-    assert model.fc.training and model(images().bfloat16()).shape == (2, 3)
 
-    meta = create(device='meta')
-    meta.reset_classifier(7)
-    assert meta.fc.weight.is_meta
+def test_model_runs_after_reset_classifier():
+    model = create(global_pool='catavgmax').eval()
+    for words, outputs in (((7, 'catavgmax'), 7), ((0, 'avg'), 128), ((3, 'max'), 3)):
+        model.reset_classifier(*words)
+        assert model.global_pool.pool_type == words[1]
+        assert model(images()).shape == (2, outputs)
 
 
 @pytest.mark.parametrize('coarse', [False, True])

@@ -5,9 +5,10 @@ import random
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple, Union
 
 import numpy as np
 from tqdm import tqdm
@@ -97,7 +98,8 @@ def quantize_static_arguments(graph: Any) -> Dict[str, Any]:
     return {
         'quant_format': QuantFormat.QDQ, 'calibrate_method': CalibrationMethod.MinMax, 'per_channel': True,
         'activation_type': QuantType.QUInt8, 'weight_type': QuantType.QInt8, 'reduce_range': True,
-        'op_types_to_quantize': [*WEIGHTED, *OF_MAPS], 'nodes_to_quantize': choose_nodes(graph),
+        # Softmax is not among the nodes, but onnxruntime 1.20 asks for the range of every one
+        'op_types_to_quantize': [*WEIGHTED, *OF_MAPS, 'Softmax'], 'nodes_to_quantize': choose_nodes(graph),
         'extra_options': {'OpTypesToExcludeOutputQuantization': ['Gemm', 'MatMul']}}
 
 
@@ -226,9 +228,29 @@ def _write(file: Path, images: Iterator[np.ndarray], path: Path) -> Dict[str, Tu
     graph = onnx.load(prepared).graph
     arguments = quantize_static_arguments(graph)
     quantize_static(prepared, path, Reader(images), **arguments)
+    _sort(path)
     total = Counter(node.op_type for node in graph.node)
     chosen = Counter(node.op_type for node in graph.node if node.name in set(arguments['nodes_to_quantize']))
     return {op: (chosen[op], total[op]) for op in WEIGHTED if total[op]}
+
+
+def _inputs(node: Any) -> Set[str]:
+    """Names that a node takes, those that its subgraphs take from outside among them."""
+    inner = [n for attribute in node.attribute if attribute.HasField('g') for n in attribute.g.node]
+    return set(node.input).union(*map(_inputs, inner))
+
+
+def _sort(path: Path) -> None:
+    """Put nodes after those that they need: onnxruntime's tools overlook what a loop's body needs."""
+    import onnx
+
+    model = onnx.load(path)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    makers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    needed = {i: {makers[name] for name in _inputs(node) if name in makers} for i, node in enumerate(nodes)}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes[i] for i in TopologicalSorter(needed).static_order())
+    onnx.save(model, path)
 
 
 def _compare(file: Path, other: Path, images: Iterator[np.ndarray]) -> Tuple[float, float, float]:

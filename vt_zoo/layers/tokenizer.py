@@ -67,7 +67,7 @@ class AttentionTokenizer(nn.Module):
         attn = self.softmax(in_float32(finite(logits)))  # A^T
         tokens = gather(attn, self.value(x))
         if self.position_code is not None:
-            shares = attn.to(tokens.dtype).unflatten(-1, x.shape[2:])
+            shares = attn.to(tokens.dtype).view(x.shape[0], -1, x.shape[2], x.shape[3])
             tokens = torch.cat([tokens, self.position_code(shares)], dim=-1)
         return tokens
 

@@ -7,6 +7,7 @@ Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Model
 No code was published with it. This is an independent implementation on timm's ResNet: stem and stages 1 to 3 are timm's
 own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
 """
+import json
 import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
@@ -35,8 +36,8 @@ _logger = logging.getLogger(__name__)
 
 CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
     'in_chans', 'output_stride', 'global_pool', 'layers', 'channels', 'cardinality', 'base_width', 'stem_width',
-    'stem_type', 'replace_stem_pool', 'block_reduce_first', 'down_kernel_size', 'avg_down', 'feature_dim', 'token_dim',
-    'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
+    'stem_type', 'replace_stem_pool', 'block_reduce_first', 'down_kernel_size', 'avg_down', 'block_args', 'feature_dim',
+    'token_dim', 'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
     'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
 
 
@@ -436,6 +437,14 @@ default_cfgs = generate_default_cfgs({
 })
 
 
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return value is not None
+
+
 def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTResNet:
     if kwargs.get('features_only', False):
         if not kwargs.get('projector', True):
@@ -450,8 +459,7 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
         **kwargs,
     )
     # timm keeps them since 1.0.31; drop rates are of a training
-    model.creation_args = {
-        k: v for k, v in kwargs.items() if k in CREATION_ARGS and isinstance(v, (bool, int, float, str, tuple, list))}
+    model.creation_args = {k: v for k, v in kwargs.items() if k in CREATION_ARGS and _fits_json(v)}
     return model
 
 

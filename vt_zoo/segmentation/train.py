@@ -1,4 +1,5 @@
 """Training a segmentation model: plain torch, with accelerate for devices, mixed precision and several processes."""
+import gc
 import json
 import logging
 import os
@@ -259,6 +260,16 @@ class _Run:
                 f'{self.validation["images"]} now): measures up to iteration {self.iteration} and best/ are of the old '
                 'one')
 
+    def end(self) -> None:
+        """Free what distributes the model, then part from the other processes.
+
+        The other way round it is the model that frees gloo, and waits for its threads while they wait for Python.
+        """
+        del self.trained, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
+
 
 def train(
         data_dir: Union[str, Path],
@@ -377,7 +388,6 @@ def _train(
         run.write_model(last_dir, metrics)
         write_history(out / 'history.csv', run.history)
         checkpoint.unlink()
-    accelerator.wait_for_everyone()  # else gloo may still free tensors while its threads are joined, and wait for ever
-    accelerator.end_training()
+    run.end()
     return SegmentResult(
         best_dir, last_dir, max(line['miou'] for line in run.history), metrics, time.monotonic() - start)

@@ -1,0 +1,313 @@
+"""Where the paper leaves the VT module open: norms, start values, filters. One change at a time from what it is.
+
+    python benchmarks/design.py --data-dir CIFAR10 --work-dir runs
+
+trains each variant on two tasks and writes benchmarks/results/design.md and .json: photographs (CIFAR-10 as JPEG files,
+see benchmarks/cifar.py; 32x32 with a stem of stride 1, so that the VT modules see 8x8 pixels) and the sums of two
+handwritten digits of benchmarks/ablations.py (96x96 without pooling in the stem, 12x12 pixels). Runs are recorded one
+by one and continued after their last epoch; `--variants`, `--tasks`, `--seeds`, `--epochs` and `--pictures` choose. A
+run of 6 epochs of 20,000 photographs takes about 13 minutes on one thread.
+
+A variant is a change of the modules of a created model, so that nothing of it stands in the package unless it wins.
+`A+B` makes both changes.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Callable, Dict, List, Tuple
+
+import ablations
+import timm
+import torch
+import torch.nn as nn
+from cifar import accuracy, crop_and_flip, decay_weights, fit, give_small_stem, load_cifar, normalise
+from timm.models.resnet import BasicBlock, ResNet
+from timm.optim import create_optimizer_v2
+from tqdm import tqdm
+from versions import versions
+
+from vt_zoo.analysis.capture import capture
+from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
+from vt_zoo.checkpoint import whole
+from vt_zoo.layers import RecurrentTokenizer, VTStage
+
+RESULTS = Path(__file__).parent / 'results'
+MODULES = 3
+RESNET = 'ResNet, same trunk'
+OPTIONS = {  # ablations of the paper, by the model's own options
+    'no recurrent tokenizer': {'recurrent': False}, 'no projector': {'projector': False},
+    'pooling tokenizer': {'tokenizer': 'pooling'}, 'tokens not related': {'token_mixer': 'none'}}
+
+
+class LearnedFilters(nn.Module):
+    """W_R = T W_TR + B: a learned filter of each token beside the one that the tokens make."""
+
+    def __init__(self, query: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.query = query
+        self.filters = nn.Parameter(torch.randn(num_tokens, query.conv.out_features))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.query(tokens) + self.filters
+
+
+class Embedded(nn.Module):
+    """Tokens with a learned embedding of each added."""
+
+    def __init__(self, embed: nn.Module, num_tokens: int, token_dim: int) -> None:
+        super().__init__()
+        self.embed = embed
+        self.of_token = nn.Parameter(0.5 * torch.randn(num_tokens, token_dim))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embed(tokens) + self.of_token
+
+
+class Competition(nn.Module):
+    """Softmax over the tokens, then over the pixels by their sum: tokens compete for pixels, as in slot attention."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        shares = logits.softmax(1)
+        return shares / shares.sum(-1, keepdim=True)
+
+
+class TokenLayerNorm(nn.Module):
+    """LayerNorm of tokens that come as an image of one row (B, C, 1, L)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(norm.num_features)
+        self.norm.weight.data.copy_(norm.weight.data)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.transpose(1, -1)).transpose(1, -1)
+
+
+def _recurrent(stage: VTStage) -> List[RecurrentTokenizer]:
+    return [module.tokenizer for module in stage if isinstance(getattr(module, 'tokenizer', None), RecurrentTokenizer)]
+
+
+def learned_filters(stage: VTStage) -> None:
+    for tokenizer in _recurrent(stage):
+        tokenizer.query = LearnedFilters(tokenizer.query, 16)
+
+
+def recurrence_from_zero(stage: VTStage) -> None:
+    for tokenizer in _recurrent(stage):
+        nn.init.zeros_(getattr(tokenizer.query, 'query', tokenizer.query).norm.weight)
+
+
+def embedding(stage: VTStage) -> None:
+    for module in stage:
+        module.embed = Embedded(module.embed, 16, module.transformer.fc1.conv.in_features)
+
+
+def competition(stage: VTStage) -> None:
+    for module in stage:
+        module.tokenizer.softmax = Competition()
+
+
+def sharp_logits(stage: VTStage) -> None:
+    for module in stage:
+        nn.init.constant_(module.tokenizer.logit_norm.weight, 3.)
+
+
+def no_logit_norm(stage: VTStage) -> None:
+    for module in stage:
+        module.tokenizer.logit_norm = nn.Identity()
+
+
+def orthogonal_filters(stage: VTStage) -> None:
+    for module in stage:
+        if hasattr(module.tokenizer, 'filters'):
+            nn.init.orthogonal_(module.tokenizer.filters.weight)
+
+
+def no_pixel_norms(stage: VTStage) -> None:
+    """No norm on value, key and query maps of pixels, so that they could be maps of tokens in training already."""
+    for module in stage:
+        for part in (module.tokenizer, module.projector):
+            for name in ('value', 'key', 'query'):
+                layer = getattr(part, name, None)
+                if layer is not None and isinstance(getattr(layer, 'conv', None), nn.Conv2d):
+                    layer.norm = nn.Identity()
+
+
+def layer_norm_of_tokens(stage: VTStage) -> None:
+    for module in stage:
+        for part in (module.embed, module.transformer, getattr(module.projector, 'value', None)):
+            for layer in part.modules() if part is not None else ():
+                if isinstance(getattr(layer, 'norm', None), nn.BatchNorm2d):
+                    layer.norm = TokenLayerNorm(layer.norm)
+
+
+def projection_from_one(stage: VTStage) -> None:
+    """The projection starts as large as the map that it is added to, and not at zero."""
+    for module in stage:
+        if module.projector is not None:
+            nn.init.ones_(module.projector.value.norm.weight)
+
+
+CHANGES: Dict[str, Callable[[VTStage], None]] = {
+    'learned filters': learned_filters, 'recurrence from zero': recurrence_from_zero, 'embedding': embedding,
+    'competition': competition, 'sharp logits': sharp_logits, 'no logit norm': no_logit_norm,
+    'orthogonal filters': orthogonal_filters, 'no pixel norms': no_pixel_norms,
+    'layer norm of tokens': layer_norm_of_tokens, 'projection from one': projection_from_one}
+VARIANTS = [
+    RESNET, 'today', *OPTIONS, *(c for c in CHANGES if c != 'recurrence from zero'),
+    'learned filters+recurrence from zero', 'learned filters+no pixel norms']
+
+
+def change(model: nn.Module, variant: str) -> nn.Module:
+    """Make the changes of a variant, those that are no options."""
+    for name in variant.split('+'):
+        if name in CHANGES:
+            CHANGES[name](model.vt_stage)
+    return model
+
+
+def options_of(variant: str) -> dict:
+    """Options of the model that a variant has."""
+    return {k: v for name in variant.split('+') for k, v in OPTIONS.get(name, {}).items()}
+
+
+def create(task: str, variant: str) -> nn.Module:
+    """The model of a task."""
+    if task == 'photographs':
+        if variant == RESNET:
+            return give_small_stem(ResNet(BasicBlock, (1, 1, 1, 1), channels=(32, 48, 96, 128), num_classes=10))
+        model = timm.create_model(
+            'test_vt_resnet', num_classes=10, layers=(1, 1, 1, MODULES), **options_of(variant))
+        return change(give_small_stem(model), variant)
+    trunk = {**ablations.TRUNK, 'layers': (1, 1, 1, 1 if variant == RESNET else MODULES)}
+    if variant == RESNET:
+        model = ResNet(channels=(*ablations.VT['channels'], ablations.VT['feature_dim']), **trunk)
+    else:
+        model = change(timm.create_model('test_vt_resnet', **trunk, **ablations.VT, **options_of(variant)), variant)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def load(task: str, data_dir: Path, pictures: int) -> Tuple[Callable, torch.Tensor, Callable, torch.Tensor]:
+    """How to pick training and test pictures by their indices, and their classes."""
+    if task == 'photographs':
+        data = load_cifar(data_dir)
+        (x, y), (x_test, y_test) = data['train'], data['test']
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(123))[:pictures]
+        x, y = x[chosen], y[chosen]
+        return lambda i, g: normalise(crop_and_flip(x[i], g)), y, lambda i: normalise(x_test[i]), y_test
+    data = ablations.load_data()
+    (x, y), (x_test, y_test) = data['train'], data['test']
+    return lambda i, g: x[i], y, lambda i: x_test[i], y_test
+
+
+def how_alike(model: nn.Module, x: torch.Tensor) -> List[dict]:
+    """How alike the tokens of each module are, on average over pictures."""
+    if not hasattr(model, 'vt_stage'):
+        return []
+    return [{
+        'correlation': None if record.attention is None else attention_correlation(record.attention).mean().item(),
+        'cosine': token_cosine(record.tokens).mean().item(), 'rank': effective_rank(record.tokens).mean().item(),
+    } for record in capture(model, x)]
+
+
+def train(task: str, variant: str, seed: int, epochs: int, pictures: int, data_dir: Path, work_dir: Path) -> dict:
+    """Train a variant; its test accuracy is that after the last epoch."""
+    torch.set_num_threads(1)
+    pick, classes, pick_test, test_classes = load(task, data_dir, pictures)
+    torch.manual_seed(seed)
+    model = create(task, variant).to(memory_format=torch.channels_last)
+    if task == 'photographs':
+        optimizer = torch.optim.SGD(decay_weights(model, 5e-4), 0.1, 0.9, nesterov=True)
+        batch_size = 128
+    else:
+        optimizer = create_optimizer_v2(model, 'adamw', lr=ablations.LR, weight_decay=ablations.WEIGHT_DECAY)
+        batch_size = ablations.BATCH
+    state = work_dir / f'{task}_{variant}_{seed}_{epochs}_{pictures}.safetensors'.replace(' ', '_')
+    start = time.process_time()
+    at_start = how_alike(model, pick_test(torch.arange(64)))
+    losses = fit(model, pick, classes, optimizer, epochs, batch_size, seed, state)
+    result = {
+        'task': task, 'variant': variant, 'seed': seed, 'epochs': epochs, 'pictures': len(classes), 'loss': losses,
+        'test': accuracy(model, pick_test, test_classes), 'at_start': at_start,
+        'tokens': how_alike(model, pick_test(torch.arange(256))),
+        'parameters': sum(p.numel() for p in model.parameters()), 'cpu_seconds': round(time.process_time() - start)}
+    state.unlink()
+    return result
+
+
+def report(runs: List[dict], environment: str) -> str:
+    """The result as Markdown."""
+    lines = [
+        '# Variants of the VT module', '', f'Command: `python benchmarks/design.py --data-dir DIR`. {environment}', '',
+        'Test accuracy after the last epoch in percent, each seed and their mean; loss of the last epoch; rank of the '
+        'tokens of each module after training. CIFAR-10 as JPEG files, which is not the official data.']
+    schedules = sorted({(r['task'], r['epochs'], r['pictures']) for r in runs})
+    for task, epochs, pictures in schedules:
+        lines += [
+            '', f'## {task}, {epochs} epochs of {pictures}', '',
+            '| variant | parameters, M | test accuracy | each seed | loss | rank of the tokens |', f'|{"---|" * 6}']
+        mine = [r for r in runs if (r['task'], r['epochs'], r['pictures']) == (task, epochs, pictures)]
+        for variant in dict.fromkeys([*VARIANTS, *(r['variant'] for r in mine)]):
+            same = sorted((r for r in mine if r['variant'] == variant), key=lambda r: r['seed'])
+            if same:
+                lines.append(_row(variant, same))
+    return '\n'.join([*lines, ''])
+
+
+def _row(variant: str, runs: List[dict]) -> str:
+    ranks = [statistics.mean(ranks) for ranks in zip(*([t['rank'] for t in r['tokens']] for r in runs))]
+    cells = (
+        variant, f'{runs[0]["parameters"] / 1e6:.2f}', f'{statistics.mean(r["test"] for r in runs):.1f}',
+        ', '.join(f'{r["test"]:.1f}' for r in runs), f'{statistics.mean(r["loss"][-1] for r in runs):.3f}',
+        ', '.join(f'{rank:.1f}' for rank in ranks))
+    return f'| {" | ".join(cells)} |'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder of CIFAR-10 as JPEG files')
+    parser.add_argument('--work-dir', type=Path, default=Path('design_runs'), help='folder for unfinished runs')
+    parser.add_argument('--tasks', nargs='+', default=['photographs', 'sums'], choices=['photographs', 'sums'])
+    parser.add_argument('--variants', nargs='+', default=VARIANTS, metavar='NAME')
+    parser.add_argument('--seeds', type=int, default=2)
+    parser.add_argument('--epochs', type=int, default=6)
+    parser.add_argument('--pictures', type=int, default=20000, help='training photographs (default: %(default)s)')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
+    args = parser.parse_args()
+    unknown = {name for v in args.variants for name in v.split('+')} - {*CHANGES, *OPTIONS, RESNET, 'today'}
+    if unknown:
+        parser.error(f'--variants must be of {", ".join([RESNET, "today", *OPTIONS, *CHANGES])}, got {min(unknown)!r}')
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    log = args.out / 'design.json'
+    runs = json.loads(log.read_text())['runs'] if log.exists() else []
+    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+    done = {(r['task'], r['variant'], r['seed'], r['epochs'], r['pictures']) for r in runs}
+    if 'photographs' in args.tasks:
+        load_cifar(args.data_dir)  # before processes do so at the same time
+    jobs = []
+    for task in args.tasks:
+        pictures = args.pictures if task == 'photographs' else ablations.TRAIN_IMAGES
+        jobs += [
+            (task, variant, seed, args.epochs, pictures) for seed in range(args.seeds) for variant in args.variants
+            if (task, variant, seed, args.epochs, pictures) not in done]
+    with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
+        futures = [pool.submit(train, *job, args.data_dir, args.work_dir) for job in jobs]
+        for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
+            runs.append(future.result())
+            with whole(log) as new:
+                new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
+            with whole(args.out / 'design.md') as new:
+                new.write_text(report(runs, environment))
+    print(report(runs, environment))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,17 +1,18 @@
 """The VT stage: VT modules one after another, in place of the last stage of a convolutional backbone."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Dict, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType, get_norm_layer
+from timm.layers import LayerType
 from torch.utils.checkpoint import checkpoint
 
+from ._checks import check_choice, check_norm, check_positive
 from .token_mixer import GraphMixer, LinearMixer
 from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer
 from .transformer import TokenTransformer
 from .vt_module import DynamicVTModule, TokenModule, VTModule
 
-__all__ = ['VTStage', 'check_choice', 'check_positive']
+__all__ = ['VTStage']
 
 TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the first module, of those after it
     'filter': (FilterTokenizer, RecurrentTokenizer),
@@ -24,27 +25,6 @@ TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
     'none': LinearMixer,
 }
 FEW_TOKENS = 2  # with more of them those of one image differ enough for batch norms
-
-
-def check_choice(name: str, value: Any, choices: List[Any]) -> None:
-    """Raise ValueError where an argument is none of the choices."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(repr(c) for c in choices)}, got {value!r}')
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise ValueError where an argument is no whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}')
-
-
-def _check_norm(norm_layer: Any) -> None:
-    try:
-        known = get_norm_layer(norm_layer) is not None
-    except KeyError:
-        known = False
-    if not known:
-        raise ValueError(f"norm_layer must be timm's name of a norm or a class, got {norm_layer!r}")
 
 
 def _check_different(x: torch.Tensor, num_tokens: int) -> None:
@@ -141,10 +121,9 @@ class VTStage(nn.ModuleList):
         rates = list(drop_path) if isinstance(drop_path, (list, tuple)) else [float(drop_path)] * depth
         if len(rates) != depth:
             raise ValueError(f'drop_path must be one rate or one for each of {depth} modules, got {drop_path!r}')
-
         if not all(0 <= rate < 1 for rate in rates):
             raise ValueError(f'drop_path must be at least 0 and below 1, got {drop_path!r}')
-        _check_norm(norm_layer)
+        check_norm(norm_layer)
 
         self.few_tokens = num_tokens if num_tokens <= FEW_TOKENS else 0
         self.grad_checkpointing = False

@@ -29,7 +29,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from vt_zoo.inference import InferenceStage, fold_norms
 from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
-from vt_zoo.layers.vt_stage import check_choice, check_positive
+from vt_zoo.layers._checks import check_choice, check_positive
 
 from ._asked import AsksModel
 

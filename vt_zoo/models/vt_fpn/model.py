@@ -18,31 +18,17 @@ from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
-from timm.layers import LayerType, get_norm_layer
+from timm.layers import LayerType
 from timm.utils import reparameterize_model
 
 from vt_zoo.inference import fold_norms, merge_neck
 from vt_zoo.layers import VTNeck
+from vt_zoo.layers._checks import check_norm, check_positive
 
 from .._asked import AsksModel
 from .decoder import FPNNeck, PanopticDecoder
 
 __all__ = ['VTFPN', 'PanopticFPN']
-
-
-def _check_positive(name: str, value: Any, multiple_of: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % multiple_of:
-        allowed = 'a whole number of at least 1' if multiple_of == 1 else f'a multiple of {multiple_of}'
-        raise ValueError(f'{name} must be {allowed}, got {value!r}')
-
-
-def _check_norm(norm_layer: Any) -> None:
-    try:
-        known = get_norm_layer(norm_layer) is not None
-    except KeyError:
-        known = False
-    if not known:
-        raise ValueError(f"norm_layer must be timm's name of a norm or a class, got {norm_layer!r}")
 
 
 class PyramidModel(AsksModel, SegmentationModel):
@@ -77,10 +63,10 @@ class PyramidModel(AsksModel, SegmentationModel):
             Others are those of `VTFPN`.
         """
         super().__init__()
-        _check_positive('in_channels', in_channels)
-        _check_positive('classes', classes)
-        _check_positive('pyramid_channels', pyramid_channels)
-        _check_positive('head_channels', head_channels, multiple_of=32)  # groups of the group norm
+        check_positive('in_channels', in_channels)
+        check_positive('classes', classes)
+        check_positive('pyramid_channels', pyramid_channels)
+        check_positive('head_channels', head_channels, multiple_of=32)  # groups of the group norm
         depth = encoder_args.get('depth', 5)
         if depth != 5:
             raise ValueError(f'depth must be 5, which gives maps of stride 4, 8, 16 and 32, got {depth!r}')
@@ -197,9 +183,9 @@ class VTFPN(PyramidModel):
         Raises:
             ValueError: An argument is outside what is allowed.
         """
-        _check_positive('num_tokens', num_tokens)
-        _check_positive('token_dim', token_dim)
-        _check_norm(norm_layer)
+        check_positive('num_tokens', num_tokens)
+        check_positive('token_dim', token_dim)
+        check_norm(norm_layer)
         super().__init__(
             encoder_name, encoder_weights, in_channels, classes, activation, pyramid_channels, head_channels, VTNeck,
             {'num_tokens': num_tokens, 'token_dim': token_dim, 'norm_layer': norm_layer}, kwargs)

@@ -127,11 +127,11 @@ class InferenceStage(nn.ModuleList):
         super().__init__(copy.deepcopy(module) for module in stage)
         self.out_chs = stage.out_chs
         for module in self:
+            if isinstance(module, (VTModule, TokenModule)):
+                fold_maps(module)
             if type(module) in (VTModule, DynamicVTModule):
                 merge_tokenizer(module)
                 module.projector = merge_projector(module.projector)
-            if isinstance(module, (VTModule, TokenModule)):
-                fold_maps(module)
             for part in module.modules():
                 if isinstance(getattr(part, 'drop_path', None), DropPath) and runs_alone(part.drop_path):
                     part.drop_path = nn.Identity()
@@ -153,9 +153,8 @@ def merge_neck(neck: VTNeck) -> VTNeck:
     """
     if not isinstance(neck, VTNeck):
         raise TypeError(f'neck must be a VTNeck, got {type(neck).__name__}')
-    merged = copy.deepcopy(neck)
+    merged = fold_maps(copy.deepcopy(neck))
     merged.projectors = nn.ModuleList(merge_projector(projector) for projector in merged.projectors)
-    fold_maps(merged)
     for tokenizer in merged.tokenizers:
         merge_logit_norm(tokenizer)
     return merged.train(neck.training)
@@ -182,9 +181,8 @@ def _folded(layer: nn.Module) -> nn.Module:
 
 
 def merge_tokenizer(module: VTModule) -> None:
-    """Fold the norms of a module's tokenizer and `embed`, and move its value and key maps to the tokens, in place."""
-    tokenizer, embed = fold_maps(module.tokenizer), fold_maps(module.embed)
-    module.embed = embed
+    """Move the value and key maps of a module's tokenizer to the tokens, in place, where their norms are folded."""
+    tokenizer, embed = module.tokenizer, module.embed
     if type(tokenizer) not in (FilterTokenizer, RecurrentTokenizer, ClusteringTokenizer):
         return
     if not _is_softmax(tokenizer.softmax):
@@ -226,10 +224,7 @@ def merge_logit_norm(tokenizer: nn.Module) -> None:
 
 
 def merge_projector(projector: Optional[nn.Module]) -> Optional[nn.Module]:
-    """A projector's inference form; its norms alone are folded where its query map cannot go."""
-    if projector is None:
-        return None
-    projector = fold_maps(projector)
+    """A projector whose query map is merged into its key map, or the projector where its norms or options forbid it."""
     if type(projector) is not Projector or projector.num_heads > 1 or not _is_softmax(projector.softmax):
         return projector
     if not (runs_alone(projector) and runs_alone(projector.drop_path)):

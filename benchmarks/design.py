@@ -130,13 +130,17 @@ def orthogonal_filters(stage: VTStage) -> None:
 
 
 def no_pixel_norms(stage: VTStage) -> None:
-    """No norm on value, key and query maps of pixels, so that they could be maps of tokens in training already."""
+    """No norm on value, key and query maps of pixels, so that they could be maps of tokens in training already.
+
+    Their weights start so that the variance of what they are given is kept.
+    """
     for module in stage:
         for part in (module.tokenizer, module.projector):
             for name in ('value', 'key', 'query'):
                 layer = getattr(part, name, None)
                 if layer is not None and isinstance(getattr(layer, 'conv', None), nn.Conv2d):
                     layer.norm = nn.Identity()
+                    nn.init.normal_(layer.conv.weight, std=layer.conv.weight.shape[1] ** -0.5)
 
 
 def layer_norm_of_tokens(stage: VTStage) -> None:

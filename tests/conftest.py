@@ -1,4 +1,5 @@
 """Fixtures shared by the tests: processes of the command line, folders of digits, trained models."""
+import gc
 import json
 import os
 import shutil
@@ -25,9 +26,11 @@ SEGMENT_MODULES = ['vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train', 'vt_zoo.
 # interpreter down: that saves seconds a job. The hub's client, which reads its variables when it is imported, reads
 # those of the job.
 FORKS = '''
-import atexit, importlib, json, os, signal, sys, traceback
+import atexit, gc, importlib, json, os, signal, sys, traceback
 for name in sys.argv[1:]:
     importlib.import_module(name)
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -91,6 +94,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if 'timm_clone' in item.fixturenames:
             item.add_marker('timm_scripts')
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of later collections of garbage: accelerate asks for two a run, half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 def lines_of(text):

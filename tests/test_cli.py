@@ -459,6 +459,7 @@ def test_predict_onto_a_full_disk(command, picture, tiny_model):
     check_refused(command('predict', picture, '--model', tiny_model, '--json', out='/dev/full'))
 
 
+@pytest.mark.slow
 def test_reader_that_goes_away(picture, tiny_model):
     process = subprocess.Popen(
         [sys.executable, '-m', 'vt_zoo', 'predict', picture, '--model', tiny_model],
@@ -484,6 +485,7 @@ def interrupt_at_checkpoint(words, out):
     return stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path):
     out = tmp_path / 'run'
     words = ['finetune', few_digits, *tiny_arguments, '--epochs', '5', '--out']

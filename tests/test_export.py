@@ -334,8 +334,9 @@ def test_missing_compiler(command, tmp_path):
 
 
 @pytest.mark.parametrize('words', [
-    ['--format', 'torchscript', '--out', 'a.pt'], ['--format', 'onnx', '--out', 'a.onnx'],
-    ['--format', 'pt2', '--out', 'a.pt2']], ids=lambda words: words[1])
+    ['--format', 'torchscript', '--out', 'a.pt'],
+    pytest.param(['--format', 'onnx', '--out', 'a.onnx'], marks=pytest.mark.slow),
+    pytest.param(['--format', 'pt2', '--out', 'a.pt2'], marks=pytest.mark.slow)], ids=lambda words: words[1])
 def test_full_disk(command, limit_file_size, tmp_path, words):
     result = command('export', 'test_vt_resnet', *words, cwd=tmp_path, before=limit_file_size(500_000))
     assert (result.code, len(result.lines)) == (2, 2), result.stderr

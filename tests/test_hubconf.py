@@ -182,6 +182,7 @@ def test_load_gives_the_model_of_timm(hub):
     assert hub['same_outputs']
 
 
+@pytest.mark.slow
 def test_document_from_a_clone(python, checkout, tmp_path):
     (tmp_path / 'clone').symlink_to(checkout)
     check_shipped_model(python(FROM_CLONE + REPORT, cwd=tmp_path), tmp_path / 'clone')

@@ -196,6 +196,7 @@ def test_pipe_as_checkpoint_of_a_run(command, few_digits, tiny_arguments, pipe, 
 
 # --- two processes at one place
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(command, few_digits, tiny_arguments, tmp_path):
     """The second is refused; where the first is killed, the next goes on with its run at once."""
     out = tmp_path / 'run'
@@ -345,6 +346,7 @@ def picture_of_noise(digits):
 
 # --- how Python was started
 
+@pytest.mark.slow  # Python compiles all of torch anew
 def test_help_without_docstrings():
     code = (
         'import io, sys\nfrom contextlib import redirect_stdout, suppress\nfrom vt_zoo.cli.main import COMMANDS, main\n'
@@ -381,6 +383,7 @@ def test_commands_without_docstrings_and_asserts(
     assert 'docstrings' in result.stderr and not (tmp_path / 'segmented').exists()
 
 
+@pytest.mark.slow
 def test_policy_that_timm_asserts(few_digits, tmp_path):
     words = ['finetune', few_digits, '--model', 'test_vt_resnet', '--aa', 'nosuchpolicy', '--out', tmp_path / 'run']
     result = subprocess.run([sys.executable, '-O', '-m', 'vt_zoo', *words], capture_output=True, text=True)
@@ -388,7 +391,8 @@ def test_policy_that_timm_asserts(few_digits, tmp_path):
 
 
 @pytest.mark.parametrize('words, code, closed', [
-    (['recipe', 'plain'], 0, '>&-'), (['recipe', 'plain'], 0, '2>&-'),
+    pytest.param(['recipe', 'plain'], 0, '>&-', marks=pytest.mark.slow),
+    pytest.param(['recipe', 'plain'], 0, '2>&-', marks=pytest.mark.slow),
     (['predict', 'no.png', '--model', 'no'], 2, '2>&-')])
 def test_closed_streams(words, code, closed):
     shell = f'"$0" -m vt_zoo "$@" {closed}'

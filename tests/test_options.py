@@ -688,7 +688,8 @@ def test_every_parameter_matters(options):
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning', 'ignore:.*torch.jit:DeprecationWarning')
-@pytest.mark.parametrize('options', [*({'layers': (1, 1, 1, 2), **o} for o in SINGLE), *COMBINED], ids=name)
+@pytest.mark.parametrize('options', [
+    *(pytest.param({'layers': (1, 1, 1, 2), **o}, marks=pytest.mark.slow) for o in SINGLE), *COMBINED], ids=name)
 def test_script_and_trace_give_what_eager_gives(options):
     model = calibrated(**options)
     x = images(3, 65, 40)

@@ -67,6 +67,7 @@ def outputs(folder, segment_command):
     return {line: segment_command(*shell_words(line, folder), cwd=folder) for line in COMMANDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('line', COMMANDS)
 def test_command(outputs, folder, line):
     result = outputs[line]

@@ -122,6 +122,7 @@ def test_signal_that_the_script_handles(run, write_script):
     assert run(script).code == 5
 
 
+@pytest.mark.slow
 def test_workers_of_a_data_loader(write_script):
     """With processes that import the script's file again, as they do on some systems."""
     script = write_script('''
@@ -134,6 +135,7 @@ def test_workers_of_a_data_loader(write_script):
     assert process.stdout == '[0, 1, 2, 3]\n', process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this torch has no torch.distributed')
 def test_torchrun(write_script, tmp_path):
     script = write_script(REPORT)

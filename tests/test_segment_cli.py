@@ -88,6 +88,7 @@ def test_help(command):
             assert word in result.stdout
 
 
+@pytest.mark.slow
 def test_a_new_user(script, segment_command, composed, segment_settings, segment_run, tmp_path):
     """Train by a recipe of one's own in a real process, measure, predict."""
     (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(segment_settings))

@@ -217,7 +217,8 @@ def test_preprocessing_is_the_encoders_or_the_recipes(composed, segment_settings
     assert (given.mean, given.std, given.eval_size) == ((0.1, 0.2, 0.3), (1, 2, 3), 40)
 
 
-@pytest.mark.parametrize('iteration, checkpoint', [(1, 0), (3, 2), (4, 4), (7, 6)])
+@pytest.mark.parametrize('iteration, checkpoint', [
+    (1, 0), (4, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 2), (7, 6)))])
 def test_interrupted_and_resumed(composed, segment_settings, segment_run, tmp_path, iteration, checkpoint):
     out = tmp_path / 'run'
     with interrupted_in(iteration):
@@ -238,7 +239,7 @@ def test_interrupted_and_resumed(composed, segment_settings, segment_run, tmp_pa
     ({'opt': 'adamw', 'lr': 1e-3, 'arch': 'panoptic_fpn', 'schedule': 'cosine'}, 0),
     pytest.param(
         {'encoder_name': 'tu-test_vt_resnet', 'schedule': 'multistep', 'steps': [5]}, 0, marks=pytest.mark.slow),
-    ({'encoder_name': 'efficientnet-b0'}, 0),  # has random depth
+    pytest.param({'encoder_name': 'efficientnet-b0'}, 0, marks=pytest.mark.slow),  # has random depth
     pytest.param({'eval_size': [40, 36], 'mean': [0.4, 0.5, 0.6]}, 0, marks=pytest.mark.slow),
 ])
 def test_interrupted_and_resumed_with(composed, segment_settings, tmp_path, changes, workers):
@@ -261,11 +262,11 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
 # what takes its place: 1 checkpoint 2, 2 checkpoint 4, 3 best/ of 4, 4 checkpoint 4 with its measures, then the end
 @pytest.mark.parametrize('function, call, after', [
     ('os.replace', 3, False),  # best/ is written but not in its place
-    ('os.replace', 3, True),  # best/ is there, its measures are not in the checkpoint
-    ('vt_zoo.segmentation.train.evaluate', 1, False),  # the checkpoint before it is there
-    ('vt_zoo.segmentation.train.learning_rate', 6, False),
+    pytest.param('os.replace', 3, True, marks=pytest.mark.slow),  # best/ is there, its measures not in the checkpoint
+    pytest.param('vt_zoo.segmentation.train.evaluate', 1, False, marks=pytest.mark.slow),  # a checkpoint is there
+    pytest.param('vt_zoo.segmentation.train.learning_rate', 6, False, marks=pytest.mark.slow),
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, False),  # last/ is not written
-    ('vt_zoo.segmentation.train.save_segmentation_model', -1, True),  # last/ is there, the history is not
+    pytest.param('vt_zoo.segmentation.train.save_segmentation_model', -1, True, marks=pytest.mark.slow),  # last/ is
     ('vt_zoo.segmentation.train.write_history', 1, True),  # both are, and the checkpoint is still there
 ])
 def test_killed_and_resumed(

@@ -225,6 +225,8 @@ def test_layout_of_the_folder(model_dir):
     assert (config['architecture'], config['num_classes']) == ('test_vt_resnet', 3)
     assert config['label_names'] == CLASSES
     assert 'num_classes' not in config.get('model_args', {})
+    of_other_weights = {'tag', 'license', 'description'}
+    assert create().pretrained_cfg.keys() >= of_other_weights and not config['pretrained_cfg'].keys() & of_other_weights
 
 
 @pytest.mark.parametrize('in_chans, kwargs', [

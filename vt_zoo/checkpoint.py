@@ -147,7 +147,8 @@ def write_model(
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
         drop_second_num_classes(config)
         theirs = config['pretrained_cfg']
-        for key in ('tag', 'test_input_size', 'test_crop_pct', 'test_pool_size'):  # of the weights that it began with
+        for key in (  # of the weights that it began with
+                'tag', 'license', 'description', 'test_input_size', 'test_crop_pct', 'test_pool_size'):
             theirs.pop(key, None)
         if list(theirs['input_size']) != list(data_config.get('input_size', theirs['input_size'])):
             theirs['pool_size'] = None

@@ -143,6 +143,13 @@ def no_pixel_norms(stage: VTStage) -> None:
                     nn.init.normal_(layer.conv.weight, std=layer.conv.weight.shape[1] ** -0.5)
 
 
+def projector_logit_norm(stage: VTStage) -> None:
+    """A batch norm of the projector's logits, as the tokenizer's have."""
+    for module in stage:
+        if module.projector is not None:
+            module.projector.softmax = nn.Sequential(nn.BatchNorm1d(16), module.projector.softmax)
+
+
 def layer_norm_of_tokens(stage: VTStage) -> None:
     for module in stage:
         for part in (module.embed, module.transformer, getattr(module.projector, 'value', None)):
@@ -162,10 +169,11 @@ CHANGES: Dict[str, Callable[[VTStage], None]] = {
     'learned filters': learned_filters, 'recurrence from zero': recurrence_from_zero, 'embedding': embedding,
     'competition': competition, 'sharp logits': sharp_logits, 'no logit norm': no_logit_norm,
     'orthogonal filters': orthogonal_filters, 'no pixel norms': no_pixel_norms,
+    'projector logit norm': projector_logit_norm,
     'layer norm of tokens': layer_norm_of_tokens, 'projection from one': projection_from_one}
 VARIANTS = [
     RESNET, 'today', *OPTIONS, *(c for c in CHANGES if c != 'recurrence from zero'),
-    'learned filters+recurrence from zero', 'learned filters+no pixel norms']
+    'learned filters+recurrence from zero', 'learned filters+no pixel norms', 'no pixel norms+projector logit norm']
 
 
 def change(model: nn.Module, variant: str) -> nn.Module:

@@ -20,7 +20,7 @@ from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
 DOCUMENTS = ['README.md', 'MODEL_CARDS.md']
-GUIDES = ['training', 'segmentation', 'analysis', 'speed', 'export', 'int8', 'libraries', 'serving']
+GUIDES = ['training', 'segmentation', 'analysis', 'speed', 'stage', 'design', 'export', 'int8', 'libraries', 'serving']
 LINKING = DOCUMENTS + [f'docs/{name}.md' for name in GUIDES]
 
 

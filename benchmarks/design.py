@@ -35,7 +35,7 @@ from versions import versions
 from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
 from vt_zoo.checkpoint import whole
-from vt_zoo.layers import RecurrentTokenizer, VTStage
+from vt_zoo.layers import RecurrentTokenizer, VTModule, VTStage
 
 RESULTS = Path(__file__).parent / 'results'
 MODULES = 3
@@ -89,8 +89,13 @@ class TokenLayerNorm(nn.Module):
         return self.norm(x.transpose(1, -1)).transpose(1, -1)
 
 
+def _modules(stage: VTStage) -> List[VTModule]:
+    """Those that have a tokenizer."""
+    return [module for module in stage if isinstance(module, VTModule)]
+
+
 def _recurrent(stage: VTStage) -> List[RecurrentTokenizer]:
-    return [module.tokenizer for module in stage if isinstance(getattr(module, 'tokenizer', None), RecurrentTokenizer)]
+    return [module.tokenizer for module in _modules(stage) if isinstance(module.tokenizer, RecurrentTokenizer)]
 
 
 def learned_filters(stage: VTStage) -> None:
@@ -104,27 +109,27 @@ def recurrence_from_zero(stage: VTStage) -> None:
 
 
 def embedding(stage: VTStage) -> None:
-    for module in stage:
+    for module in _modules(stage):
         module.embed = Embedded(module.embed, 16, module.transformer.fc1.conv.in_features)
 
 
 def competition(stage: VTStage) -> None:
-    for module in stage:
+    for module in _modules(stage):
         module.tokenizer.softmax = Competition()
 
 
 def sharp_logits(stage: VTStage) -> None:
-    for module in stage:
+    for module in _modules(stage):
         nn.init.constant_(module.tokenizer.logit_norm.weight, 3.)
 
 
 def no_logit_norm(stage: VTStage) -> None:
-    for module in stage:
+    for module in _modules(stage):
         module.tokenizer.logit_norm = nn.Identity()
 
 
 def orthogonal_filters(stage: VTStage) -> None:
-    for module in stage:
+    for module in _modules(stage):
         if hasattr(module.tokenizer, 'filters'):
             nn.init.orthogonal_(module.tokenizer.filters.weight)
 
@@ -134,7 +139,7 @@ def no_pixel_norms(stage: VTStage) -> None:
 
     Their weights start so that the variance of what they are given is kept.
     """
-    for module in stage:
+    for module in _modules(stage):
         for part in (module.tokenizer, module.projector):
             for name in ('value', 'key', 'query'):
                 layer = getattr(part, name, None)
@@ -145,13 +150,13 @@ def no_pixel_norms(stage: VTStage) -> None:
 
 def projector_logit_norm(stage: VTStage) -> None:
     """A batch norm of the projector's logits, as the tokenizer's have."""
-    for module in stage:
+    for module in _modules(stage):
         if module.projector is not None:
             module.projector.softmax = nn.Sequential(nn.BatchNorm1d(16), module.projector.softmax)
 
 
 def layer_norm_of_tokens(stage: VTStage) -> None:
-    for module in stage:
+    for module in _modules(stage):
         for part in (module.embed, module.transformer, getattr(module.projector, 'value', None)):
             for layer in part.modules() if part is not None else ():
                 if isinstance(getattr(layer, 'norm', None), nn.BatchNorm2d):
@@ -160,7 +165,7 @@ def layer_norm_of_tokens(stage: VTStage) -> None:
 
 def projection_from_one(stage: VTStage) -> None:
     """The projection starts as large as the map that it is added to, and not at zero."""
-    for module in stage:
+    for module in _modules(stage):
         if module.projector is not None:
             nn.init.ones_(module.projector.value.norm.weight)
 

@@ -110,7 +110,7 @@ def recurrence_from_zero(stage: VTStage) -> None:
 
 def embedding(stage: VTStage) -> None:
     for module in _modules(stage):
-        module.embed = Embedded(module.embed, 16, module.transformer.fc1.conv.in_features)
+        module.embed = Embedded(module.embed, 16, module.embed.norm.num_features)
 
 
 def competition(stage: VTStage) -> None:

@@ -4,20 +4,18 @@ The pictures are JPEG files, `train/CLASS/NNNN.jpg` and `test/CLASS/NNNN.jpg`: t
 `CIFAR10(root, download=True)` saved so, or a copy that is one already. JPEG loses a little, so that an accuracy on
 copies is not that on the official files; a report says which it was.
 """
-import json
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
+from training import train_epochs
 
-from vt_zoo.checkpoint import whole
+from vt_zoo.checkpoint import read_tensors, whole, write_tensors
 from vt_zoo.images import load_image
 from vt_zoo.run_state import load_state, state_tensors
 
@@ -75,11 +73,15 @@ def give_small_stem(model: nn.Module) -> nn.Module:
     return model
 
 
-def decay_weights(model: nn.Module, weight_decay: float) -> List[dict]:
-    """Parameter groups: norms and biases without weight decay."""
-    return [
-        {'params': [p for p in model.parameters() if p.ndim > 1], 'weight_decay': weight_decay},
-        {'params': [p for p in model.parameters() if p.ndim <= 1], 'weight_decay': 0.}]
+class _Picked:
+    """Pictures as `pick` gives them of indices, with randomness from one source."""
+
+    def __init__(
+            self, pick: Callable[[torch.Tensor, torch.Generator], torch.Tensor], generator: torch.Generator) -> None:
+        self.pick, self.generator = pick, generator
+
+    def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.pick(indices, self.generator)
 
 
 def fit(
@@ -109,50 +111,26 @@ def fit(
     Returns:
         Mean training loss of each epoch.
     """
-    steps = len(classes) // batch_size
     rate = optimizer.param_groups[0]['lr']
-    scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=rate / 25, step_on_epochs=False,
-        updates_per_epoch=steps)
     losses = _resume(model, optimizer, state)
-    for epoch in range(len(losses), epochs):
-        generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        order = torch.randperm(len(classes), generator=generator)[:steps * batch_size]
-        model.train()
-        total = 0.
-        for step, batch in enumerate(order.split(batch_size)):
-            scheduler.step_update(epoch * steps + step)
-            loss = F.cross_entropy(model(pick(batch, generator)), classes[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        losses.append(total / steps)
-        _keep(model, optimizer, losses, state)
+    first, generator = len(losses), torch.Generator()
+
+    def orders() -> Iterator[torch.Tensor]:
+        for epoch in range(first, epochs):
+            yield torch.randperm(len(classes), generator=generator.manual_seed(1000 * seed + epoch))
+
+    data = _Picked(pick, generator), classes
+    for loss in train_epochs(model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first):
+        losses.append(loss)
+        tensors, scalars = state_tensors({'model': model}, optimizer)
+        write_tensors(state, tensors, {'losses': losses, 'scalars': scalars})
     return losses
-
-
-def _keep(model: nn.Module, optimizer: torch.optim.Optimizer, losses: List[float], state: Path) -> None:
-    tensors, scalars = state_tensors({'model': model}, optimizer)
-    with whole(state) as new:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, new,
-            metadata={'losses': json.dumps(losses), 'scalars': json.dumps(scalars)})
 
 
 def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: Path) -> List[float]:
     """Take over a state that was kept; the losses of its epochs, none where there is none."""
     if not state.exists():
         return []
-    with safe_open(state, 'pt') as f:
-        metadata = f.metadata()
-    load_state(load_file(state), json.loads(metadata['scalars']), {'model': model}, optimizer)
-    return json.loads(metadata['losses'])
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, pick: Callable[[torch.Tensor], torch.Tensor], classes: torch.Tensor) -> float:
-    """Accuracy in percent, on pictures that `pick` gives of indices."""
-    model.eval()
-    hits = sum((model(pick(i)).argmax(1) == classes[i]).sum().item() for i in torch.arange(len(classes)).split(500))
-    return 100 * hits / len(classes)
+    tensors, metadata = read_tensors(state)
+    load_state(tensors, metadata['scalars'], {'model': model}, optimizer)
+    return metadata['losses']

@@ -26,10 +26,11 @@ import ablations
 import timm
 import torch
 import torch.nn as nn
-from cifar import accuracy, crop_and_flip, decay_weights, fit, give_small_stem, load_cifar, normalise
+from cifar import crop_and_flip, fit, give_small_stem, load_cifar, normalise
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
+from training import accuracy
 from versions import versions
 
 from vt_zoo.analysis.capture import capture
@@ -241,7 +242,7 @@ def train(task: str, variant: str, seed: int, epochs: int, pictures: int, data_d
     torch.manual_seed(seed)
     model = create(task, variant).to(memory_format=torch.channels_last)
     if task == 'photographs':
-        optimizer = torch.optim.SGD(decay_weights(model, 5e-4), 0.1, 0.9, nesterov=True)
+        optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=5e-4, momentum=0.9)
         batch_size = 128
     else:
         optimizer = create_optimizer_v2(model, 'adamw', lr=ablations.LR, weight_decay=ablations.WEIGHT_DECAY)
@@ -252,8 +253,8 @@ def train(task: str, variant: str, seed: int, epochs: int, pictures: int, data_d
     losses = fit(model, pick, classes, optimizer, epochs, batch_size, seed, state)
     result = {
         'task': task, 'variant': variant, 'seed': seed, 'epochs': epochs, 'pictures': len(classes), 'loss': losses,
-        'test': accuracy(model, pick_test, test_classes), 'at_start': at_start,
-        'tokens': how_alike(model, pick_test(torch.arange(256))),
+        'test': accuracy(model, pick_test(torch.arange(len(test_classes))), test_classes, batch_size=500),
+        'at_start': at_start, 'tokens': how_alike(model, pick_test(torch.arange(256))),
         'parameters': sum(p.numel() for p in model.parameters()), 'cpu_seconds': round(time.process_time() - start)}
     state.unlink()
     return result

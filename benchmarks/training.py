@@ -14,27 +14,29 @@ def train_epochs(
         epochs: int,
         batch_size: int,
         warmup_lr: float,
+        first: int = 0,
 ) -> Iterator[float]:
     """Train with one epoch of warm-up and a cosine, step by step; whole batches only.
 
     Args:
         model: Gives logits.
-        data: Images (N, C, H, W) and classes (N,).
+        data: Images (N, C, H, W), or what gives images of indices, and classes (N,).
         optimizer: Its learning rate is the peak.
-        orders: Permutations of the images, one an epoch.
+        orders: Permutations of the images, one an epoch that is left.
         epochs: Number of epochs.
         batch_size: Images a step.
         warmup_lr: Rate of the first step.
+        first: Epochs that were trained already.
 
     Yields:
         Mean training loss of each epoch, after it.
     """
     x, y = data
-    steps = len(x) // batch_size
+    steps = len(y) // batch_size
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=warmup_lr, step_on_epochs=False,
         updates_per_epoch=steps)
-    for epoch, order in enumerate(orders):
+    for epoch, order in enumerate(orders, first):
         model.train()
         total = 0.
         for step, batch in enumerate(order[:steps * batch_size].split(batch_size)):

@@ -262,12 +262,14 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
 # what takes its place: 1 checkpoint 2, 2 checkpoint 4, 3 best/ of 4, 4 checkpoint 4 with its measures, then the end
 @pytest.mark.parametrize('function, call, after', [
     ('os.replace', 3, False),  # best/ is written but not in its place
-    pytest.param('os.replace', 3, True, marks=pytest.mark.slow),  # best/ is there, its measures not in the checkpoint
-    pytest.param('vt_zoo.segmentation.train.evaluate', 1, False, marks=pytest.mark.slow),  # a checkpoint is there
-    pytest.param('vt_zoo.segmentation.train.learning_rate', 6, False, marks=pytest.mark.slow),
     ('vt_zoo.segmentation.train.save_segmentation_model', -1, False),  # last/ is not written
-    pytest.param('vt_zoo.segmentation.train.save_segmentation_model', -1, True, marks=pytest.mark.slow),  # last/ is
     ('vt_zoo.segmentation.train.write_history', 1, True),  # both are, and the checkpoint is still there
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ('os.replace', 3, True),  # best/ is there, its measures are not in the checkpoint
+        ('vt_zoo.segmentation.train.evaluate', 1, False),  # the checkpoint before it is there
+        ('vt_zoo.segmentation.train.learning_rate', 6, False),
+        ('vt_zoo.segmentation.train.save_segmentation_model', -1, True),  # last/ is there, the history is not
+    ])
 ])
 def test_killed_and_resumed(
         segment_command, signal_at, composed, segment_arguments, segment_run, tmp_path, function, call, after):

@@ -5,7 +5,7 @@ The pictures are JPEG files, `train/CLASS/NNNN.jpg` and `test/CLASS/NNNN.jpg`: t
 copies is not that on the official files; a report says which it was.
 """
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -93,6 +93,7 @@ def fit(
         batch_size: int,
         seed: int,
         state: Path,
+        autocast: Optional[torch.dtype] = None,
 ) -> List[float]:
     """Train with a warm-up of one epoch and a cosine; a run that was killed goes on after its last whole epoch.
 
@@ -107,6 +108,7 @@ def fit(
         batch_size: Pictures a step; whole batches only.
         seed: Of orders and augmentation.
         state: File of the state after each epoch; who asked for it deletes it.
+        autocast: Type in which the model runs what may be in it; None for float32.
 
     Returns:
         Mean training loss of each epoch.
@@ -120,7 +122,8 @@ def fit(
             yield torch.randperm(len(classes), generator=generator.manual_seed(1000 * seed + epoch))
 
     data = _Picked(pick, generator), classes
-    for loss in train_epochs(model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first):
+    for loss in train_epochs(
+            model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first, autocast=autocast):
         losses.append(loss)
         tensors, scalars = state_tensors({'model': model}, optimizer)
         write_tensors(state, tensors, {'losses': losses, 'scalars': scalars})

@@ -1,5 +1,5 @@
 """Training on images that lie in memory as tensors, for the benchmarks that compare models by one recipe."""
-from typing import Iterable, Iterator, Tuple
+from typing import Iterable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ def train_epochs(
         batch_size: int,
         warmup_lr: float,
         first: int = 0,
+        autocast: Optional[torch.dtype] = None,
 ) -> Iterator[float]:
     """Train with one epoch of warm-up and a cosine, step by step; whole batches only.
 
@@ -27,6 +28,7 @@ def train_epochs(
         batch_size: Images a step.
         warmup_lr: Rate of the first step.
         first: Epochs that were trained already.
+        autocast: Type in which the model runs what may be in it, such as torch.bfloat16; None for float32.
 
     Yields:
         Mean training loss of each epoch, after it.
@@ -41,7 +43,9 @@ def train_epochs(
         total = 0.
         for step, batch in enumerate(order[:steps * batch_size].split(batch_size)):
             scheduler.step_update(epoch * steps + step)
-            loss = F.cross_entropy(model(x[batch]), y[batch])
+            with torch.autocast(y.device.type, autocast, enabled=autocast is not None):
+                logits = model(x[batch])
+            loss = F.cross_entropy(logits.float(), y[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

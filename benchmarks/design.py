@@ -43,20 +43,10 @@ RESULTS = Path(__file__).parent / 'results'
 MODULES = 3
 RESNET = 'ResNet, same trunk'
 OPTIONS = {  # ablations of the paper, by the model's own options
-    'no recurrent tokenizer': {'recurrent': False}, 'no projector': {'projector': False},
-    'pooling tokenizer': {'tokenizer': 'pooling'}, 'tokens not related': {'token_mixer': 'none'}}
-
-
-class LearnedFilters(nn.Module):
-    """W_R = T W_TR + B: a learned filter of each token beside the one that the tokens make."""
-
-    def __init__(self, query: nn.Module, num_tokens: int) -> None:
-        super().__init__()
-        self.query = query
-        self.filters = nn.Parameter(torch.randn(num_tokens, query.conv.out_features))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.query(tokens) + self.filters
+    'pooling tokenizer': {'tokenizer': 'pooling'}, 'clustering tokenizer': {'tokenizer': 'clustering'},
+    'no recurrent tokenizer': {'recurrent': False}, 'tokens not related': {'token_mixer': 'none'},
+    'graph convolution': {'token_mixer': 'graph'}, '32 tokens': {'num_tokens': 32},
+    'no projector': {'projector': False}}
 
 
 class Embedded(nn.Module):
@@ -100,14 +90,16 @@ def _recurrent(stage: VTStage) -> List[RecurrentTokenizer]:
     return [module.tokenizer for module in _modules(stage) if isinstance(module.tokenizer, RecurrentTokenizer)]
 
 
-def learned_filters(stage: VTStage) -> None:
+def tokens_alone(stage: VTStage) -> None:
+    """Equation (2) as it is written: no learned filter beside those that the tokens make."""
     for tokenizer in _recurrent(stage):
-        tokenizer.query = LearnedFilters(tokenizer.query, 16)
+        nn.init.zeros_(tokenizer.filters).requires_grad_(False)
+        nn.init.ones_(tokenizer.query.norm.weight)
 
 
-def recurrence_from_zero(stage: VTStage) -> None:
+def recurrence_from_one(stage: VTStage) -> None:
     for tokenizer in _recurrent(stage):
-        nn.init.zeros_(getattr(tokenizer.query, 'query', tokenizer.query).norm.weight)
+        nn.init.ones_(tokenizer.query.norm.weight)
 
 
 def embedding(stage: VTStage) -> None:
@@ -132,22 +124,10 @@ def no_logit_norm(stage: VTStage) -> None:
 
 def orthogonal_filters(stage: VTStage) -> None:
     for module in _modules(stage):
-        if hasattr(module.tokenizer, 'filters'):
+        if isinstance(module.tokenizer, RecurrentTokenizer):
+            nn.init.orthogonal_(module.tokenizer.filters, gain=module.tokenizer.filters.shape[1] ** 0.5)
+        elif hasattr(module.tokenizer, 'filters'):
             nn.init.orthogonal_(module.tokenizer.filters.weight)
-
-
-def no_pixel_norms(stage: VTStage) -> None:
-    """No norm on value, key and query maps of pixels, so that they could be maps of tokens in training already.
-
-    Their weights start so that the variance of what they are given is kept.
-    """
-    for module in _modules(stage):
-        for part in (module.tokenizer, module.projector):
-            for name in ('value', 'key', 'query'):
-                layer = getattr(part, name, None)
-                if layer is not None and isinstance(getattr(layer, 'conv', None), nn.Conv2d):
-                    layer.norm = nn.Identity()
-                    nn.init.normal_(layer.conv.weight, std=layer.conv.weight.shape[1] ** -0.5)
 
 
 def projector_logit_norm(stage: VTStage) -> None:
@@ -173,14 +153,11 @@ def projection_from_one(stage: VTStage) -> None:
 
 
 CHANGES: Dict[str, Callable[[VTStage], None]] = {
-    'learned filters': learned_filters, 'recurrence from zero': recurrence_from_zero, 'embedding': embedding,
+    'tokens alone': tokens_alone, 'recurrence from one': recurrence_from_one, 'embedding': embedding,
     'competition': competition, 'sharp logits': sharp_logits, 'no logit norm': no_logit_norm,
-    'orthogonal filters': orthogonal_filters, 'no pixel norms': no_pixel_norms,
-    'projector logit norm': projector_logit_norm,
+    'orthogonal filters': orthogonal_filters, 'projector logit norm': projector_logit_norm,
     'layer norm of tokens': layer_norm_of_tokens, 'projection from one': projection_from_one}
-VARIANTS = [
-    RESNET, 'today', *OPTIONS, *(c for c in CHANGES if c != 'recurrence from zero'),
-    'learned filters+recurrence from zero', 'learned filters+no pixel norms', 'no pixel norms+projector logit norm']
+VARIANTS = [RESNET, 'today', *OPTIONS, *CHANGES]
 
 
 def change(model: nn.Module, variant: str) -> nn.Module:

@@ -1,6 +1,9 @@
 """Helpers that several test files import."""
+import re
+
 import pytest
 import timm
+import torch
 
 from vt_zoo._requirements import timm_is_at_least
 from vt_zoo.checkpoint import load_model
@@ -17,3 +20,13 @@ def load_folder(folder):
     if TIMM_READS_FOLDERS:
         return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     return load_model(str(folder))
+
+
+def as_in_version_0_1(state_dict):
+    """A state dict of ours with the names of vt_zoo 0.1: norms of value and query maps, no learned filters."""
+    maps = [
+        n for n in state_dict
+        if re.search(r'(tokenizers?(\.\d+)?\.value|projectors?(\.\d+)?\.query)\.conv\.weight$', n)]
+    assert maps
+    norms = {n.replace('.conv.', '.norm.'): torch.ones(len(state_dict[n])) for n in maps}
+    return {**{n: t for n, t in state_dict.items() if not re.search(r'\.[1-9]\d*\.tokenizer\.filters$', n)}, **norms}

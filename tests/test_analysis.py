@@ -76,8 +76,7 @@ def test_attention_is_what_the_tokenizer_gathers_with(model):
         handle.remove()
     with torch.inference_mode():
         for record, (tokenizer, x, tokens) in zip(records, seen):
-            value = tokenizer.value(x)
-            gathered = torch.einsum('blhw,bchw->blc', record.attention, value)
+            gathered = tokenizer.value(torch.einsum('blhw,bchw->blc', record.attention, x))
             torch.testing.assert_close(gathered, tokens, rtol=1e-4, atol=1e-4)
             assert record.attention.flatten(2).std(-1).min() > 1e-5
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import needs_timm_that_reads_folders
+from helpers import as_in_version_0_1, needs_timm_that_reads_folders
 
 import vt_zoo.checkpoint
 from vt_zoo.checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
@@ -337,6 +337,12 @@ def test_weights_that_do_not_fit(model_dir, damage, input_error):
         load_model(str(model_dir))
     assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == before
     assert torch.equal(outputs(model), outputs(create()))
+
+
+def test_weights_of_version_0_1(model_dir, input_error):
+    safetensors.torch.save_file(as_in_version_0_1(create().state_dict()), model_dir / 'model.safetensors')
+    with input_error(f'{model_dir} cannot be loaded: its weights are of vt_zoo 0.1, .*: use that version, or train'):
+        load_model(str(model_dir))
 
 
 @pytest.mark.parametrize('name', ['', 'local-dir:'])

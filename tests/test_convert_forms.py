@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from helpers import as_in_version_0_1
 
 from vt_zoo.checkpoint import load_model
 from vt_zoo.convert import convert
@@ -107,6 +108,7 @@ def without(state_dict, key):
     (lambda w: {'a.b': torch.ones(2)}, 'the first missing is .*, the first unexpected is a.b, without a prefix'),
     (lambda w: below('model.', {**w, 'conv1.weight': torch.ones(2, 3)}),
      r'1 of its weights differ, the first is conv1.weight of shape \[2, 3\] instead of \['),
+    (lambda w: below('model.', as_in_version_0_1(w)), 'cannot be used: its weights are of vt_zoo 0.1'),
     (lambda w: {**below('student.', w), **below('teacher.', w)},
      "holds the model 2 times, below 'student.', 'teacher.': save the state dict of one of them"),
 ])

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import load_folder
+from helpers import as_in_version_0_1, load_folder
 from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.utils import ModelEmaV3
 
@@ -312,6 +312,16 @@ def test_unfinished_run_is_kept(few_digits, tiny_settings, unfinished, input_err
     with input_error('unfinished run.*--resume'):
         train(few_digits, unfinished, tiny_settings)
     assert os.listdir(unfinished) == ['checkpoint.safetensors']
+
+
+def test_run_of_version_0_1_cannot_go_on(few_digits, tiny_settings, my_unfinished, input_error):
+    checkpoint = my_unfinished / 'checkpoint.safetensors'
+    tensors, metadata = read_tensors(checkpoint)
+    write_tensors(checkpoint, as_in_version_0_1(tensors), metadata)
+    before = checkpoint.read_bytes()
+    with input_error('the run cannot go on: its weights are of vt_zoo 0.1'):
+        train(few_digits, my_unfinished, tiny_settings, resume=True)
+    assert checkpoint.read_bytes() == before
 
 
 def test_unfinished_run_is_overwritten_if_asked(few_digits, tiny_settings, tiny_run, my_unfinished):

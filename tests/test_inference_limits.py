@@ -40,7 +40,7 @@ class Warm(nn.Module):
 
 class OwnTokenizer(FilterTokenizer):
     def gather(self, logits, x):
-        return super().gather(logits.square(), self.value(x))
+        return super().gather(logits.square(), x)
 
 
 class OwnModule(VTModule):
@@ -50,7 +50,7 @@ class OwnModule(VTModule):
 
 class OwnProjector(Projector):
     def forward(self, x, tokens):
-        return self.query(x) + super().forward(x, tokens)
+        return 2 * super().forward(x, tokens)
 
 
 class Foreign(nn.Module):
@@ -78,7 +78,7 @@ def become(path, cls):
     hook('1.tokenizer.softmax'), hook('0.projector'), hook('1.tokenizer'), hook('1', double_map), hook('0.embed'),
     hook('1.transformer.drop_path'),
     put('0.projector.softmax', Warm()), put('1.tokenizer.softmax', nn.Sigmoid()),
-    put('1.tokenizer.key', nn.Conv2d(24, 24, 3, padding=1, dtype=torch.float64)),
+    put('1.tokenizer.key', nn.Linear(24, 24, dtype=torch.float64)),
     become('0.tokenizer', OwnTokenizer), become('1', OwnModule), become('0.projector', OwnProjector),
     put('1', Foreign())], ids=lambda change: change[0])
 def test_what_people_put_into_a_stage_stays(change):

@@ -11,12 +11,11 @@ import timm
 import torch
 import torch.nn as nn
 from test_layers import stir
-from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
+from test_options import COMBINED, SINGLE, calibrated, images, name
 from test_reparameterize import assert_equal
 from timm.utils import reparameterize_model
 from torch.nn.utils import parametrizations, prune, remove_weight_norm, weight_norm
 
-from vt_zoo.layers.linear import TokenLinear
 from vt_zoo.models.vt_fpn import VTFPN
 
 OPTIONS = [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}]
@@ -180,20 +179,6 @@ def test_classifier_is_the_last_child():
         assert next(reversed(model._modules)) == 'fc'
         model.reset_classifier(7)
         assert next(reversed(model._modules)) == 'fc'
-
-
-@pytest.mark.parametrize('options', [{}, *COMBINED], ids=name)
-def test_weights_of_version_0_1(options):
-    """Maps of tokens were 1x1 convolutions there, under the same names."""
-    model = calibrated(**options)
-    old = model.state_dict()
-    for n, m in model.named_modules():
-        if isinstance(m, TokenLinear):
-            old[f'{n}.conv.weight'] = old[f'{n}.conv.weight'][:, :, None, None]
-    new = timm.create_model('test_vt_resnet', **{**TINY, **options}).eval()
-    new.load_state_dict(old)
-    with torch.no_grad():
-        assert torch.equal(new(images()), model(images()))
 
 
 def test_remove_weight_norm():

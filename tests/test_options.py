@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from helpers import needs_timm_that_reads_folders
+from paper_order import in_paper_order
 from test_layers import array, assert_close, build, mapped, matrix, normed, pixels, softmax
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -177,7 +178,8 @@ def tokenizer_reference(m, kind, x, tokens=None):
     elif kind == 'clustering':
         logits = p @ kmeans_reference(x, m.logit_norm.num_features).T
     else:
-        logits = mapped(m.key, p) @ mapped(m.query, tokens).T / np.sqrt(p.shape[1])
+        w_r = mapped(m.query, tokens) + array(m.filters)
+        logits = (p @ matrix(m.key.conv).T) @ w_r.T / np.sqrt(p.shape[1])
     a = softmax(normed(m.logit_norm, logits), 0)
     result = a.T @ mapped(m.value, p)
     if m.position_code is None:
@@ -205,7 +207,8 @@ def mixer_reference(m, kind, tokens, num_heads=1):
 def projector_reference(m, x, tokens, num_heads=1):
     """(C_in, H, W) -> (C_out, H, W)."""
     p = pixels(x)
-    projection = attention_reference(mapped(m.query, p), mapped(m.key, tokens), mapped(m.value, tokens), num_heads)
+    query = p @ matrix(m.query.conv).T
+    projection = attention_reference(query, mapped(m.key, tokens), mapped(m.value, tokens), num_heads)
     return (mapped(m.skip, p) + projection).T.reshape(-1, *x.shape[1:])
 
 
@@ -543,11 +546,10 @@ def test_gradient_goes_through_the_logits_and_not_through_the_centroids():
     def gradient(tokens):
         return torch.autograd.grad((tokens * ragged(*tokens.shape, seed=1)).sum(), x)[0]
 
-    values = ragged(2, 6, 5, 4, seed=2)
-    tokenizer.value = nn.Identity()
-    a = torch.softmax(tokenizer.logit_norm((centroids @ x.flatten(2)).unflatten(2, (5, 4))).flatten(2), dim=-1)
-    expected = gradient(a @ values.flatten(2).transpose(1, 2))
-    tokenizer.value.register_forward_hook(lambda *_: values)
+    pixels = x.flatten(2).transpose(1, 2)
+    logits = centroids @ pixels.transpose(1, 2)
+    a = torch.softmax(tokenizer.logit_norm(logits.unsqueeze(2)).squeeze(2), dim=-1)
+    expected = gradient(tokenizer.value(a @ pixels))
     result = gradient(tokenizer(x))
     assert result.abs().max() > 1e-3
     torch.testing.assert_close(result, expected)
@@ -677,8 +679,7 @@ def test_every_parameter_matters(options):
         loss = loss + maps[-1].square().mean()
     loss.backward()
     # these shift logits by what is constant along their softmax
-    cancelling = (
-        'logit_norm.bias', 'tokenizer.key.norm.bias', 'transformer.query.norm.bias', 'projector.key.norm.bias')
+    cancelling = ('logit_norm.bias', 'transformer.query.norm.bias', 'projector.key.norm.bias')
     one_token = (
         '.transformer.query.', '.transformer.key.', '.projector.query.', '.projector.key.'
     ) if options.get('num_tokens') == 1 else ()
@@ -812,7 +813,7 @@ def test_illegal_parts(word, make):
 ], ids=lambda o: name(o) if isinstance(o, dict) else '')
 @pytest.mark.parametrize('depth', [18, 34])
 def test_counts_are_those_of_the_ablation_table(depth, options, r18, r34):
-    model = timm.create_model(f'vt_resnet{depth}', device='meta', **options).eval()
+    model = in_paper_order(timm.create_model(f'vt_resnet{depth}', device='meta', **options).eval())
     for m in model.modules():
         if isinstance(m, KMeans):
             m.iterations = 0
@@ -821,7 +822,19 @@ def test_counts_are_those_of_the_ablation_table(depth, options, r18, r34):
         model(torch.empty(1, 3, 224, 224, device='meta'))
     multiply_adds, weights = r18 if depth == 18 else r34
     assert counter.get_total_flops() / 2e6 == pytest.approx(multiply_adds, rel=1e-3)
-    assert sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1e6 == pytest.approx(weights, rel=1e-3)
+    papers = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith('tokenizer.filters')]
+    assert sum(p.numel() for p in papers) / 1e6 == pytest.approx(weights, rel=1e-3)
+
+
+@pytest.mark.parametrize('options', [*SINGLE, *COMBINED], ids=name)
+def test_the_papers_order_of_computation_gives_the_same(options):
+    model = calibrated(**options).double()
+    x = images().double()
+    with torch.no_grad():
+        tokens, maps = model.forward_intermediates(x)
+        others, other_maps = in_paper_order(model).forward_intermediates(x)
+    for result, expected in zip([tokens, *maps], [others, *other_maps], strict=True):
+        assert (result - expected).norm() < 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize('options, missing', [

@@ -1,4 +1,4 @@
-"""The reduced form that timm's `reparameterize_model` makes: norms folded into maps, queries merged into keys."""
+"""The inference form that timm's `reparameterize_model` makes: norms folded into maps."""
 import copy
 from collections import Counter
 from functools import partial
@@ -15,9 +15,9 @@ from timm.utils import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.inference import InferenceProjector, merge_neck
-from vt_zoo.inference.stage import GroupedTokenMap, fold_maps, merge_projector
-from vt_zoo.layers import Projector, TokenTransformer
+from vt_zoo.inference import merge_neck
+from vt_zoo.inference.stage import GroupedTokenMap, fold_maps
+from vt_zoo.layers import TokenTransformer
 from vt_zoo.layers.linear import GroupedTokenLinear, PixelLinear, TokenLinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -45,8 +45,7 @@ def assert_equal(result, expected):
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('cls,options,kept', [
-    (PixelLinear, {}, nn.Conv2d), (PixelLinear, {'groups': 2}, nn.Conv2d), (TokenLinear, {}, nn.Linear),
-    (GroupedTokenLinear, {'groups': 2}, GroupedTokenMap)])
+    (PixelLinear, {}, nn.Conv2d), (TokenLinear, {}, nn.Linear), (GroupedTokenLinear, {'groups': 2}, GroupedTokenMap)])
 def test_norm_folds_into_its_map(cls, options, kept, dtype):
     linear = build(cls, 6, 8, **options, dtype=dtype)
     x = torch.randn(2, 6, 3, 5) if cls is PixelLinear else torch.randn(2, 5, 6)
@@ -70,36 +69,6 @@ def test_norm_without_affine_folds():
     linear = build(PixelLinear, 6, 8, norm_layer=partial(nn.BatchNorm2d, affine=False))
     x = torch.randn(2, 6, 3, 5).double()
     assert_equal(outputs(fold_maps(copy.deepcopy(linear)), x), outputs(linear, x))
-
-
-@pytest.mark.parametrize('dtype', TOLERANCE)
-@pytest.mark.parametrize('in_chs,out_chs,token_dim,width,merges,options', [
-    (8, 8, 6, 64, True, {}), (8, 12, 6, 4, True, {}), (32, 64, 20, 16, True, {}), (8, 6, 6, 2, True, {}),
-    (8, 8, 8, 4, True, {'attention_values': True}), (8, 8, 6, 64, False, {'num_heads': 2}),
-    (8, 8, 6, 4, False, {'norm_layer': 'groupnorm1'}),
-    (8, 8, 6, 4, False, {'norm_layer': BATCH_STATISTICS})], ids=str)
-def test_query_of_a_projector_merges_into_its_key(in_chs, out_chs, token_dim, width, merges, options, dtype):
-    projector = build(Projector, in_chs, out_chs, token_dim, query_group_width=width, dtype=dtype, **options)
-    x, tokens = torch.randn(2, in_chs, 3, 5, dtype=dtype), torch.randn(2, 7, token_dim, dtype=dtype)
-    once = merge_projector(fold_maps(copy.deepcopy(projector)))
-    assert isinstance(once, InferenceProjector) == merges
-    twice = merge_projector(copy.deepcopy(once))
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = x.contiguous(memory_format=memory_format)
-        for model in (once, twice):
-            assert_equal(outputs(model, x, tokens), outputs(projector, x, tokens))
-    assert once.state_dict().keys() == twice.state_dict().keys()
-
-
-def test_merged_projector_needs_less_multiply_adds():
-    class Both(nn.Sequential):
-        def forward(self, x):
-            return self[0](x, torch.zeros(1, 8, 20, device=x.device))
-
-    projector = Projector(64, 64, 20, query_group_width=16, device='meta').eval()
-    merged = merge_projector(fold_maps(copy.deepcopy(projector)))
-    before, after = (count_multiply_adds(Both(p), (64, 10, 10)) for p in (projector, merged))
-    assert before - after == 64 * 16 * 100 - 8 * 20  # the query of every pixel; a token's key has a bias more
 
 
 @pytest.mark.parametrize('num_heads', [1, 2])
@@ -141,17 +110,8 @@ def check_vt_resnet(options, dtype):
     folds = 'norm_layer' not in options
     clusters = options.get('tokenizer') == 'clustering'  # whose logits have no weights that could take a norm
     assert len(norms_of(once)) == (len(norms_of(model)) if not folds else 1 if clusters else 0)
-    merges = folds and (options.get('tokenizer') != 'pooling' or options.get('num_heads', 1) == 1)
-    assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == merges
+    assert count_multiply_adds(once, (3, 64, 64)) == count_multiply_adds(model, (3, 64, 64))
     assert torch.equal(outputs(model, x), expected), 'the model itself is left as it was'
-
-
-@pytest.mark.parametrize(('name', 'most'), [
-    ('vt_resnet18', 1555e6), ('vt_resnet34', 3256e6), ('vt_resnet50', 3509e6), ('vt_resnet101', 7221e6)])
-def test_multiply_adds(name, most):
-    with torch.device('meta'):
-        model = reparameterize_model(timm.create_model(name).eval())
-    assert count_multiply_adds(model) <= most
 
 
 class Kernels(TorchDispatchMode):
@@ -181,7 +141,7 @@ def test_kernels_of_a_stage(name, maps, batch):
     with Kernels(x.numel()) as kernels, torch.no_grad():
         tokens = model.vt_stage(x)[1]
     assert tokens.shape == (batch, 16, 1024)
-    assert sum(kernels.counts.values()) <= 26 * len(model.vt_stage), kernels.counts
+    assert sum(kernels.counts.values()) <= 32 * len(model.vt_stage), kernels.counts
     assert kernels.of_maps.total() <= maps, kernels.of_maps
 
 
@@ -284,10 +244,7 @@ def test_vt_fpn(dtype, norm_layer, tmp_path):
     x = images(2, 33, 47, dtype=dtype)
     assert_equal(outputs(once, x), outputs(model, x))
     assert torch.equal(outputs(reparameterize_model(once), x), outputs(once, x))
-    folds = norm_layer == 'batchnorm2d'
     assert not any(isinstance(m, nn.BatchNorm2d) for m in once.modules())
-    assert all(isinstance(projector, InferenceProjector) == folds for projector in once.decoder.neck.projectors)
-    assert (count_multiply_adds(once, (3, 64, 64)) < count_multiply_adds(model, (3, 64, 64))) == folds
 
     save_file(once.state_dict(), tmp_path / 'reduced.safetensors')
     other = reparameterize_model(small(VTFPN, norm_layer=norm_layer).eval()).to(dtype)
@@ -327,17 +284,6 @@ def test_statistics_of_the_batch_in_the_neck():
     assert len(norms_of(once)) == len(norms_of(neck))
     for result, expected in zip(outputs(once, maps), outputs(copy.deepcopy(neck), maps), strict=True):
         assert torch.equal(result, expected)
-
-
-def test_multiply_adds_of_the_reduced_neck():
-    pytest.importorskip('segmentation_models_pytorch')
-    from test_vt_fpn import neck_cost
-
-    from vt_zoo.models.vt_fpn import VTNeck
-
-    size = (800, 1216)
-    merged = neck_cost(lambda chs: merge_neck(VTNeck(chs).eval()), size)
-    assert merged == pytest.approx(neck_cost(VTNeck, size) - 0.33e9, rel=0.005)
 
 
 def test_encoder_that_cannot_be_traced_keeps_its_norms():

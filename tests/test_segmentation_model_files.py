@@ -8,6 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
+from helpers import as_in_version_0_1
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -166,6 +167,9 @@ DAMAGES = {
     'weights without a neck': (
         lambda f: save_file(timm.create_model('test_resnet').state_dict(), f / 'model.safetensors'),
         'weights are those of another model'),
+    'weights of 0.1': (
+        lambda f: save_file(as_in_version_0_1(create().state_dict()), f / 'model.safetensors'),
+        'cannot be loaded: its weights are of vt_zoo 0.1'),
     'half of the weights': (half, 'cannot be loaded'),
     'pickle by another name': (change_file('model.safetensors', pickle.dumps({'a': 1})), 'cannot be loaded'),
     'empty weights': (change_file('model.safetensors', b''), 'cannot be loaded'),

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import needs_timm_that_reads_folders
+from paper_order import in_paper_order
 from timm.layers import BlurPool2d, DropPath, FrozenBatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,14 +82,20 @@ def macs(model, size=224):
 @pytest.mark.parametrize('name', WEIGHTS)
 def test_counts_are_the_papers_rule(name):
     model = create(name, device='meta')
-    assert sum(p.numel() for p in model.parameters() if p.ndim > 1) == pytest.approx(WEIGHTS[name], rel=1e-3)
-    assert macs(model) == pytest.approx(MACS[name], rel=1e-3)
+    weights = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1}
+    learned = {n for n in weights if n.endswith('tokenizer.filters')}  # beside the paper's
+    assert len(learned) == len(model.vt_stage) - 1
+    assert sum(n for k, n in weights.items() if k not in learned) == pytest.approx(WEIGHTS[name], rel=1e-3)
+    assert sum(weights.values()) < 1.002 * WEIGHTS[name]
+    runs = macs(model)
+    assert macs(in_paper_order(model)) == pytest.approx(MACS[name], rel=1e-3)
+    assert runs < 0.99 * MACS[name]
 
 
 @pytest.mark.parametrize('name,num_tokens,expected', [
     ('vt_resnet18', 32, 1711e6), ('vt_resnet18', 64, 1979e6), ('vt_resnet34', 32, 3514e6), ('vt_resnet34', 64, 3951e6)])
 def test_counts_with_more_tokens_are_table_6(name, num_tokens, expected):
-    assert macs(create(name, num_tokens=num_tokens, device='meta')) == pytest.approx(expected, rel=1e-3)
+    assert macs(in_paper_order(create(name, num_tokens=num_tokens, device='meta'))) == pytest.approx(expected, rel=1e-3)
 
 
 def test_test_model_is_small():
@@ -324,7 +331,8 @@ def test_zero_init_last():
 
     trunk = {f'layer{i}.0.bn2.weight' for i in (1, 2, 3)}
     stage = {f'vt_stage.{i}.transformer.{name}.norm.weight' for i in (0, 1) for name in ('norm', 'fc2')}
-    assert zeros(create()) == trunk | stage | {'vt_stage.0.projector.value.norm.weight'}
+    between = {'vt_stage.0.projector.value.norm.weight', 'vt_stage.1.tokenizer.query.norm.weight'}
+    assert zeros(create()) == trunk | stage | between
     assert zeros(create(zero_init_last=False)) == set()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .checkpoint import whole
+from .checkpoint import whole, why_weights_do_not_fit
 from .errors import InputError
 from .files import check_regular
 
@@ -94,13 +94,20 @@ def load_state(
         modules: Dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Give modules and an optimizer the state that `state_tensors` took; the optimizer's settings stay its own."""
+    """Give modules and an optimizer the state that `state_tensors` took; the optimizer's settings stay its own.
+
+    Raises:
+        InputError: The weights are not those of these modules.
+    """
     parts: Dict[str, Dict[str, torch.Tensor]] = {'optimizer': {}, **{key: {} for key in modules}}
     for key, value in tensors.items():
         part, _, name = key.partition('.')
         parts[part][name] = value
     for key, module in modules.items():
-        module.load_state_dict(parts[key])
+        try:
+            module.load_state_dict(parts[key])
+        except RuntimeError as e:
+            raise InputError(f'the run cannot go on: {why_weights_do_not_fit(str(e))}') from e
     state: Dict[int, Dict[str, Any]] = {}
     for key, value in parts['optimizer'].items():
         index, _, name = key.partition('.')

@@ -4,12 +4,12 @@ float16 is why there is more to it than `torch.softmax`. A product of two activa
 makes NaN of an infinity: `finite` brings logits back into it. The share of one of tens of thousands of pixels is below
 its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies shares by 16 for their product.
 
-torch.fx cannot look into `finite`, `in_float32`, `gather` and `add_mixed`, which ask what they are given: callers wrap
-them.
+torch.fx cannot look into `finite`, `in_float32`, `gather`, `add_mixed` and `apart`, which ask what they are given:
+callers wrap them.
 """
 import torch
 
-__all__ = ['add_mixed', 'finite', 'gather', 'in_float32', 'merge_heads', 'pixel_products', 'split_heads']
+__all__ = ['add_mixed', 'apart', 'finite', 'gather', 'in_float32', 'merge_heads', 'pixel_products', 'split_heads']
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:
@@ -31,10 +31,18 @@ def gather(attn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(none, (16 * attn).to(values.dtype), pixels, beta=0, alpha=1 / 16)  # what it sums is in float32
 
 
-def pixel_products(tokens: torch.Tensor, x: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
-    """(X T^T)^T: products (B * heads, L, H*W) of tokens (B, L, C) with the pixels of a feature map (B, C, H, W)."""
-    pixels = split_heads(x.flatten(2).transpose(1, 2), num_heads)
-    return torch.bmm(pixels, split_heads(tokens, num_heads).transpose(1, 2)).transpose(1, 2)
+def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(X T^T)^T: products (B, L, H*W) of tokens (B, L, C) with the pixels of a feature map (B, C, H, W)."""
+    return torch.bmm(x.flatten(2).transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
+
+
+def apart(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Tokens (B, L, C) once for each head, with zeros in the channels of the others: (B, heads * L, C)."""
+    if num_heads == 1:
+        return tokens
+    own = torch.eye(num_heads, device=tokens.device, dtype=tokens.dtype).repeat_interleave(
+        tokens.shape[-1] // num_heads, dim=1)  # (heads, C)
+    return (tokens.unsqueeze(1) * own.unsqueeze(1)).flatten(1, 2)
 
 
 def add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor, num_heads: int = 1) -> torch.Tensor:

@@ -5,19 +5,25 @@ bias, `conv`, and the norm that follows it, both children that are called: hooks
 run. Pixels are (B, C, H, W) and `conv` is a 1x1 convolution. Tokens are (B, L, C) and `conv` is the same map as
 nn.Linear, which is faster on them; their norm sees an image of height 1 and width L, so that one class of norm, and
 whatever converts it (SyncBatchNorm, frozen norms), serves both.
+
+Maps that the paper puts on all H*W pixels beside a softmax stand on the L tokens instead, where the product of the two
+is the same: A^T (X W_V) = (A^T X) W_V, and (X W_K)(T W_TR)^T = X (T W_TR W_K^T)^T. These have no norm.
 """
 import math
 from functools import partial
+from typing import Optional
 
 import torch
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
-__all__ = ['GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups']
+__all__ = [
+    'GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups',
+    'token_linear']
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
-    """Number of groups of a 1x1 convolution on pixels, 64 output channels wide each.
+    """Number of groups of a map that the paper puts on pixels, 64 output channels wide each.
 
     Args:
         in_chs: Input channels.
@@ -42,12 +48,16 @@ def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
 class _NormedLinear(nn.Module):
     """A linear map `conv` without bias, and the norm of what it makes."""
 
-    def __init__(self, conv: nn.Module, norm_layer: LayerType) -> None:
+    def __init__(self, conv: nn.Module, norm_layer: Optional[LayerType]) -> None:
         super().__init__()
         weight = conv.weight
         self.conv = conv
-        self.norm = get_norm_layer(norm_layer)(weight.shape[0], device=weight.device, dtype=weight.dtype)
-        nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
+        if norm_layer is None:
+            self.norm = nn.Identity()
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # keeps the variance
+        else:
+            self.norm = get_norm_layer(norm_layer)(weight.shape[0], device=weight.device, dtype=weight.dtype)
+            nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
 
 
 class PixelLinear(_NormedLinear):
@@ -57,7 +67,6 @@ class PixelLinear(_NormedLinear):
             self,
             in_chs: int,
             out_chs: int,
-            groups: int = 1,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
@@ -66,19 +75,36 @@ class PixelLinear(_NormedLinear):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            groups: Groups of channels that are mapped apart.
             norm_layer: Norm over channels of an NCHW tensor.
         """
-        super().__init__(
-            nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, device=device, dtype=dtype), norm_layer)
+        super().__init__(nn.Conv2d(in_chs, out_chs, 1, bias=False, device=device, dtype=dtype), norm_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map pixels (B, C_in, H, W) to (B, C_out, H, W)."""
         return self.norm(self.conv(x))
 
 
-class GroupedTokenLinear(PixelLinear):
+class GroupedTokenLinear(_NormedLinear):
     """Linear map of groups of each token's channels and a norm: (B, L, C_in) -> (B, L, C_out)."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            groups: int,
+            norm_layer: Optional[LayerType] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            groups: Groups of channels that are mapped apart.
+            norm_layer: Norm over channels of an NCHW tensor; None for none.
+        """
+        super().__init__(
+            nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, device=device, dtype=dtype), norm_layer)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
@@ -92,7 +118,7 @@ class TokenLinear(_NormedLinear):
             self,
             in_chs: int,
             out_chs: int,
-            norm_layer: LayerType = nn.BatchNorm2d,
+            norm_layer: Optional[LayerType] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ) -> None:
@@ -100,7 +126,7 @@ class TokenLinear(_NormedLinear):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            norm_layer: Norm over channels of an NCHW tensor.
+            norm_layer: Norm over channels of an NCHW tensor; None for none.
         """
         super().__init__(nn.Linear(in_chs, out_chs, bias=False, device=device, dtype=dtype), norm_layer)
 
@@ -108,12 +134,19 @@ class TokenLinear(_NormedLinear):
         """Map tokens (B, L, C_in) to (B, L, C_out)."""
         return _image_to_tokens(self.norm(_tokens_to_image(self.conv(tokens))))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """Also take the weights of vt_zoo 0.1, where `conv` was a 1x1 convolution, (C_out, C_in, 1, 1)."""
-        weight = state_dict.get(f'{prefix}conv.weight')
-        if weight is not None and weight.ndim == 4:
-            state_dict[f'{prefix}conv.weight'] = weight.flatten(1)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+def token_linear(
+        in_chs: int,
+        out_chs: int,
+        groups: int = 1,
+        norm_layer: Optional[LayerType] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+) -> nn.Module:
+    """Create a linear map of tokens and its norm, with the channels in groups where there is more than one."""
+    if groups == 1:
+        return TokenLinear(in_chs, out_chs, norm_layer, device=device, dtype=dtype)
+    return GroupedTokenLinear(in_chs, out_chs, groups, norm_layer, device=device, dtype=dtype)
 
 
 class TokenNorm(nn.Module):

@@ -3,17 +3,20 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
 
-from .attention import add_mixed, finite, pixel_products
-from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups
+from .attention import add_mixed, apart, finite, pixel_products
+from .linear import PixelLinear, TokenLinear, TokenNorm, pixel_groups, token_linear
 
 __all__ = ['Projector']
 
 torch.fx.wrap('add_mixed')
+torch.fx.wrap('apart')
 torch.fx.wrap('finite')
 
 
 class Projector(nn.Module):
     """Projector, equation (5): X_out = X_in + softmax_L((X_in W_Q)(T W_K)^T) T.
+
+    W_Q, which the paper puts on the pixels, is a map of the tokens: (X_in W_Q)(T W_K)^T = X_in (T W_K W_Q^T)^T.
 
     Where the channels of X_in, T and X_out differ, a linear map stands on the T that is added and on the skip; where
     they are equal there is none. The logits are divided by the square root of the output channels.
@@ -37,7 +40,7 @@ class Projector(nn.Module):
             in_chs: Channels C_in of the incoming feature map.
             out_chs: Channels C_out of the outgoing feature map.
             token_dim: Token channels CT.
-            norm_layer: Norm after each linear map.
+            norm_layer: Norm after each linear map but the query map.
             drop_path: Stochastic depth rate of the projection.
             num_heads: Heads of the attention, each on its share of the channels (first version of the paper).
             attention_values: Put a value map on T also where the channels are equal (first version of the paper).
@@ -53,15 +56,16 @@ class Projector(nn.Module):
             raise ValueError(f'num_heads must divide feature_dim = {out_chs}, got {num_heads}')
         self.num_heads = num_heads
         self.scale = (out_chs // num_heads) ** -0.5
-        self.query = PixelLinear(in_chs, out_chs, pixel_groups(in_chs, out_chs, query_group_width), norm_layer, **dd)
         self.key = TokenLinear(token_dim, out_chs, norm_layer, **dd)
+        self.query = token_linear(
+            out_chs, in_chs, pixel_groups(in_chs, out_chs, query_group_width), norm_layer=None, **dd)
         self.softmax = nn.Softmax(dim=-2)
         if token_dim != out_chs or attention_values:
             self.value = TokenLinear(token_dim, out_chs, norm_layer, **dd)
         else:
             self.value = TokenNorm(token_dim, norm_layer, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.skip = PixelLinear(in_chs, out_chs, 1, norm_layer, **dd) if in_chs != out_chs else nn.Identity()
+        self.skip = PixelLinear(in_chs, out_chs, norm_layer, **dd) if in_chs != out_chs else nn.Identity()
 
     def zero_init_last(self) -> None:
         """Start the projection at zero, so that the outgoing map begins as the skip."""
@@ -78,7 +82,8 @@ class Projector(nn.Module):
         Returns:
             Feature map X_out (B, C_out, H, W).
         """
-        logits = pixel_products(self.key(tokens) * self.scale, self.query(x), self.num_heads)
+        filters = self.query(apart(self.key(tokens), self.num_heads)) * self.scale  # T W_K W_Q^T: (B, heads * L, C_in)
+        logits = pixel_products(filters, x).unflatten(1, (self.num_heads, -1)).flatten(0, 1)
         attn = self.softmax(finite(logits))  # softmax_L((X W_Q)(T W_K)^T): (B * heads, L, H*W)
         value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
         return add_mixed(self.skip(x), attn, value, self.num_heads)

@@ -1,7 +1,7 @@
 """Tokenizers: from the pixels of a feature map to a few visual tokens (section 3.1 of the paper).
 
-T = A^T V, where A is a softmax over the H*W pixels and V the value map of the pixels. Tokenizers differ in where the
-logits of A come from. The pooling tokenizer alone has no A.
+T = A^T V, where A is a softmax over the H*W pixels and V = X W_V their value map, which runs on what was gathered:
+A^T (X W_V) = (A^T X) W_V. Tokenizers differ in where the logits of A come from. The pooling tokenizer alone has no A.
 """
 import math
 from typing import Optional, Tuple
@@ -13,7 +13,7 @@ from timm.layers import LayerType
 
 from .attention import finite, gather, in_float32, pixel_products
 from .kmeans import KMeans
-from .linear import PixelLinear, TokenLinear, create_logit_norm, pixel_groups
+from .linear import TokenLinear, create_logit_norm, pixel_groups, token_linear
 from .position_code import PositionCode
 
 __all__ = ['ClusteringTokenizer', 'FilterTokenizer', 'PoolingTokenizer', 'RecurrentTokenizer']
@@ -24,9 +24,9 @@ torch.fx.wrap('in_float32')
 
 
 class AttentionTokenizer(nn.Module):
-    """What tokenizers with an attention over the pixels share: T = softmax_HW(logits)^T V.
+    """What tokenizers with an attention over the pixels share: T = (softmax_HW(logits)^T X) W_V.
 
-    V is a value map of the pixels and the logits have a norm, as the paper's counts and its training need.
+    W_V is the value map that the paper's counts show, and the logits have a norm, as training needs.
 
     Attributes:
         out_chs: Channels of the tokens that it returns, C, with a position code C + 64.
@@ -49,14 +49,15 @@ class AttentionTokenizer(nn.Module):
             token_dim: Channels CT of the tokens of the module before.
             num_tokens: Tokens L that it makes. 16 is the paper's base model; more did not help (Table 6).
             position_code: Append a code of where the token comes from, as in the first version of the paper.
-            norm_layer: Norm after each linear map.
-            value_map: Map the pixels before they are gathered, as the counts of Tables 2 to 7 show; False for
-                equation (1) as it is written, as the counts of Tables 9 and 10 show.
+            norm_layer: Norm of the logits, of the filters that tokens make and of the position code.
+            value_map: Have a value map, as the counts of Tables 2 to 7 show; False for equation (1) as it is written,
+                as the counts of Tables 9 and 10 show.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        groups = pixel_groups(in_chs, in_chs)
-        self.value = PixelLinear(in_chs, in_chs, groups, norm_layer, **dd) if value_map else nn.Identity()
+        self.value = nn.Identity()
+        if value_map:
+            self.value = token_linear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer=None, **dd)
         self.logit_norm = create_logit_norm(num_tokens, norm_layer, **dd)
         self.softmax = nn.Softmax(dim=-1)
         self.position_code = PositionCode(norm_layer=norm_layer, **dd) if position_code else None
@@ -66,7 +67,7 @@ class AttentionTokenizer(nn.Module):
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H*W)."""
         logits = self.logit_norm(logits.unsqueeze(2)).squeeze(2)  # the norm sees an image of one row
         attn = self.softmax(in_float32(finite(logits)))  # A^T
-        tokens = gather(attn, self.value(x))
+        tokens = self.value(gather(attn, x))
         if self.position_code is not None:
             shares = attn.to(tokens.dtype).view(x.shape[0], -1, x.shape[2], x.shape[3])
             tokens = torch.cat([tokens, self.position_code(shares)], dim=-1)
@@ -109,10 +110,14 @@ class FilterTokenizer(AttentionTokenizer):
 
 
 class RecurrentTokenizer(AttentionTokenizer):
-    """Recurrent tokenizer, equation (2): W_R = T_in W_TR, T = softmax_HW(X W_R)^T X.
+    """Recurrent tokenizer, equation (2): W_R = T_in W_TR + B, T = softmax_HW(X W_R)^T X.
 
-    The tokens of the module before make the filters, as many as they are. The X that meets W_R is a key map of the
-    pixels, as the paper's counts show. The logits are divided by sqrt(C), or they overflow float16.
+    The tokens of the module before make the filters. B, which is not in the paper, is a learned filter of each token:
+    training starts from it, the tokens' filters at zero. Without it the tokens of later modules are nearly one token
+    (docs/design.md).
+
+    The paper's counts show a key map W_K of the pixels; here it is one of the filters:
+    (X W_K) W_R^T = X (W_R W_K^T)^T. The logits are divided by sqrt(C), or they overflow float16.
     """
 
     def __init__(
@@ -130,14 +135,20 @@ class RecurrentTokenizer(AttentionTokenizer):
         super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, **dd)
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, norm_layer, **dd)
-        self.key = PixelLinear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer, **dd)
+        self.filters = nn.Parameter(torch.randn(num_tokens, in_chs, **dd))
+        self.key = token_linear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer=None, **dd)
+
+    def zero_init_last(self) -> None:
+        """Start the filters that the tokens make at zero, so that those learned come first."""
+        if getattr(self.query.norm, 'weight', None) is not None:
+            nn.init.zeros_(self.query.norm.weight)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pixels into tokens.
 
         Args:
             x: Feature map (B, C, H, W).
-            tokens: Tokens T_in of the module before (B, L, CT).
+            tokens: Tokens T_in of the module before (B, L, CT), as many as this one makes.
 
         Returns:
             Tokens (B, L, C).
@@ -147,8 +158,9 @@ class RecurrentTokenizer(AttentionTokenizer):
         """
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
-        filters = self.query(tokens) * self.scale  # W_R
-        return self.gather(pixel_products(filters, self.key(x)), x)  # (X W_R)^T
+        filters = self.query(tokens) + self.filters  # W_R
+        filters = self.key(filters) * self.scale  # W_R W_K^T
+        return self.gather(pixel_products(filters, x), x)  # (X W_R)^T
 
 
 class ClusteringTokenizer(AttentionTokenizer):

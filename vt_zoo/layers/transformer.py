@@ -1,6 +1,5 @@
 """Transformer over the tokens (section 3.2 of the paper)."""
 import math
-from functools import partial
 from typing import Optional
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn as nn
 from timm.layers import DropPath, LayerType, get_act_layer
 
 from .attention import finite, merge_heads, split_heads
-from .linear import GroupedTokenLinear, TokenLinear, TokenNorm
+from .linear import TokenLinear, TokenNorm, token_linear
 
 __all__ = ['TokenTransformer']
 
@@ -58,9 +57,8 @@ class TokenTransformer(nn.Module):
             raise ValueError(f'num_heads must divide token_dim / 2 = {key_dim}, got {num_heads}')
         self.num_heads = num_heads
         self.scale = (key_dim // num_heads) ** -0.5
-        key_map = partial(GroupedTokenLinear, groups=groups) if groups > 1 else TokenLinear
-        self.key = key_map(dim, key_dim, norm_layer=norm_layer, **dd)
-        self.query = key_map(dim, key_dim, norm_layer=norm_layer, **dd)
+        self.key = token_linear(dim, key_dim, groups, norm_layer, **dd)
+        self.query = token_linear(dim, key_dim, groups, norm_layer, **dd)
         self.value = TokenLinear(dim, dim, norm_layer, **dd) if attention_values else nn.Identity()
         self.softmax = nn.Softmax(dim=-1)
         self.norm = TokenNorm(dim, norm_layer, **dd)

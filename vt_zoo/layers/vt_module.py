@@ -59,7 +59,7 @@ class VTModule(nn.Module):
             num_heads: Heads of the transformer and the projector (first version of the paper).
             attention_values: Value maps in the transformer and the projector (first version of the paper).
             act_layer: Activation of the transformer.
-            norm_layer: Norm over channels of an NCHW tensor, after each linear map.
+            norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says which).
             drop_path: Stochastic depth rate of each residual branch.
             zero_init_last: Start residual branches at zero. Without it training at the paper's learning rates diverges.
         """

@@ -33,7 +33,8 @@ class VTNeck(nn.Module):
             pyramid_channels: Channels C of each level. 256 meets the costs of Tables 9 and 10.
             num_tokens: Tokens L of each level. 8 is the paper's (section 4).
             token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            norm_layer: Norm over channels of an NCHW tensor, after each linear map but the laterals.
+            norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says
+                which), but not after the laterals.
         """
         super().__init__()
         levels = range(len(in_chs))

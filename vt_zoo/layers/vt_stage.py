@@ -93,7 +93,7 @@ class VTStage(nn.ModuleList):
             num_heads: Heads of the transformer and the projector.
             attention_values: Value maps W_V in the transformer and the projector. (The tokenizers always have one.)
             act_layer: Activation of the transformers.
-            norm_layer: Norm over channels of an NCHW tensor, after each linear map.
+            norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says which).
             drop_path: Stochastic depth rate of the residual branches, one for all modules or one a module.
             zero_init_last: Start residual branches at zero. Without it training at the paper's learning rates diverges.
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 
-from ..checkpoint import whole
+from ..checkpoint import whole, why_weights_do_not_fit
 from ..errors import InputError, first_line
 from .label_map import read_label_map
 from .settings import SegmentSettings
@@ -130,7 +130,7 @@ def load_segmentation_model(path: Union[str, Path]) -> LoadedModel:
     except KeyError as e:
         raise InputError(f'config.json of model folder {path} has no {e}: it is not of `vt-zoo segment train`') from e
     except Exception as e:  # a damaged file makes the libraries raise nearly anything
-        reason = 'its weights are those of another model' if 'loading state_dict' in str(e) else first_line(e)
+        reason = why_weights_do_not_fit(str(e)) if 'loading state_dict' in str(e) else first_line(e)
         raise InputError(f'model folder {path} cannot be loaded: {reason}') from e
     num_classes = model.config['classes']
     if len(loaded.classes) != num_classes:

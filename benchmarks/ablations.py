@@ -9,15 +9,12 @@ split of `vt_zoo.digits`, test images of its held-out scans. Two runs at a time,
 on two cores; an interrupted benchmark goes on after the last complete run.
 """
 import argparse
-import json
 import math
 import os
 import platform
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Dict, List, Tuple
@@ -26,9 +23,9 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, ImageDraw
+from runs import read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from tqdm import tqdm
 from training import accuracy, train_epochs
 from versions import versions
 
@@ -223,18 +220,13 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
     log = args.out / 'ablations.json'
-    runs = json.loads(log.read_text())['runs'] if log.exists() else []
-    runs = [r for r in runs if r['epochs'] == args.epochs and r['seed'] < args.seeds]
+    runs = [r for r in read_runs(log) if r['epochs'] == args.epochs and r['seed'] < args.seeds]
     environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
     missing = [
         (name, seed, args.epochs) for seed in range(args.seeds) for name in (*VARIANTS, BASELINE)
         if not any((r['variant'], r['seed']) == (name, seed) for r in runs)]
-    with ProcessPoolExecutor(JOBS, get_context('spawn')) as pool:
-        futures = [pool.submit(train, *job) for job in missing]
-        for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
-            runs.append(future.result())
-            with whole(log) as new:
-                new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
+    for _ in run_all(train, missing, runs, log, environment, JOBS):
+        pass
     text = report(runs, environment)
     with whole(args.out / 'ablations.md') as new:
         new.write_text(text)

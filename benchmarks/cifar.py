@@ -4,6 +4,7 @@ The pictures are JPEG files, `train/CLASS/NNNN.jpg` and `test/CLASS/NNNN.jpg`: t
 `CIFAR10(root, download=True)` saved so, or a copy that is one already. JPEG loses a little, so that an accuracy on
 copies is not that on the official files; a report says which it was.
 """
+import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -94,7 +95,7 @@ def fit(
         seed: int,
         state: Path,
         autocast: Optional[torch.dtype] = None,
-) -> List[float]:
+) -> List[Tuple[float, float]]:
     """Train with a warm-up of one epoch and a cosine; a run that was killed goes on after its last whole epoch.
 
     Order and augmentation of an epoch follow from `seed` and its number alone.
@@ -107,33 +108,38 @@ def fit(
         epochs: Number of epochs.
         batch_size: Pictures a step; whole batches only.
         seed: Of orders and augmentation.
-        state: File of the state after each epoch; who asked for it deletes it.
+        state: File of the state after each epoch, which who asked for it deletes; a log of the same name gets a line an
+            epoch.
         autocast: Type in which the model runs what may be in it; None for float32.
 
     Returns:
-        Mean training loss of each epoch.
+        Mean training loss and CPU seconds of each epoch.
     """
     rate = optimizer.param_groups[0]['lr']
-    losses = _resume(model, optimizer, state)
-    first, generator = len(losses), torch.Generator()
+    history = _resume(model, optimizer, state)
+    first, generator = len(history), torch.Generator()
 
     def orders() -> Iterator[torch.Tensor]:
         for epoch in range(first, epochs):
             yield torch.randperm(len(classes), generator=generator.manual_seed(1000 * seed + epoch))
 
     data = _Picked(pick, generator), classes
+    start = time.process_time()
     for loss in train_epochs(
             model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first, autocast=autocast):
-        losses.append(loss)
+        history.append((loss, time.process_time() - start))
         tensors, scalars = state_tensors({'model': model}, optimizer)
-        write_tensors(state, tensors, {'losses': losses, 'scalars': scalars})
-    return losses
+        write_tensors(state, tensors, {'history': history, 'scalars': scalars})
+        with state.with_suffix('.log').open('a') as log:
+            log.write(f'epoch {len(history)} of {epochs}: loss {loss:.4f}, {history[-1][1]:.0f} CPU seconds\n')
+        start = time.process_time()
+    return history
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: Path) -> List[float]:
-    """Take over a state that was kept; the losses of its epochs, none where there is none."""
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: Path) -> List[Tuple[float, float]]:
+    """Take over a state that was kept; the history of its epochs, none where there is none."""
     if not state.exists():
         return []
     tensors, metadata = read_tensors(state)
     load_state(tensors, metadata['scalars'], {'model': model}, optimizer)
-    return metadata['losses']
+    return [tuple(epoch) for epoch in metadata['history']]

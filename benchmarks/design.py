@@ -13,13 +13,10 @@ A variant is a change of the modules of a created model, so that nothing of it s
 `A+B` makes both changes.
 """
 import argparse
-import json
 import os
 import platform
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
@@ -28,9 +25,9 @@ import timm
 import torch
 import torch.nn as nn
 from cifar import crop_and_flip, fit, give_small_stem, load_cifar, normalise
+from runs import read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from tqdm import tqdm
 from training import accuracy
 from versions import versions
 
@@ -231,10 +228,10 @@ def train(
     start = time.process_time()
     at_start = how_alike(model, pick_test(torch.arange(64)))
     autocast = None if precision == 'float32' else getattr(torch, precision)
-    losses = fit(model, pick, classes, optimizer, epochs, batch_size, seed, state, autocast)
+    history = fit(model, pick, classes, optimizer, epochs, batch_size, seed, state, autocast)
     result = {
         'task': task, 'variant': variant, 'seed': seed, 'epochs': epochs, 'pictures': len(classes),
-        'precision': precision, 'loss': losses,
+        'precision': precision, 'loss': [loss for loss, _ in history],
         'test': accuracy(model, pick_test(torch.arange(len(test_classes))), test_classes, batch_size=500),
         'at_start': at_start, 'tokens': how_alike(model, pick_test(torch.arange(256))),
         'parameters': sum(p.numel() for p in model.parameters()), 'cpu_seconds': round(time.process_time() - start)}
@@ -292,7 +289,7 @@ def main() -> None:
         parser.error(f'--variants must be of {", ".join([RESNET, "today", *OPTIONS, *CHANGES])}, got {min(unknown)!r}')
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'design.json'
-    runs = json.loads(log.read_text())['runs'] if log.exists() else []
+    runs = read_runs(log)
     environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
     done = {(r['task'], r['variant'], r['seed'], *_schedule(r)[1:]) for r in runs}
     if 'photographs' in args.tasks:
@@ -301,17 +298,12 @@ def main() -> None:
     for task in args.tasks:
         pictures = args.pictures if task == 'photographs' else ablations.TRAIN_IMAGES
         jobs += [
-            (task, variant, seed, args.epochs, pictures, args.precision)
+            (task, variant, seed, args.epochs, pictures, args.precision, args.data_dir, args.work_dir)
             for seed in args.seeds for variant in args.variants
             if (task, variant, seed, args.epochs, pictures, args.precision) not in done]
-    with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
-        futures = [pool.submit(train, *job, args.data_dir, args.work_dir) for job in jobs]
-        for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
-            runs.append(future.result())
-            with whole(log) as new:
-                new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
-            with whole(args.out / 'design.md') as new:
-                new.write_text(report(runs, environment))
+    for _ in run_all(train, jobs, runs, log, environment, args.jobs):
+        with whole(args.out / 'design.md') as new:
+            new.write_text(report(runs, environment))
     print(report(runs, environment))
 
 

@@ -1,0 +1,40 @@
+"""Runs of a benchmark side by side, one thread each; every one is recorded when it ends."""
+import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Callable, Iterator, List
+
+from tqdm import tqdm
+
+from vt_zoo.checkpoint import whole
+
+
+def read_runs(log: Path) -> List[dict]:
+    """Runs that a log records; none where there is no log."""
+    return json.loads(log.read_text())['runs'] if log.exists() else []
+
+
+def run_all(
+        work: Callable[..., dict], jobs: List[tuple], runs: List[dict], log: Path, environment: str, processes: int,
+) -> Iterator[None]:
+    """Run jobs, append what each returns to `runs`, and write all of them.
+
+    Args:
+        work: Called with the words of a job, in a process of its own.
+        jobs: Words of each job.
+        runs: Runs so far, to append to.
+        log: JSON file to write.
+        environment: Machine and versions, for the log.
+        processes: Jobs at a time.
+
+    Yields:
+        After each run.
+    """
+    with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
+        futures = [pool.submit(work, *job) for job in jobs]
+        for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
+            runs.append(future.result())
+            with whole(log) as new:
+                new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
+            yield

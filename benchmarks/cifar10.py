@@ -83,10 +83,10 @@ def report(runs: List[dict], environment: str) -> str:
         '# VT against ResNet on photographs', '',
         f'Command: `python benchmarks/cifar10.py --data-dir DIR`. {environment}', '',
         'CIFAR-10 as JPEG files of 32x32, which is not the official data: 50,000 training and 10,000 test pictures, '
-        f'crops and flips, SGD with momentum, peak learning rate {LR}, one epoch of warm-up and a cosine, batch {BATCH},'
-        f' weight decay {WEIGHT_DECAY}. Both models have the trunk of `test_vt_resnet`, with a 3x3 stem of stride 1 and '
-        'no pooling. Accuracy after the last epoch in percent, mean and standard deviation over seeds; training '
-        'accuracy is that on every fifth training picture, as it is. CPU seconds are those of one thread.']
+        f'crops and flips, SGD with momentum, peak learning rate {LR}, one epoch of warm-up and a cosine, batch '
+        f'{BATCH}, weight decay {WEIGHT_DECAY}. Both models have the trunk of `test_vt_resnet`, with a 3x3 stem of '
+        'stride 1 and no pooling. Accuracy after the last epoch in percent, mean and standard deviation over seeds; '
+        'training accuracy is that on every fifth training picture, as it is. CPU seconds are those of one thread.']
     for epochs, precision in sorted({(r['epochs'], r['precision']) for r in runs}):
         mine = [r for r in runs if (r['epochs'], r['precision']) == (epochs, precision)]
         base = statistics.mean([r['test'] for r in mine if r['variant'] == BASE] or [float('nan')])

@@ -14,6 +14,7 @@ from test_reparameterize import assert_equal
 from timm.utils import reparameterize_model
 
 import vt_zoo.layers
+from vt_zoo.analysis.metrics import effective_rank
 from vt_zoo.inference import InferenceStage
 from vt_zoo.layers import (
     ClusteringTokenizer,
@@ -55,6 +56,37 @@ def test_stage_is_that_of_the_model(options):
         for result, expected in zip(stage(x), model.vt_stage(x), strict=True):
             assert torch.equal(result, expected)
     assert stage.out_chs == stage(x)[0].shape[1]
+
+
+def test_later_modules_start_with_filters_of_their_own():
+    """The tokens before do not decide where a later module looks, until training says so: its tokens differ."""
+    torch.manual_seed(0)
+    x, others = torch.randn(2, 16, 9, 9), torch.randn(2, 8, 32)
+    look = {}
+    for start_at_zero in (True, False):
+        stage = VTStage(16, 16, depth=3, token_dim=32, num_tokens=8, zero_init_last=start_at_zero)
+        tokens, tokens_of_others = (stage[2].tokenizer(x, tokens) for tokens in (stage[:2](x)[1], others))
+        look[start_at_zero] = torch.equal(tokens, tokens_of_others)
+        tokens.square().sum().backward()
+        assert stage[2].tokenizer.query.norm.weight.grad.any()
+    assert look == {True: True, False: False}
+
+
+def test_tokens_of_later_modules_are_no_more_alike_than_those_of_the_first():
+    torch.manual_seed(0)
+    stage = VTStage(64, 64, depth=3, token_dim=64)
+    x = torch.randn(8, 64, 14, 14) + torch.randn(8, 64, 1, 1)
+    ranks, tokens = [], None
+    for module in stage:
+        x, tokens = module(x, tokens)
+        ranks.append(effective_rank(tokens).mean().item())
+    assert min(ranks[1:]) > 0.8 * ranks[0]
+    for module in stage:
+        if isinstance(module.tokenizer, RecurrentTokenizer):
+            nn.init.zeros_(module.tokenizer.filters)  # equation (2) as it is written
+            nn.init.ones_(module.tokenizer.query.norm.weight)
+    x, tokens = stage(x)
+    assert effective_rank(tokens).mean() < 0.8 * ranks[0]
 
 
 def test_stage_is_a_row_of_modules():

@@ -13,7 +13,7 @@ from test_options import calibrated, images
 from test_reparameterize import assert_equal
 from timm.utils import reparameterize_model
 
-from vt_zoo.inference import InferenceStage, fold_norms, merge_neck
+from vt_zoo.inference import InferenceStage, fold_neck, fold_norms
 from vt_zoo.layers import FilterTokenizer, Projector, VTModule, VTNeck, VTStage
 from vt_zoo.layers.attention import gather
 
@@ -129,7 +129,7 @@ def test_tied_filters_of_a_neck():
     neck.tokenizers[1].filters = neck.tokenizers[0].filters
     maps = [torch.randn(2, 4, 6, 8).double(), torch.randn(2, 6, 3, 4).double()]
     with torch.no_grad():
-        for result, expected in zip(merge_neck(neck)(maps), neck(maps)):
+        for result, expected in zip(fold_neck(neck)(maps), neck(maps)):
             assert_equal(result, expected)
 
 
@@ -154,7 +154,7 @@ def test_weights_that_are_read_elsewhere_are_not_folded(read):
 
 @pytest.mark.parametrize(('call', 'message'), [
     (lambda: InferenceStage(VTModule(16, 24)), 'stage must be a VTStage, got VTModule'),
-    (lambda: merge_neck(VTStage(16, 24)), 'neck must be a VTNeck, got VTStage')], ids=['stage', 'neck'])
+    (lambda: fold_neck(VTStage(16, 24)), 'neck must be a VTNeck, got VTStage')], ids=['stage', 'neck'])
 def test_other_modules_are_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call()

@@ -15,7 +15,7 @@ from timm.utils import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.inference import merge_neck
+from vt_zoo.inference import fold_neck
 from vt_zoo.inference.stage import GroupedTokenMap, fold_maps
 from vt_zoo.layers import TokenTransformer
 from vt_zoo.layers.linear import GroupedTokenLinear, PixelLinear, TokenLinear
@@ -280,7 +280,7 @@ def test_statistics_of_the_batch_in_the_neck():
     torch.manual_seed(0)
     neck = stir(VTNeck((4, 6), 16, 3, 20, norm_layer=BATCH_STATISTICS))
     maps = [torch.randn(2, 4, 6, 8), torch.randn(2, 6, 3, 4)]
-    once = merge_neck(neck)
+    once = fold_neck(neck)
     assert len(norms_of(once)) == len(norms_of(neck))
     for result, expected in zip(outputs(once, maps), outputs(copy.deepcopy(neck), maps), strict=True):
         assert torch.equal(result, expected)

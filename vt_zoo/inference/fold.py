@@ -27,7 +27,7 @@ def runs_alone(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's weights alone say what it computes, so that another map can be merged with it.
+    """Whether a layer's weights alone say what it computes, so that its norm can be folded into it.
 
     Not so with adapters, parametrizations, pruning, quantised weights, offloading or hooks: such a layer stays.
     """

@@ -18,7 +18,7 @@ from vt_zoo.layers.linear import GroupedTokenLinear, PixelLinear, TokenLinear, T
 
 from .fold import fixed_affine, fold_norm, in_float64, is_plain, new_parameter, runs_alone
 
-__all__ = ['InferenceStage', 'merge_neck']
+__all__ = ['InferenceStage', 'fold_neck']
 
 
 class GroupedTokenMap(nn.Module):
@@ -98,7 +98,7 @@ class InferenceStage(nn.ModuleList):
         return x, tokens
 
 
-def merge_neck(neck: VTNeck) -> VTNeck:
+def fold_neck(neck: VTNeck) -> VTNeck:
     """The inference form of VT-FPN's neck, which is left as it is.
 
     Raises:

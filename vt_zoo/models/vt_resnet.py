@@ -228,9 +228,7 @@ class VTResNet(AsksModel, ResNet):
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
 
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
-        too; maps of all pixels that a map of the tokens can do for them merge into that one (see
-        `vt_zoo.inference.stage`). Where a norm or an option forbids one of these, it alone is left out. After an error
-        the model is as it was.
+        too; one that cannot be folded stays (see `vt_zoo.inference.stage`). After an error the model is as it was.
         """
         stage = self.vt_stage
         if type(stage) is VTStage and runs_alone(stage):

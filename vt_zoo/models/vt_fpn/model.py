@@ -21,7 +21,7 @@ from segmentation_models_pytorch.encoders import get_encoder
 from timm.layers import LayerType
 from timm.utils import reparameterize_model
 
-from vt_zoo.inference import fold_norms, merge_neck
+from vt_zoo.inference import fold_neck, fold_norms
 from vt_zoo.layers import VTNeck
 from vt_zoo.layers._checks import check_norm, check_positive
 
@@ -84,12 +84,11 @@ class PyramidModel(AsksModel, SegmentationModel):
         """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
 
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the encoder
-        too where torch.fx can trace it, and in VT-FPN the projectors' queries merge into their keys. After an error the
-        model is as it was.
+        too where torch.fx can trace it. After an error the model is as it was.
         """
         encoder, neck = reparameterize_model(self.encoder), self.decoder.neck
         fold_norms(encoder)
-        neck = merge_neck(neck) if isinstance(neck, VTNeck) else neck
+        neck = fold_neck(neck) if isinstance(neck, VTNeck) else neck
         self.encoder, self.decoder.neck = encoder, neck
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from training import train_epochs
+from training import cross_entropy, train_epochs
 
 from vt_zoo.checkpoint import read_tensors, whole, write_tensors
 from vt_zoo.images import load_image
@@ -94,7 +94,8 @@ def fit(
         batch_size: int,
         seed: int,
         state: Path,
-        autocast: Optional[torch.dtype] = None,
+        loss_of: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy,
+        average: Optional[nn.Module] = None,
 ) -> List[Tuple[float, float]]:
     """Train with a warm-up of one epoch and a cosine; a run that was killed goes on after its last whole epoch.
 
@@ -110,25 +111,28 @@ def fit(
         seed: Of orders and augmentation.
         state: File of the state after each epoch, which who asked for it deletes; a log of the same name gets a line an
             epoch.
-        autocast: Type in which the model runs what may be in it; None for float32.
+        loss_of: Loss of the model on images and classes.
+        average: Moving average of the model, which someone updates, to keep with it.
 
     Returns:
         Mean training loss and CPU seconds of each epoch.
     """
     rate = optimizer.param_groups[0]['lr']
-    history = _resume(model, optimizer, state)
+    modules = {'model': model} if average is None else {'model': model, 'average': average}
+    history = _resume(modules, optimizer, state)
     first, generator = len(history), torch.Generator()
 
     def orders() -> Iterator[torch.Tensor]:
         for epoch in range(first, epochs):
+            torch.manual_seed(1000 * seed + epoch)  # of dropout and stochastic depth
             yield torch.randperm(len(classes), generator=generator.manual_seed(1000 * seed + epoch))
 
     data = _Picked(pick, generator), classes
     start = time.process_time()
     for loss in train_epochs(
-            model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first, autocast=autocast):
+            model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first, loss_of=loss_of):
         history.append((loss, time.process_time() - start))
-        tensors, scalars = state_tensors({'model': model}, optimizer)
+        tensors, scalars = state_tensors(modules, optimizer)
         write_tensors(state, tensors, {'history': history, 'scalars': scalars})
         with state.with_suffix('.log').open('a') as log:
             log.write(f'epoch {len(history)} of {epochs}: loss {loss:.4f}, {history[-1][1]:.0f} CPU seconds\n')
@@ -136,10 +140,10 @@ def fit(
     return history
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, state: Path) -> List[Tuple[float, float]]:
+def _resume(modules: Dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: Path) -> List[Tuple[float, float]]:
     """Take over a state that was kept; the history of its epochs, none where there is none."""
     if not state.exists():
         return []
     tensors, metadata = read_tensors(state)
-    load_state(tensors, metadata['scalars'], {'model': model}, optimizer)
+    load_state(tensors, metadata['scalars'], modules, optimizer)
     return [tuple(epoch) for epoch in metadata['history']]

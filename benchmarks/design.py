@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
@@ -28,7 +29,7 @@ from cifar import crop_and_flip, fit, give_small_stem, load_cifar, normalise
 from runs import read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from training import accuracy
+from training import accuracy, cross_entropy
 from versions import versions
 
 from vt_zoo.analysis.capture import capture
@@ -227,8 +228,8 @@ def train(
     state = work_dir / f'{task}_{variant}_{seed}_{epochs}_{pictures}_{precision}.safetensors'.replace(' ', '_')
     start = time.process_time()
     at_start = how_alike(model, pick_test(torch.arange(64)))
-    autocast = None if precision == 'float32' else getattr(torch, precision)
-    history = fit(model, pick, classes, optimizer, epochs, batch_size, seed, state, autocast)
+    loss_of = partial(cross_entropy, autocast=None if precision == 'float32' else getattr(torch, precision))
+    history = fit(model, pick, classes, optimizer, epochs, batch_size, seed, state, loss_of)
     result = {
         'task': task, 'variant': variant, 'seed': seed, 'epochs': epochs, 'pictures': len(classes),
         'precision': precision, 'loss': [loss for loss, _ in history],

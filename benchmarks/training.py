@@ -1,9 +1,21 @@
 """Training on images that lie in memory as tensors, for the benchmarks that compare models by one recipe."""
-from typing import Iterable, Iterator, Optional, Tuple
+from typing import Callable, Iterable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.scheduler import create_scheduler_v2
+
+
+def cross_entropy(
+        model: torch.nn.Module,
+        images: torch.Tensor,
+        classes: torch.Tensor,
+        autocast: Optional[torch.dtype] = None,
+) -> torch.Tensor:
+    """Loss of a batch; `autocast` is the type in which the model runs what may be in it, None for float32."""
+    with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        logits = model(images)
+    return F.cross_entropy(logits.float(), classes)
 
 
 def train_epochs(
@@ -15,7 +27,7 @@ def train_epochs(
         batch_size: int,
         warmup_lr: float,
         first: int = 0,
-        autocast: Optional[torch.dtype] = None,
+        loss_of: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy,
 ) -> Iterator[float]:
     """Train with one epoch of warm-up and a cosine, step by step; whole batches only.
 
@@ -28,7 +40,7 @@ def train_epochs(
         batch_size: Images a step.
         warmup_lr: Rate of the first step.
         first: Epochs that were trained already.
-        autocast: Type in which the model runs what may be in it, such as torch.bfloat16; None for float32.
+        loss_of: Loss of the model on images and classes.
 
     Yields:
         Mean training loss of each epoch, after it.
@@ -43,9 +55,7 @@ def train_epochs(
         total = 0.
         for step, batch in enumerate(order[:steps * batch_size].split(batch_size)):
             scheduler.step_update(epoch * steps + step)
-            with torch.autocast(y.device.type, autocast, enabled=autocast is not None):
-                logits = model(x[batch])
-            loss = F.cross_entropy(logits.float(), y[batch])
+            loss = loss_of(model, x[batch], y[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

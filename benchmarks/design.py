@@ -249,8 +249,8 @@ def report(runs: List[dict], environment: str) -> str:
     lines = [
         '# Variants of the VT module', '', f'Command: `python benchmarks/design.py --data-dir DIR`. {environment}', '',
         'Test accuracy after the last epoch in percent, each seed and their mean; loss of the last epoch; rank of the '
-        "tokens of each module after training. CIFAR-10 as JPEG files, which is not the official data. Rows of 0.1's module "
-        'are of the script at commit d7dbd5c, before the module changed.']
+        'tokens of each module after training. CIFAR-10 as JPEG files, which is not the official data. Rows of '
+        "0.1's module are of the script at commit d7dbd5c, before the module changed."]
     for schedule in sorted({_schedule(r) for r in runs}):
         task, epochs, pictures, precision = schedule
         lines += [

@@ -305,10 +305,11 @@ def measure_models(args: argparse.Namespace) -> List[dict]:
 
 def measure_training(args: argparse.Namespace) -> List[dict]:
     """Training steps, on a CUDA device in mixed precision."""
-    records, batch = [], 256 if CUDA else 16
+    records, mode = [], 'bfloat16 mixed' if CUDA else 'float32'
     for name in [name for name in args.resnets if name in TRAINED] or args.resnets[:1]:
-        jobs = [Job('training', n, 'bfloat16 mixed' if CUDA else 'float32', batch) for n in (twin(name), name)]
-        records += measure_all_memory(jobs) + time_jobs(jobs, args.rounds or 9)
+        for batch in (256,) if CUDA else (16, 32):
+            jobs = [Job('training', n, mode, batch) for n in (twin(name), name)]
+            records += measure_all_memory(jobs) + time_jobs(jobs, args.rounds or 9)
     return records
 
 

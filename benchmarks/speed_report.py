@@ -203,8 +203,9 @@ def report_training(records: Records) -> List[str]:
         *_table('model', 'mode', 'batch', 'ms a step', 'times faster than its ResNet', 'MiB', "of its ResNet's")]
     for r in records.where(what='training'):
         if 'seconds' in r:
-            base, mib = (f(what='training', name=_base(r['name'])) for f in (records.seconds, records.mib))
-            own = records.mib(what='training', name=r['name'])
+            which = {'what': 'training', 'batch': r['batch']}
+            base, mib = (f(name=_base(r['name']), **which) for f in (records.seconds, records.mib))
+            own = records.mib(name=r['name'], **which)
             last = f'{_spread(base, r["seconds"])} | {own:.0f} | {100 * own / mib:.0f} %'
             lines.append(
                 f'| {r["name"]} | {r["mode"]} | {r["batch"]} | {_ms(r["seconds"])} | '
@@ -302,13 +303,14 @@ def _losses_of_training(records: Records) -> Iterator[str]:
     for r in records.where(what='training'):
         if _is_vt(r['name']):
             base = next(
-                b for b in records.where(what='training', name=_base(r['name'])) if b.keys() == r.keys())
+                b for b in records.where(what='training', name=_base(r['name']), batch=r['batch'])
+                if b.keys() == r.keys())
             if 'seconds' in r and _times(base['seconds'], r['seconds']) < 1:
-                yield (f'A training step of {r["name"]} takes {_times(r["seconds"], base["seconds"]):.2f} times the '
-                       f'time of one of {base["name"]}.')
+                yield (f'A training step of {r["name"]} on {r["batch"]} images takes '
+                       f'{_times(r["seconds"], base["seconds"]):.2f} times the time of one of {base["name"]}.')
             elif 'bytes' in r and r['bytes'] > base['bytes']:
-                yield (f'A training step of {r["name"]} needs {r["bytes"] / base["bytes"]:.2f} times the memory of '
-                       f'one of {base["name"]}.')
+                yield (f'A training step of {r["name"]} on {r["batch"]} images needs '
+                       f'{r["bytes"] / base["bytes"]:.2f} times the memory of one of {base["name"]}.')
 
 
 def _losses_of_growth(records: Records) -> Iterator[str]:

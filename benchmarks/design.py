@@ -91,7 +91,7 @@ def _recurrent(stage: VTStage) -> List[RecurrentTokenizer]:
 def tokens_alone(stage: VTStage) -> None:
     """Equation (2) as it is written: no learned filter beside those that the tokens make."""
     for tokenizer in _recurrent(stage):
-        nn.init.zeros_(tokenizer.filters).requires_grad_(False)
+        nn.init.zeros_(tokenizer.filters.weight).requires_grad_(False)
         nn.init.ones_(tokenizer.query.norm.weight)
 
 
@@ -123,7 +123,7 @@ def no_logit_norm(stage: VTStage) -> None:
 def orthogonal_filters(stage: VTStage) -> None:
     for module in _modules(stage):
         if isinstance(module.tokenizer, RecurrentTokenizer):
-            nn.init.orthogonal_(module.tokenizer.filters, gain=module.tokenizer.filters.shape[1] ** 0.5)
+            nn.init.orthogonal_(module.tokenizer.filters.weight, gain=module.tokenizer.filters.weight.shape[1] ** 0.5)
         elif hasattr(module.tokenizer, 'filters'):
             nn.init.orthogonal_(module.tokenizer.filters.weight)
 

@@ -47,7 +47,7 @@ class _Recurrent(_GatherValues, RecurrentTokenizer):
     """A = softmax((X W_K) W_R)."""
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        filters = (self.query(tokens) + self.filters) * self.scale
+        filters = self.filters(self.query(tokens)) * self.scale
         return self.gather(pixel_products(filters, on_pixels(self.key, x, transposed=True)), x)
 
 

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vt_zoo
 from vt_zoo.analysis.count import count_weights
 from vt_zoo.checkpoint import whole
-from vt_zoo.layers import RecurrentTokenizer
 from vt_zoo.layers.kmeans import KMeans
+from vt_zoo.layers.tokenizer import LearnedFilters
 from vt_zoo.models import vt_fpn
 
 RESULTS = Path(__file__).parent / 'results'
@@ -74,7 +74,7 @@ def count(spec: Spec, paper_order: bool = True) -> Counts:
     stage_name = 'vt_stage' if hasattr(model, 'vt_stage') else 'layer4'
     stage = getattr(model, stage_name, torch.nn.Sequential())
     lloyd = sum(by_module[name] for name, m in model.named_modules() if isinstance(m, KMeans))
-    learned = sum(m.filters.numel() for m in stage.modules() if paper_order and isinstance(m, RecurrentTokenizer))
+    learned = sum(m.weight.numel() for m in stage.modules() if paper_order and isinstance(m, LearnedFilters))
     return Counts(
         total=by_module[''] - lloyd,
         weights=count_weights(model) - learned,

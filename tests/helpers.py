@@ -29,4 +29,5 @@ def as_in_version_0_1(state_dict):
         if re.search(r'(tokenizers?(\.\d+)?\.value|projectors?(\.\d+)?\.query)\.conv\.weight$', n)]
     assert maps
     norms = {n.replace('.conv.', '.norm.'): torch.ones(len(state_dict[n])) for n in maps}
-    return {**{n: t for n, t in state_dict.items() if not re.search(r'\.[1-9]\d*\.tokenizer\.filters$', n)}, **norms}
+    kept = {n: t for n, t in state_dict.items() if not (n.endswith('tokenizer.filters.weight') and t.ndim == 2)}
+    return {**kept, **norms}

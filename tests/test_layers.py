@@ -86,7 +86,7 @@ def filter_reference(m, x):
 
 
 def recurrent_reference(m, x, tokens):
-    w_r = (mapped(m.query, tokens) + array(m.filters)).T
+    w_r = (mapped(m.query, tokens) + array(m.filters.weight)).T
     logits = (x @ matrix(m.key.conv).T) @ w_r / np.sqrt(x.shape[1])
     a = softmax(normed(m.logit_norm, logits), 0)
     return a.T @ mapped(m.value, x)

@@ -76,6 +76,11 @@ def assert_leaves_are_called_once(model, x):
     assert calls == dict.fromkeys(leaves(model), 1)
 
 
+def assert_weights_are_in_leaves(model):
+    owners = {n for n, m in model.named_modules() if list(m.parameters(recurse=False))}
+    assert owners == leaves(model).keys()
+
+
 def assert_wrapping_changes_nothing(model, x):
     wrapped = wrap_leaves(model)
     with torch.no_grad():
@@ -93,7 +98,10 @@ def test_leaves_of_the_options(options, form):
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('zoo_name', ZOO)
 def test_leaves_of_the_zoo(zoo_name, form):
-    assert_leaves_are_called_once(in_form(timm.create_model(zoo_name).eval(), form), images(2, 32, 32))
+    model = in_form(timm.create_model(zoo_name).eval(), form)
+    assert_leaves_are_called_once(model, images(2, 32, 32))
+    if form != 'inference':  # a norm's scale of each token's logits has no layer to go into
+        assert_weights_are_in_leaves(model)
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -83,7 +83,7 @@ def test_tokens_of_later_modules_are_no_more_alike_than_those_of_the_first():
     assert min(ranks[1:]) > 0.8 * ranks[0]
     for module in stage:
         if isinstance(module.tokenizer, RecurrentTokenizer):
-            nn.init.zeros_(module.tokenizer.filters)  # equation (2) as it is written
+            nn.init.zeros_(module.tokenizer.filters.weight)  # equation (2) as it is written
             nn.init.ones_(module.tokenizer.query.norm.weight)
     x, tokens = stage(x)
     assert effective_rank(tokens).mean() < 0.8 * ranks[0]

@@ -109,6 +109,23 @@ class FilterTokenizer(AttentionTokenizer):
         return self.gather(self.filters(x).flatten(2), x)  # (X W_A)^T: (B, L, H*W)
 
 
+class LearnedFilters(nn.Module):
+    """Filters of an image and learned ones, one a token: W + B."""
+
+    def __init__(self, num_tokens: int, dim: int, device=None, dtype=None) -> None:
+        """
+        Args:
+            num_tokens: Tokens L.
+            dim: Channels C of a filter.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_tokens, dim, device=device, dtype=dtype))
+
+    def forward(self, filters: torch.Tensor) -> torch.Tensor:
+        """Add the learned filters to those of an image (B, L, C)."""
+        return filters + self.weight
+
+
 class RecurrentTokenizer(AttentionTokenizer):
     """Recurrent tokenizer, equation (2): W_R = T_in W_TR + B, T = softmax_HW(X W_R)^T X.
 
@@ -135,7 +152,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, **dd)
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, norm_layer, **dd)
-        self.filters = nn.Parameter(torch.randn(num_tokens, in_chs, **dd))
+        self.filters = LearnedFilters(num_tokens, in_chs, **dd)
         self.key = token_linear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer=None, **dd)
 
     def zero_init_last(self) -> None:
@@ -158,7 +175,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         """
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
-        filters = self.query(tokens) + self.filters  # W_R
+        filters = self.filters(self.query(tokens))  # W_R
         filters = self.key(filters) * self.scale  # W_R W_K^T
         return self.gather(pixel_products(filters, x), x)  # (X W_R)^T
 

@@ -200,6 +200,14 @@ def test_recurrent_tokenizer_is_equation_2(shape):
     assert_close(tokens, batched(recurrent_reference, tokenizer, x, tokens_in))
 
 
+@pytest.mark.parametrize('num_tokens', [1, 3, 8])
+def test_recurrent_tokenizer_takes_as_many_tokens_as_it_makes(num_tokens):
+    tokenizer = build(RecurrentTokenizer, 5, 6, 4)
+    x, tokens = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((5, 3, 3), (num_tokens, 6)))
+    with pytest.raises(RuntimeError, match='size'):
+        tokenizer(x, tokens)
+
+
 @pytest.mark.parametrize('dim,num_tokens', [(1, 1), (2, 7), (3, 16), (6, 1), (9, 7), (64, 16), (130, 3)])
 def test_transformer_is_equations_3_and_4(dim, num_tokens):
     transformer = build(TokenTransformer, dim)

@@ -123,7 +123,7 @@ class LearnedFilters(nn.Module):
 
     def forward(self, filters: torch.Tensor) -> torch.Tensor:
         """Add the learned filters to those of an image (B, L, C)."""
-        return filters + self.weight
+        return filters + self.weight.expand_as(filters)  # not a broadcast: one token would become L
 
 
 class RecurrentTokenizer(AttentionTokenizer):

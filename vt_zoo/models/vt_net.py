@@ -1,0 +1,271 @@
+"""VT-Net: Visual Transformer modules in place of the last stage of any convolutional model of timm
+
+Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Models?` - https://arxiv.org/abs/2006.03677
+
+The paper puts VT modules on ResNets (vt_resnet.py). Here the trunk is timm's own model, whichever it is, down to its map
+of stride 16, with its own weights where they are wanted.
+"""
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerType, create_classifier
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models._features import feature_take_indices
+from timm.utils import reparameterize_model
+
+from vt_zoo.inference import InferenceStage, fold_norms
+from vt_zoo.inference.fold import runs_alone
+from vt_zoo.layers import VTStage
+from vt_zoo.layers._checks import check_choice, check_positive
+
+from ._asked import AsksModel
+from .trunk import create_trunk
+from .vt_resnet import PixelTokens, _check_input
+
+__all__ = ['VTNet']
+
+
+class VTNet(AsksModel, nn.Module):
+    """A convolutional trunk, a VT stage on its map of stride 16, a classifier on the mean of the tokens.
+
+    Feature maps, from `features_only=True` and `forward_intermediates()`, are the trunk's and the map refined by the
+    VT stage, which is max-pooled to stride 32 as in `VTResNet` unless `output_stride=16`.
+    """
+
+    asked = 'vt_stage'
+
+    def __init__(
+            self,
+            trunk: str = 'resnet50d',
+            trunk_pretrained: bool = False,
+            trunk_args: Optional[Dict[str, Any]] = None,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            output_stride: int = 32,
+            global_pool: str = 'avg',
+            depth: int = 2,
+            feature_dim: Optional[int] = None,
+            token_dim: int = 512,
+            num_tokens: int = 16,
+            tokenizer: str = 'filter',
+            recurrent: bool = True,
+            token_mixer: str = 'transformer',
+            projector: bool = True,
+            last_projector: bool = False,
+            dynamic_tokens: bool = False,
+            position_code: bool = False,
+            num_heads: int = 1,
+            attention_values: bool = False,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            zero_init_last: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Arguments that are not listed are those of `vt_zoo.layers.VTStage`.
+
+        Args:
+            trunk: Name of a convolutional model of timm, with a tag for other weights than its default ones.
+            trunk_pretrained: Load the trunk's weights.
+            trunk_args: Arguments of timm's model of the trunk.
+            num_classes: Classes; 0 for none, the output is the pooled tokens (B, CT).
+            in_chans: Channels of the image.
+            output_stride: 32 or 16: stride of the last feature map. Tokens do not change.
+            global_pool: Pooling over the tokens, 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
+            depth: VT modules.
+            feature_dim: Channels C_out of the map that the VT modules refine; None for those of the trunk's map.
+            token_dim: Channels CT of a token.
+            num_tokens: Tokens L.
+            act_layer: Activation of the token transformers.
+            norm_layer: Norm of the VT modules.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth rate, rising over the whole model of the trunk; the VT modules have it all.
+
+        Raises:
+            ValueError: An argument is outside what is allowed.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        check_choice('output_stride', output_stride, [16, 32])
+        check_choice('global_pool', global_pool, ['avg', 'max', 'avgmax', 'catavgmax', ''])
+        check_positive('in_chans', in_chans)
+        if last_projector and not projector:
+            raise ValueError('last_projector=True needs projector=True, got projector=False')
+        trunk_args = {**({'drop_path_rate': drop_path_rate} if drop_path_rate else {}), **dd, **(trunk_args or {})}
+        self.trunk = create_trunk(trunk, trunk_pretrained, in_chans=in_chans, **trunk_args)
+        in_chs = self.trunk.feature_info.channels()[-1]
+        self.vt_stage = VTStage(
+            in_chs,
+            feature_dim or in_chs,
+            depth,
+            token_dim=token_dim,
+            num_tokens=num_tokens,
+            tokenizer=tokenizer,
+            recurrent=recurrent,
+            token_mixer=token_mixer,
+            projector=projector,
+            last_projector=last_projector,
+            dynamic_tokens=dynamic_tokens,
+            position_code=position_code,
+            num_heads=num_heads,
+            attention_values=attention_values,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            drop_path=drop_path_rate,
+            zero_init_last=zero_init_last,
+            **dd,
+        )
+        self.in_chans = in_chans
+        self.output_stride = output_stride
+        self.feature_info = [
+            dict(num_chs=info['num_chs'], reduction=info['reduction'], module=f'trunk.{info["module"]}')
+            for info in self.trunk.feature_info.get_dicts()]
+        self.feature_info.append(dict(num_chs=self.vt_stage.out_chs, reduction=output_stride, module='vt_stage'))
+        self.num_classes = num_classes
+        self.num_features = token_dim
+        self.drop_rate = drop_rate
+        self.global_pool, self.fc = create_classifier(token_dim, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = token_dim * self.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
+
+        The trunk takes its own one too, as FastViT, MobileOne and RepVGG have. After an error the model is as it was.
+        """
+        trunk, stage = self.trunk, self.vt_stage
+        self.trunk = reparameterize_model(trunk)
+        if type(stage) is VTStage and runs_alone(stage):
+            self.vt_stage = InferenceStage(stage)
+        try:
+            fold_norms(self)
+        except BaseException:
+            self.trunk, self.vt_stage = trunk, stage
+            raise
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the activations of the trunk and of VT modules again in the backward pass, or keep them."""
+        self.trunk.set_grad_checkpointing(enable)
+        self.vt_stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
+        """Regular expressions that group the parameters by depth: the trunk's modules, the VT stage or its modules."""
+        names = '|'.join(name for name, _ in self.trunk.named_children())
+        return dict(
+            trunk=rf'^trunk\.({names})' if coarse else rf'^trunk\.({names})(?:\.(?:blocks\.)?(\d+))?',
+            vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)')
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
+        """Replace the classifier by a new one."""
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=pool_type, device=device, dtype=dtype)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that also returns feature maps; arguments and results as of `VTResNet`.
+
+        The trunk runs as a whole where any map is asked for.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        maps = list(self.trunk(_check_input(x, self.in_chans)))
+        x = maps[-1]
+        tokens = x.flatten(2).transpose(1, 2)
+        if not stop_early or max_index == len(maps):
+            x, tokens = self.vt_stage(x)
+            if self.output_stride == 32:
+                x = F.max_pool2d(x, 3, stride=2, padding=1)
+            maps.append(x)
+        intermediates = [maps[i] for i in take_indices]
+        return intermediates if intermediates_only else (tokens, intermediates)
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the VT stage and the classifier where the given feature maps do not need them."""
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        last = len(self.feature_info) - 1
+        if max_index < last:
+            self.vt_stage = PixelTokens()
+            self.output_stride = 0  # nothing left to pool
+            self.num_features = self.head_hidden_size = self.feature_info[last - 1]['num_chs']
+        if prune_head or max_index < last:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to tokens (B, L, CT).
+
+        Raises:
+            ValueError: H or W is under 32, or the channels are not in_chans.
+        """
+        return self.vt_stage(self.trunk(_check_input(x, self.in_chans))[-1])[1]
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens (B, L, CT) to logits (B, num_classes), or to the pooled tokens (B, CT) where `pre_logits`."""
+        if self.global_pool.pool_type:
+            x = self.global_pool(x.transpose(1, 2).unsqueeze(2))
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'crop_pct': 0.875,
+        'interpolation': 'bicubic', 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225),
+        'first_conv': None, 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2006.03677',
+        'paper_name': 'Visual Transformers: Where Do Transformers Really Belong in Vision Models?', **kwargs}
+
+
+default_cfgs = generate_default_cfgs({'vt_net.untrained': _cfg()})
+
+PREPROCESSING = 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std'
+
+
+def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTNet:
+    if kwargs.get('features_only', False):
+        if not kwargs.get('projector', True):
+            raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
+        kwargs.setdefault('last_projector', True)
+        kwargs.setdefault('out_indices', (-5, -4, -3, -2, -1))
+    cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
+    overlay = {name: getattr(cfg, name) for name in PREPROCESSING} if cfg is not None else {}
+    overlay.update(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    return build_model_with_cfg(
+        VTNet, variant, pretrained, pretrained_cfg_overlay=overlay, feature_cfg=dict(feature_cls='getter'), **kwargs)
+
+
+@register_model
+def vt_net(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """VT modules on a convolutional model of timm, `trunk='regnety_016'`; `trunk_pretrained=True` loads its weights."""
+    return _create_vt_net('vt_net', pretrained, **dict({'trunk': 'resnet50d'}, **kwargs))

@@ -9,12 +9,12 @@ from timm.models._features import FeatureGetterNet
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 
-__all__ = ['create_trunk']
+__all__ = ['count_levels', 'create_trunk', 'set_trunk_checkpointing']
 
 STRIDE = 16
 
 
-def _levels(name: str) -> int:
+def count_levels(name: str) -> int:
     """Number of feature maps down to stride 16.
 
     Raises:
@@ -52,9 +52,15 @@ def create_trunk(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     Raises:
         ValueError: timm has no such model, or it has no map of stride 16.
     """
-    levels = _levels(name)
+    levels = count_levels(name)
     trunk = timm.create_model(name, pretrained, features_only=True, out_indices=tuple(range(levels)), **kwargs)
     if isinstance(trunk, (EfficientNetFeatures, MobileNetV3Features)):  # which keep what comes after the last map
         last = trunk.feature_info.module_name()[-1]
         trunk.blocks = trunk.blocks[:int(last.split('.')[1]) + 1]
     return trunk
+
+
+def set_trunk_checkpointing(trunk: nn.Module, enable: bool) -> None:
+    """Compute the activations of a trunk again in the backward pass, or keep them."""
+    model = trunk.model if isinstance(trunk, FeatureGetterNet) else trunk
+    model.set_grad_checkpointing(enable)

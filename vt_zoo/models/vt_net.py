@@ -21,10 +21,12 @@ from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
 from ._asked import AsksModel
-from .trunk import create_trunk
+from .trunk import count_levels, create_trunk, set_trunk_checkpointing
 from .vt_resnet import PixelTokens, _check_input
 
 __all__ = ['VTNet']
+
+torch.fx.wrap('_check_input')
 
 
 class VTNet(AsksModel, nn.Module):
@@ -96,8 +98,8 @@ class VTNet(AsksModel, nn.Module):
         check_positive('in_chans', in_chans)
         if last_projector and not projector:
             raise ValueError('last_projector=True needs projector=True, got projector=False')
-        trunk_args = {**({'drop_path_rate': drop_path_rate} if drop_path_rate else {}), **dd, **(trunk_args or {})}
-        self.trunk = create_trunk(trunk, trunk_pretrained, in_chans=in_chans, **trunk_args)
+        rates = {'drop_path_rate': drop_path_rate} if drop_path_rate else {}
+        self.trunk = create_trunk(trunk, trunk_pretrained, in_chans=in_chans, **{**rates, **dd, **(trunk_args or {})})
         in_chs = self.trunk.feature_info.channels()[-1]
         self.vt_stage = VTStage(
             in_chs,
@@ -151,7 +153,7 @@ class VTNet(AsksModel, nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of the trunk and of VT modules again in the backward pass, or keep them."""
-        self.trunk.set_grad_checkpointing(enable)
+        set_trunk_checkpointing(self.trunk, enable)
         self.vt_stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -257,7 +259,7 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
         if not kwargs.get('projector', True):
             raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
         kwargs.setdefault('last_projector', True)
-        kwargs.setdefault('out_indices', (-5, -4, -3, -2, -1))
+        kwargs.setdefault('out_indices', tuple(range(count_levels(kwargs['trunk']) + 1)))
     cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
     overlay = {name: getattr(cfg, name) for name in PREPROCESSING} if cfg is not None else {}
     overlay.update(kwargs.pop('pretrained_cfg_overlay', None) or {})

@@ -273,6 +273,24 @@ def test_reduced_vt_fpn_is_scripted_compiled_and_exported():
     assert_equal(outputs(exported, x), outputs(model, x))
 
 
+@pytest.mark.parametrize('encoder', ['repvgg_a0', 'mobileone_s0', 'fastvit_t8'])
+def test_encoder_that_has_an_inference_form_of_its_own(encoder):
+    pytest.importorskip('segmentation_models_pytorch')
+    from vt_zoo.models.vt_fpn import VTFPN
+
+    torch.manual_seed(0)
+    model = VTFPN(
+        f'tu-{encoder}', encoder_weights=None, classes=3, pyramid_channels=32, token_dim=64, head_channels=32)
+    model = model.double().eval()
+    x = images(2, 64, 64, dtype=torch.float64)
+    expected = outputs(model, x)
+    once = reparameterize_model(model)
+    assert sum(p.numel() for p in once.parameters()) < sum(p.numel() for p in model.parameters())
+    assert_equal(outputs(once, x), expected)
+    once.reparameterize()
+    assert_equal(outputs(once, x), expected)
+
+
 def test_statistics_of_the_batch_in_the_neck():
     pytest.importorskip('segmentation_models_pytorch')
     from vt_zoo.models.vt_fpn import VTNeck

@@ -5,6 +5,7 @@ Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446
 
 Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
 """
+import copy
 import json
 from pathlib import Path
 from typing import Any, Optional, Type, Union
@@ -19,9 +20,9 @@ from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
 from timm.layers import LayerType
-from timm.utils import reparameterize_model
 
 from vt_zoo.inference import fold_neck, fold_norms
+from vt_zoo.inference.blocks import reparameterize_blocks
 from vt_zoo.layers import VTNeck
 from vt_zoo.layers._checks import check_norm, check_positive
 
@@ -86,7 +87,8 @@ class PyramidModel(AsksModel, SegmentationModel):
         Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the encoder
         too where torch.fx can trace it. After an error the model is as it was.
         """
-        encoder, neck = reparameterize_model(self.encoder), self.decoder.neck
+        encoder, neck = copy.deepcopy(self.encoder), self.decoder.neck
+        reparameterize_blocks(encoder)
         fold_norms(encoder)
         neck = fold_neck(neck) if isinstance(neck, VTNeck) else neck
         self.encoder, self.decoder.neck = encoder, neck

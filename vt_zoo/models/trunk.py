@@ -1,5 +1,5 @@
 """Trunks of VTNet: a convolutional model of timm up to its feature map of stride 16."""
-from typing import Any, List
+from typing import Any
 
 import timm
 import torch
@@ -30,8 +30,8 @@ def count_levels(name: str) -> int:
     strides = probe.feature_info.reduction()
     if sorted(set(strides)) != strides or STRIDE not in strides:
         raise ValueError(
-            f'trunk must be a convolutional model with a feature map of stride {STRIDE} among others, got {name!r} with '
-            f'strides {", ".join(map(str, dict.fromkeys(strides)))}')
+            f'trunk must be a convolutional model with a feature map of stride {STRIDE} among others, got {name!r} '
+            f'with strides {", ".join(map(str, dict.fromkeys(strides)))}')
     known = FeatureListNet, FeatureGetterNet, EfficientNetFeatures, MobileNetV3Features
     if type(probe) not in known or str(getattr(probe, 'output_fmt', 'NCHW')) not in ('NCHW', 'Format.NCHW'):
         raise ValueError(f'trunk must be a model that timm cuts at a map (B, C, H, W) of stride {STRIDE}, got {name!r}')

@@ -2,9 +2,10 @@
 
 Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Models?` - https://arxiv.org/abs/2006.03677
 
-The paper puts VT modules on ResNets (vt_resnet.py). Here the trunk is timm's own model, whichever it is, down to its map
-of stride 16, with its own weights where they are wanted.
+The paper puts VT modules on ResNets (vt_resnet.py). Here the trunk is timm's own model, whichever it is, down to its
+map of stride 16, with its own weights where they are wanted.
 """
+import copy
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from timm.layers import LayerType, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._features import feature_take_indices
-from timm.utils import reparameterize_model
 
 from vt_zoo.inference import InferenceStage, fold_norms
+from vt_zoo.inference.blocks import reparameterize_blocks
 from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
@@ -141,7 +142,8 @@ class VTNet(AsksModel, nn.Module):
         The trunk takes its own one too, as FastViT, MobileOne and RepVGG have. After an error the model is as it was.
         """
         trunk, stage = self.trunk, self.vt_stage
-        self.trunk = reparameterize_model(trunk)
+        self.trunk = copy.deepcopy(trunk)
+        reparameterize_blocks(self.trunk)
         if type(stage) is VTStage and runs_alone(stage):
             self.vt_stage = InferenceStage(stage)
         try:

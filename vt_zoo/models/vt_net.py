@@ -161,10 +161,9 @@ class VTNet(AsksModel, nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
         """Regular expressions that group the parameters by depth: the trunk's modules, the VT stage or its modules."""
-        names = '|'.join(name for name, _ in self.trunk.named_children())
-        return dict(
-            trunk=rf'^trunk\.({names})' if coarse else rf'^trunk\.({names})(?:\.(?:blocks\.)?(\d+))?',
-            vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)')
+        block = '' if coarse else r'(?:\.(?:blocks\.)?(\d+))?'
+        trunk = {name: rf'^trunk\.{name}{block}' for name, part in self.trunk.named_children() if [*part.parameters()]}
+        return dict(**trunk, vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)')
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -159,11 +159,14 @@ class VTNet(AsksModel, nn.Module):
         self.vt_stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Regular expressions that group the parameters by depth: the trunk's modules, the VT stage or its modules."""
-        block = '' if coarse else r'(?:\.(?:blocks\.)?(\d+))?'
-        trunk = {name: rf'^trunk\.{name}{block}' for name, part in self.trunk.named_children() if [*part.parameters()]}
-        return dict(**trunk, vt_stage=r'^vt_stage' if coarse else r'^vt_stage\.(\d+)')
+        groups = {}
+        for name, part in self.trunk.named_children():
+            whole, block = rf'^trunk\.{name}', rf'^trunk\.{name}\.(?:blocks\.)?(\d+)'
+            if list(part.parameters()):
+                groups[name] = whole if coarse else [(block, None), (whole, (0,))]
+        return {**groups, 'vt_stage': r'^vt_stage' if coarse else r'^vt_stage\.(\d+)'}
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -169,16 +169,25 @@ class VTNet(AsksModel, nn.Module):
         return {**groups, 'vt_stage': r'^vt_stage' if coarse else r'^vt_stage\.(\d+)'}
 
     @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> Union[str, nn.Module]:
+        """The classifier, or its name."""
+        return 'fc' if name_only else self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, device=None, dtype=None) -> None:
-        """Replace the classifier by a new one."""
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a new one.
+
+        Args:
+            num_classes: Its classes; 0 for none.
+            global_pool: Pooling over the tokens; None for that which there is.
+        """
+        parameter = next(self.parameters())
         self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool_type, device=device, dtype=dtype)
+            self.num_features, num_classes, pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
+            device=parameter.device, dtype=parameter.dtype)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def forward_intermediates(
             self,
@@ -258,6 +267,13 @@ default_cfgs = generate_default_cfgs({'vt_net.untrained': _cfg()})
 PREPROCESSING = 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std'
 
 
+def find_first_conv(model: VTNet, names: Union[str, Tuple[str, ...], None]) -> Optional[Tuple[str, ...]]:
+    """The first convolutions, of which timm has the names in the model that the trunk is cut from."""
+    names = [names] if isinstance(names, str) else names or []
+    flat = {name.replace('.', '_'): name for name, _ in model.named_modules()}
+    return tuple(flat[f'trunk_{name}'.replace('.', '_')] for name in names) or None
+
+
 def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTNet:
     if kwargs.get('features_only', False):
         if not kwargs.get('projector', True):
@@ -267,8 +283,11 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
     cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
     overlay = {name: getattr(cfg, name) for name in PREPROCESSING} if cfg is not None else {}
     overlay.update(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         VTNet, variant, pretrained, pretrained_cfg_overlay=overlay, feature_cfg=dict(feature_cls='getter'), **kwargs)
+    if cfg is not None and not kwargs.get('features_only', False):
+        model.pretrained_cfg['first_conv'] = find_first_conv(model, cfg.first_conv)
+    return model
 
 
 @register_model

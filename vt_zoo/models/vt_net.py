@@ -182,9 +182,10 @@ class VTNet(AsksModel, nn.Module):
         """
         parameter = next(self.parameters())
         self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
-            device=parameter.device, dtype=parameter.dtype)
+            self.num_features, num_classes, pool_type=global_pool, device=parameter.device, dtype=parameter.dtype)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
         self.fc.train(self.training)

@@ -1,5 +1,5 @@
 """Trunks of VTNet: a convolutional model of timm up to its feature map of stride 16."""
-from typing import Any
+from typing import Any, Tuple
 
 import timm
 import torch
@@ -9,7 +9,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 
-__all__ = ['count_levels', 'create_trunk', 'set_trunk_checkpointing']
+__all__ = ['count_levels', 'create_trunk', 'timms_modules']
 
 STRIDE = 16
 
@@ -60,7 +60,6 @@ def create_trunk(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     return trunk
 
 
-def set_trunk_checkpointing(trunk: nn.Module, enable: bool) -> None:
-    """Compute the activations of a trunk again in the backward pass, or keep them."""
-    model = trunk.model if isinstance(trunk, FeatureGetterNet) else trunk
-    model.set_grad_checkpointing(enable)
+def timms_modules(trunk: nn.Module) -> Tuple[str, nn.Module]:
+    """The module in a trunk whose children are those of timm's model, and what stands before their names."""
+    return ('model.', trunk.model) if isinstance(trunk, FeatureGetterNet) else ('', trunk)

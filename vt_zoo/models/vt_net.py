@@ -22,7 +22,7 @@ from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
 from ._asked import AsksModel
-from .trunk import count_levels, create_trunk, set_trunk_checkpointing
+from .trunk import count_levels, create_trunk, timms_modules
 from .vt_resnet import PixelTokens, _check_input
 
 __all__ = ['VTNet']
@@ -155,15 +155,16 @@ class VTNet(AsksModel, nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of the trunk and of VT modules again in the backward pass, or keep them."""
-        set_trunk_checkpointing(self.trunk, enable)
+        timms_modules(self.trunk)[1].set_grad_checkpointing(enable)
         self.vt_stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Regular expressions that group the parameters by depth: the trunk's modules, the VT stage or its modules."""
-        groups = {}
-        for name, part in self.trunk.named_children():
-            whole, block = rf'^trunk\.{name}', rf'^trunk\.{name}\.(?:blocks\.)?(\d+)'
+        groups, (prefix, modules) = {}, timms_modules(self.trunk)
+        for name, part in modules.named_children():
+            whole = rf'^trunk\.{prefix}{name}'
+            block = rf'{whole}\.(?:blocks\.|b)?(\d+)'
             if list(part.parameters()):
                 groups[name] = whole if coarse else [(block, None), (whole, (0,))]
         return {**groups, 'vt_stage': r'^vt_stage' if coarse else r'^vt_stage\.(\d+)'}
@@ -271,8 +272,9 @@ PREPROCESSING = 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 
 def find_first_conv(model: VTNet, names: Union[str, Tuple[str, ...], None]) -> Optional[Tuple[str, ...]]:
     """The first convolutions, of which timm has the names in the model that the trunk is cut from."""
     names = [names] if isinstance(names, str) else names or []
+    prefix = f'trunk.{timms_modules(model.trunk)[0]}'
     flat = {name.replace('.', '_'): name for name, _ in model.named_modules()}
-    return tuple(flat[f'trunk_{name}'.replace('.', '_')] for name in names) or None
+    return tuple(flat[f'{prefix}{name}'.replace('.', '_')] for name in names) or None
 
 
 def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTNet:

@@ -1,0 +1,131 @@
+"""VTNet: a VT stage on timm's convolutional models, whichever they are."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from test_layers import stir
+from test_options import images
+from test_reparameterize import assert_equal, norms_of, outputs
+from timm.models._manipulate import group_parameters
+from timm.utils import reparameterize_model
+
+from vt_zoo.models.trunk import create_trunk
+
+TRUNKS = [
+    'test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet', 'mobilenetv4_conv_small', 'regnety_002', 'repvgg_a0',
+    'fastvit_t8', 'test_nfnet', 'cspnext_l', 'vgg11']
+SMALL = {'token_dim': 32, 'num_tokens': 4, 'num_classes': 5}
+
+
+def create(trunk, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('vt_net', trunk=trunk, **{**SMALL, **kwargs})
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_trunk_is_timms_down_to_stride_16(trunk):
+    """The same maps as timm's own, from the same weights, and nothing after them."""
+    torch.manual_seed(0)
+    whole = timm.create_model(trunk, features_only=True).eval()
+    torch.manual_seed(0)
+    cut = create_trunk(trunk).eval()
+    weights = {k.replace('.', '_'): v for k, v in whole.state_dict().items()}
+    cut.load_state_dict({k: weights[k.replace('.', '_')] for k in cut.state_dict()})
+    strides = whole.feature_info.reduction()
+    x = images(2, 96, 64)
+    maps = cut(x)
+    assert cut.feature_info.reduction() == strides[:strides.index(16) + 1]
+    with torch.no_grad():
+        for result, expected in zip(maps, whole(x)):
+            assert torch.equal(result, expected)
+    maps[-1].square().sum().backward()
+    assert all(p.grad is not None for p in cut.parameters())
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_tokens_logits_and_features(trunk):
+    model, x = create(trunk).eval(), images(2, 96, 64)
+    features = create(trunk, features_only=True).eval()
+    with torch.no_grad():
+        assert model.forward_features(x).shape == (2, 4, 32) and model(x).shape == (2, 5)
+        maps = features(x)
+    strides, channels = features.feature_info.reduction(), features.feature_info.channels()
+    assert strides[-2:] == [16, 32]
+    assert [m.shape for m in maps] == [(2, c, 96 // s, 64 // s) for c, s in zip(channels, strides)]
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_every_weight_has_a_gradient(trunk):
+    model = create(trunk, zero_init_last=False).train()
+    model(images(3, 64, 64)).square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_gradient_checkpointing_changes_nothing(trunk):
+    model, x = stir(create(trunk)).eval(), images(2, 64, 64)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    model.set_grad_checkpointing(True)
+    for result, grad in zip(torch.autograd.grad(model(x).square().sum(), list(model.parameters())), expected):
+        torch.testing.assert_close(result, grad)
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_inference_form(trunk):
+    model = create(trunk).double().eval()
+    stir(model.vt_stage)
+    model.eval()
+    x = images(2, 64, 64, dtype=torch.float64)
+    once = reparameterize_model(model)
+    assert len(norms_of(once)) < len(norms_of(model)) or not norms_of(model)
+    assert_equal(outputs(once, x), outputs(model, x))
+    once.reparameterize()
+    assert_equal(outputs(once, x), outputs(model, x))
+
+
+@pytest.mark.parametrize('trunk', [t for t in TRUNKS if t != 'cspnext_l'])
+def test_scripted(trunk):
+    model, x = create(trunk).eval(), images(2, 64, 64)
+    assert torch.equal(outputs(torch.jit.script(model), x), outputs(model, x))
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_groups_of_layers_follow_the_depth(trunk):
+    model = create(trunk)
+    for coarse in (True, False):
+        groups = group_parameters(model, model.group_matcher(coarse))
+        names = [name for group in groups.values() for name in group]
+        assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+        firsts = [group[0].split('.')[0] for group in groups.values()]
+        assert firsts == sorted(firsts, key=['trunk', 'vt_stage', 'fc'].index)
+        assert len(groups) >= 4
+
+
+@pytest.mark.parametrize(('trunk', 'words'), [
+    ('no_such_model', "must be the name of a model of timm, got 'no_such_model'"),
+    ('vit_tiny_patch16_224', 'must be a convolutional model with a feature map of stride 16'),
+    ('mixer_s16_224', 'must be a convolutional model with a feature map of stride 16'),
+    ('swin_tiny_patch4_window7_224', r'must be a model that timm cuts at a map \(B, C, H, W\)'),
+    ('hrnet_w18_small', r'must be a model that timm cuts at a map \(B, C, H, W\)')])
+def test_trunk_that_has_no_such_map(trunk, words):
+    with pytest.raises(ValueError, match=f'^trunk {words}'):
+        create(trunk)
+
+
+@pytest.mark.parametrize(('argument', 'value'), [
+    ('output_stride', 8), ('global_pool', 'token'), ('in_chans', 0), ('depth', 0), ('drop_path_rate', 1.5)])
+def test_arguments(argument, value):
+    with pytest.raises((ValueError, AssertionError)):
+        create('test_resnet', **{argument: value})
+
+
+def test_preprocessing_is_the_trunks():
+    cfg, own = timm.get_pretrained_cfg('fastvit_t8'), create('fastvit_t8').pretrained_cfg
+    for name in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std'):
+        assert own[name] == getattr(cfg, name)
+    assert isinstance(create('fastvit_t8').get_submodule(own['first_conv'][0]), nn.Conv2d)
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_channels_of_the_image(in_chans):
+    assert create('test_efficientnet', in_chans=in_chans).eval()(torch.randn(2, in_chans, 64, 64)).shape == (2, 5)

@@ -3,17 +3,20 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 from test_layers import stir
 from test_options import images
 from test_reparameterize import assert_equal, norms_of, outputs
 from timm.models._manipulate import group_parameters
 from timm.utils import reparameterize_model
 
+from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.checkpoint import load_model, write_model
 from vt_zoo.models.trunk import create_trunk
 
 TRUNKS = [
-    'test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet', 'mobilenetv4_conv_small', 'regnety_002', 'repvgg_a0',
-    'fastvit_t8', 'test_nfnet', 'cspnext_l', 'vgg11']
+    'test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet', 'mobilenetv4_conv_small', 'regnety_002',
+    'repvgg_a0', 'fastvit_t8', 'test_nfnet', 'cspnext_l', 'vgg11']
 SMALL = {'token_dim': 32, 'num_tokens': 4, 'num_classes': 5}
 
 
@@ -129,3 +132,39 @@ def test_preprocessing_is_the_trunks():
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_channels_of_the_image(in_chans):
     assert create('test_efficientnet', in_chans=in_chans).eval()(torch.randn(2, in_chans, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize('trunk', TRUNKS)
+def test_trunk_of_timms_weights(trunk, tmp_path):
+    """What a `trunk_*` tag does, with a file: timm's whole model in, its trunk kept, the rest new."""
+    torch.manual_seed(1)
+    whole = timm.create_model(trunk, num_classes=7).eval()
+    save_file(whole.state_dict(), tmp_path / 'whole.safetensors')
+    model = timm.create_model(
+        'vt_net', pretrained=True, trunk=trunk, pretrained_cfg_overlay={'file': str(tmp_path / 'whole.safetensors')},
+        **{**SMALL, 'num_classes': 1000}).eval()
+    torch.manual_seed(1)
+    maps = timm.create_model(trunk, features_only=True).eval()
+    weights = {n.replace('.', '_'): w for n, w in whole.state_dict().items()}
+    maps.load_state_dict({
+        k: weights[k.removeprefix('model.').replace('.', '_')] for k in maps.state_dict()})
+    x = images(1, 64, 64)
+    with torch.no_grad():
+        for result, expected in zip(model.trunk(x), maps(x)):
+            torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='vt_net'))
+def test_named_models_cost_less_than_what_they_are_cut_from(name):
+    with torch.device('meta'):
+        model = timm.create_model(name).eval()
+        whole = timm.create_model(name.removeprefix('vt_') if name != 'vt_net' else 'resnet50d').eval()
+    assert count_weights(model) < count_weights(whole)
+    assert count_multiply_adds(model) < count_multiply_adds(whole)
+
+
+def test_written_and_loaded(tmp_path):
+    model = stir(create('test_convnext', num_classes=2)).eval()
+    write_model(tmp_path / 'model', model, ['a', 'b'], {})
+    x = images(1, 64, 64)
+    assert torch.equal(outputs(load_model(str(tmp_path / 'model')), x), outputs(model, x))

@@ -6,11 +6,13 @@ The paper puts VT modules on ResNets (vt_resnet.py). Here the trunk is timm's ow
 map of stride 16, with its own weights where they are wanted.
 """
 import copy
+import logging
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._features import feature_take_indices
@@ -23,11 +25,19 @@ from vt_zoo.layers._checks import check_choice, check_positive
 
 from ._asked import AsksModel
 from .trunk import count_levels, create_trunk, timms_modules
-from .vt_resnet import PixelTokens, _check_input
+from .vt_resnet import PixelTokens, _check_input, fits_json
 
 __all__ = ['VTNet']
 
 torch.fx.wrap('_check_input')
+
+_logger = logging.getLogger(__name__)
+
+PREPROCESSING = 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std'
+CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
+    'trunk', 'trunk_args', 'in_chans', 'output_stride', 'global_pool', 'depth', 'feature_dim', 'token_dim',
+    'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
+    'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
 
 
 class VTNet(AsksModel, nn.Module):
@@ -256,17 +266,51 @@ class VTNet(AsksModel, nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
+    """The trunk of timm's model; the VT stage and the classifier are the model's own, which are new.
+
+    Raises:
+        RuntimeError: It is not the model that the trunk is cut from.
+    """
+    prefix = f'trunk.{timms_modules(model.trunk)[0]}'
+    given = {name.replace('.', '_'): weight for name, weight in state_dict.items()}  # cut, names are joined by _
+    own = model.state_dict()
+    missing = [n for n in own if n.startswith(prefix) and n[len(prefix):].replace('.', '_') not in given]
+    if missing:
+        raise RuntimeError(
+            f'these weights are of another trunk than this model: {len(missing)} of its names are missing, the first '
+            f'is {missing[0]}')
+    _logger.warning('Only the trunk is pretrained: the VT stage and the classifier are new, train them.')
+    return {n: given[n[len(prefix):].replace('.', '_')] if n.startswith(prefix) else w for n, w in own.items()}
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
+    """Let other weights than the model's own fit it: of timm's model the trunk is taken."""
+    return state_dict if any(n.startswith('vt_stage.') for n in state_dict) else _keep_trunk(state_dict, model)
+
+
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'crop_pct': 0.875,
-        'interpolation': 'bicubic', 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225),
+        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': None, 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2006.03677',
         'paper_name': 'Visual Transformers: Where Do Transformers Really Belong in Vision Models?', **kwargs}
 
 
-default_cfgs = generate_default_cfgs({'vt_net.untrained': _cfg()})
+def _trunk_cfg(name: str) -> Dict[str, Any]:
+    """Weights of a model of timm, whose trunk is taken. Not a classifier before it has been trained further."""
+    return _cfg(hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors', license=get_pretrained_cfg(name).license)
 
-PREPROCESSING = 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std'
+
+# Bare names take no trunk for their weights: the `untrained*` after the others keeps timm from it.
+TRUNK_TAGS = {  # the best at 224x224 in timm's results of August 2026 among those under a licence like ours
+    'resnet50d': 'ra4_e3600_r224_in1k', 'resnext50_32x4d': 'a1h_in1k', 'regnety_016': 'tv2_in1k',
+    'convnext_tiny': 'in12k_ft_in1k', 'efficientnet_b0': 'ra4_e3600_r224_in1k', 'tf_efficientnet_lite0': 'in1k',
+    'mobilenetv4_conv_small': 'e2400_r224_in1k'}
+default_cfgs = generate_default_cfgs({
+    'vt_net.untrained': _cfg(),
+    **{name: cfg for trunk, tag in TRUNK_TAGS.items() for name, cfg in (
+        (f'vt_{trunk}.trunk_{tag}', _trunk_cfg(f'{trunk}.{tag}')), (f'vt_{trunk}.untrained*', _cfg()))}})
 
 
 def find_first_conv(model: VTNet, names: Union[str, Tuple[str, ...], None]) -> Optional[Tuple[str, ...]]:
@@ -287,13 +331,72 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
     overlay = {name: getattr(cfg, name) for name in PREPROCESSING} if cfg is not None else {}
     overlay.update(kwargs.pop('pretrained_cfg_overlay', None) or {})
     model = build_model_with_cfg(
-        VTNet, variant, pretrained, pretrained_cfg_overlay=overlay, feature_cfg=dict(feature_cls='getter'), **kwargs)
+        VTNet,
+        variant,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(feature_cls='getter'),
+        **kwargs,
+    )
     if cfg is not None and not kwargs.get('features_only', False):
         model.pretrained_cfg['first_conv'] = find_first_conv(model, cfg.first_conv)
+    # timm keeps them since 1.0.31; drop rates are of a training
+    model.creation_args = {k: v for k, v in kwargs.items() if k in CREATION_ARGS and fits_json(v)}
     return model
 
 
 @register_model
 def vt_net(pretrained: bool = False, **kwargs: Any) -> VTNet:
     """VT modules on a convolutional model of timm, `trunk='regnety_016'`; `trunk_pretrained=True` loads its weights."""
-    return _create_vt_net('vt_net', pretrained, **dict({'trunk': 'resnet50d'}, **kwargs))
+    model_args = dict(trunk='resnet50d')
+    return _create_vt_net('vt_net', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_resnet50d(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's resnet50d."""
+    model_args = dict(trunk='resnet50d')
+    return _create_vt_net('vt_resnet50d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's resnext50_32x4d."""
+    model_args = dict(trunk='resnext50_32x4d')
+    return _create_vt_net('vt_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_regnety_016(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's regnety_016."""
+    model_args = dict(trunk='regnety_016')
+    return _create_vt_net('vt_regnety_016', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's convnext_tiny."""
+    model_args = dict(trunk='convnext_tiny')
+    return _create_vt_net('vt_convnext_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_efficientnet_b0(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's efficientnet_b0."""
+    model_args = dict(trunk='efficientnet_b0')
+    return _create_vt_net('vt_efficientnet_b0', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_tf_efficientnet_lite0(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's tf_efficientnet_lite0."""
+    model_args = dict(trunk='tf_efficientnet_lite0')
+    return _create_vt_net('vt_tf_efficientnet_lite0', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vt_mobilenetv4_conv_small(pretrained: bool = False, **kwargs: Any) -> VTNet:
+    """Two VT modules after the trunk of timm's mobilenetv4_conv_small."""
+    model_args = dict(trunk='mobilenetv4_conv_small')
+    return _create_vt_net('vt_mobilenetv4_conv_small', pretrained, **dict(model_args, **kwargs))

@@ -438,7 +438,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _fits_json(value: Any) -> bool:
+def fits_json(value: Any) -> bool:
     try:
         json.JSONEncoder().encode(value)
     except (TypeError, ValueError):
@@ -460,7 +460,7 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
         **kwargs,
     )
     # timm keeps them since 1.0.31; drop rates are of a training
-    model.creation_args = {k: v for k, v in kwargs.items() if k in CREATION_ARGS and _fits_json(v)}
+    model.creation_args = {k: v for k, v in kwargs.items() if k in CREATION_ARGS and fits_json(v)}
     return model
 
 

@@ -225,8 +225,7 @@ def main() -> None:
     missing = [
         (name, seed, args.epochs) for seed in range(args.seeds) for name in (*VARIANTS, BASELINE)
         if not any((r['variant'], r['seed']) == (name, seed) for r in runs)]
-    for _ in run_all(train, missing, runs, log, environment, JOBS):
-        pass
+    run_all(train, missing, runs, log, environment, JOBS)
     text = report(runs, environment)
     with whole(args.out / 'ablations.md') as new:
         new.write_text(text)

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, List, Optional
 
+import ablations
 import timm
 import torch
 import torch.nn as nn
@@ -38,21 +39,12 @@ from training import accuracy, cross_entropy
 from versions import versions
 
 from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.checkpoint import read_tensors, whole, write_tensors
+from vt_zoo.checkpoint import read_tensors, write_tensors
 
 RESULTS = Path(__file__).parent / 'results'
 BATCH, LR, WEIGHT_DECAY = 128, 0.1, 5e-4
-BASE, RESNET = 'VT', 'ResNet, same trunk'
-ABLATIONS = {  # name: (table of the paper, options, the paper's points against its base model: R18, R34)
-    'pooling tokenizer': ('3', {'tokenizer': 'pooling'}, (-1.4, -1.3)),
-    'clustering tokenizer': ('3', {'tokenizer': 'clustering'}, (-0.5, 0.3)),
-    'no recurrent tokenizer': ('4', {'recurrent': False}, (-0.6, -0.3)),
-    'tokens not related': ('5', {'token_mixer': 'none'}, (-3.2, -1.4)),
-    'graph convolution': ('5', {'token_mixer': 'graph'}, (-2.8, -1.2)),
-    '32 tokens': ('6', {'num_tokens': 32}, (-0.3, 0.3)),
-    'no projector': ('7', {'projector': False}, (-1.1, -0.7)),
-}
-TEACHER, PAPER_RESNET = 'teacher', (-2.1, -1.5)
+BASE, RESNET, TEACHER = 'VT', ablations.BASELINE, 'teacher'
+ABLATIONS = {name: variant for name, variant in ablations.VARIANTS.items() if variant[2]}  # that the paper has
 GROUPS = {'models': [BASE, RESNET], 'ablations': [*ABLATIONS]}
 
 
@@ -183,7 +175,8 @@ def _schedule(run: dict) -> tuple:
 
 
 def _row(name: str, runs: List[dict], base: List[float]) -> str:
-    table, _, paper = {BASE: ('2', {}, ()), RESNET: ('2', {}, PAPER_RESNET), TEACHER: ('', {}, ()), **ABLATIONS}[name]
+    others = {BASE: ('2', {}, ()), RESNET: ('2', {}, ablations.PAPER[RESNET]), TEACHER: ('', {}, ())}
+    table, _, paper = {**others, **ABLATIONS}[name]
     test, fitted = ([r[key] for r in runs] for key in ('test', 'train'))
     points = f'{statistics.mean(test) - statistics.mean(base):+.2f}' if base and paper else ''
     cells = (
@@ -230,9 +223,7 @@ def main() -> None:
         for seed in args.seeds for name in variants
         if (name, seed, args.recipe, args.epochs, args.precision) not in done]
     environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
-    for _ in run_all(train, jobs, runs, log, environment, args.jobs):
-        with whole(args.out / 'cifar10.md') as new:
-            new.write_text(report(runs, environment))
+    run_all(train, jobs, runs, log, environment, args.jobs, report)
     print(report(runs, environment))
 
 

@@ -34,17 +34,13 @@ from versions import versions
 
 from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
-from vt_zoo.checkpoint import whole
 from vt_zoo.layers import RecurrentTokenizer, VTModule, VTStage
 
 RESULTS = Path(__file__).parent / 'results'
 MODULES = 3
-RESNET = 'ResNet, same trunk'
+RESNET = ablations.BASELINE
 OPTIONS = {  # ablations of the paper, by the model's own options
-    'pooling tokenizer': {'tokenizer': 'pooling'}, 'clustering tokenizer': {'tokenizer': 'clustering'},
-    'no recurrent tokenizer': {'recurrent': False}, 'tokens not related': {'token_mixer': 'none'},
-    'graph convolution': {'token_mixer': 'graph'}, '32 tokens': {'num_tokens': 32},
-    'no projector': {'projector': False}}
+    name: options for name, (_, options, points) in ablations.VARIANTS.items() if points}
 
 
 class Embedded(nn.Module):
@@ -303,9 +299,7 @@ def main() -> None:
             (task, variant, seed, args.epochs, pictures, args.precision, args.data_dir, args.work_dir)
             for seed in args.seeds for variant in args.variants
             if (task, variant, seed, args.epochs, pictures, args.precision) not in done]
-    for _ in run_all(train, jobs, runs, log, environment, args.jobs):
-        with whole(args.out / 'design.md') as new:
-            new.write_text(report(runs, environment))
+    run_all(train, jobs, runs, log, environment, args.jobs, report)
     print(report(runs, environment))
 
 

@@ -3,7 +3,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Callable, List, Optional
 
 from tqdm import tqdm
 
@@ -16,9 +16,15 @@ def read_runs(log: Path) -> List[dict]:
 
 
 def run_all(
-        work: Callable[..., dict], jobs: List[tuple], runs: List[dict], log: Path, environment: str, processes: int,
-) -> Iterator[None]:
-    """Run jobs, append what each returns to `runs`, and write all of them.
+        work: Callable[..., dict],
+        jobs: List[tuple],
+        runs: List[dict],
+        log: Path,
+        environment: str,
+        processes: int,
+        report: Optional[Callable[[List[dict], str], str]] = None,
+) -> None:
+    """Run jobs, append what each returns to `runs`, and write all of them after each.
 
     Args:
         work: Called with the words of a job, in a process of its own.
@@ -27,9 +33,7 @@ def run_all(
         log: JSON file to write.
         environment: Machine and versions, for the log.
         processes: Jobs at a time.
-
-    Yields:
-        After each run.
+        report: Makes Markdown of the runs and the environment, for a file beside the log; None where it needs all runs.
     """
     with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
         futures = [pool.submit(work, *job) for job in jobs]
@@ -37,4 +41,6 @@ def run_all(
             runs.append(future.result())
             with whole(log) as new:
                 new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
-            yield
+            if report is not None:
+                with whole(log.with_suffix('.md')) as new:
+                    new.write_text(report(runs, environment))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import as_in_version_0_1, load_folder
@@ -20,6 +21,7 @@ from vt_zoo.checkpoint import load_model, read_tensors, write_model, write_tenso
 from vt_zoo.errors import InputError
 from vt_zoo.finetune import evaluate, finetune
 from vt_zoo.images import find_split
+from vt_zoo.run_state import RunFinishedError
 
 STEPS = 4  # of an epoch of tiny_settings on few_digits
 
@@ -247,7 +249,7 @@ def test_kill_9_of_a_real_process(command, few_digits, tiny_arguments, tiny_sett
 
 
 @pytest.mark.parametrize('name, value', [
-    ('model', 'test_resnet'), ('epochs', 3), ('batch_size', 9), ('img_size', 48), ('opt', 'adamw'), ('lr', 0.01),
+    ('model', 'test_resnet'), ('model_kwargs', {'num_tokens': 4}), ('epochs', 3), ('batch_size', 9), ('img_size', 48), ('opt', 'adamw'), ('lr', 0.01),
     ('weight_decay', 0.1), ('warmup_epochs', 1), ('smoothing', 0.), ('drop', 0.1), ('drop_path', 0.1),
     ('model_ema_decay', 0.9), ('scale', (0.5, 1.)), ('ratio', (1., 1.)), ('hflip', 0.5), ('color_jitter', 0.),
     ('aa', 'rand-m9'), ('seed', 1), ('precision', 'bfloat16')])
@@ -336,6 +338,32 @@ def test_overwriting_run_that_is_interrupted_can_be_resumed(few_digits, tiny_set
         train(few_digits, my_unfinished, settings, overwrite=True)
     train(few_digits, my_unfinished, settings, resume=True)
     assert weights(my_unfinished) == weights(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize(('model', 'model_kwargs'), [
+    ('vt_net', {'trunk': 'test_efficientnet', 'token_dim': 32}),
+    ('test_vt_resnet', {'layers': (1, 1, 1, 1), 'token_mixer': 'graph'})])
+def test_arguments_of_the_model(few_digits, tiny_settings, tmp_path, model, model_kwargs):
+    settings = replace(tiny_settings, model=model, model_kwargs=model_kwargs)
+    with interrupted_after(1):
+        train(few_digits, tmp_path / 'run', settings)
+    result = train(few_digits, tmp_path / 'run', settings, resume=True)
+    loaded = load_model(str(tmp_path / 'run' / 'model'))
+    expected = timm.create_model(model, **model_kwargs, num_classes=3)
+    assert result.same_predictions
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    with pytest.raises(RunFinishedError):
+        train(few_digits, tmp_path / 'run', settings, resume=True)
+
+
+@pytest.mark.parametrize(('model_kwargs', 'words'), [
+    ({'num_classes': 3}, 'model_kwargs must not hold num_classes'), ({'checkpoint_path': 'x'}, 'checkpoint_path'),
+    ({'no_such': 1}, 'cannot be trained here: .*no_such'), ({'num_tokens': -1}, 'num_tokens'),
+    ({'global_pool': ''}, 'does not give one logit a class')])
+def test_arguments_that_no_model_can_have(few_digits, tiny_settings, tmp_path, model_kwargs, words, input_error):
+    with input_error(words):
+        train(few_digits, tmp_path / 'run', replace(tiny_settings, model_kwargs=model_kwargs))
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('lr', [1e4, 1e30])

@@ -9,7 +9,8 @@ import pytest
 
 import vt_zoo
 
-MODELS = ['test_vt_resnet', 'vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101']
+MODELS = [
+    'test_vt_resnet', 'vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet50d', 'vt_resnet101']
 OPTIONAL = {'accelerate', 'gradio', 'matplotlib', 'segmentation_models_pytorch', 'sklearn', 'torchmetrics'}
 
 # The aim is 0.3 s where `import timm` takes 3 s. Both are timed in one process, one after the other, so that the ratio

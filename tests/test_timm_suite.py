@@ -17,8 +17,10 @@ from timm_plugin import list_models, list_pretrained, registered_models, token_m
 import vt_zoo
 
 TESTS_PER_MODEL = 10  # of timm 1.0.31, for a model with one tag and no weights
-MODELS = ['test_vt_resnet']
-LARGER_MODELS = ['vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101']
+MODELS = ['test_vt_resnet', 'vt_mobilenetv4_conv_small']
+LARGER_MODELS = [
+    'vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101', 'vt_net', 'vt_resnet50d', 'vt_resnext50_32x4d',
+    'vt_regnety_016', 'vt_convnext_tiny', 'vt_efficientnet_b0', 'vt_tf_efficientnet_lite0']
 pytestmark = pytest.mark.timm_suite
 TEST_TIMEOUT = 900  # seconds; timm's 120 to 360 are for an idle machine
 

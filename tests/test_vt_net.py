@@ -1,4 +1,7 @@
 """VTNet: a VT stage on timm's convolutional models, whichever they are."""
+import json
+
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -12,6 +15,7 @@ from timm.utils import reparameterize_model
 
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
 from vt_zoo.checkpoint import load_model, write_model
+from vt_zoo.cli.main import main
 from vt_zoo.models.trunk import create_trunk
 
 TRUNKS = [
@@ -168,3 +172,69 @@ def test_written_and_loaded(tmp_path):
     write_model(tmp_path / 'model', model, ['a', 'b'], {})
     x = images(1, 64, 64)
     assert torch.equal(outputs(load_model(str(tmp_path / 'model')), x), outputs(model, x))
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='vt_net', pretrained=True, include_tags=True))
+def test_config_of_a_trunk_tag_is_that_of_timms_weights(name):
+    trunk, _, tag = name.removeprefix('vt_').partition('.trunk_')
+    timms = timm.get_pretrained_cfg(f'{trunk}.{tag}')
+    assert timm.get_pretrained_cfg(name).hf_hub_id == f'timm/{trunk}.{tag}'
+    assert timm.get_pretrained_cfg(name).license == timms.license
+    cfg = timm.create_model(name, pretrained=False, device='meta').pretrained_cfg
+    for key in ('mean', 'std', 'interpolation', 'crop_pct', 'input_size'):
+        assert cfg[key] == getattr(timms, key), key
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='vt_net'))
+def test_bare_name_has_no_weights(name):
+    with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
+        timm.create_model(name, pretrained=True)
+
+
+def finetune(few_digits, out, *arguments):
+    """`vt-zoo finetune --model vt_net` for an epoch, with arguments of the model; the exit code."""
+    return main([
+        'finetune', str(few_digits), '--model', 'vt_net', '--model-kwargs', 'token_dim=32', *arguments, '--epochs', '1',
+        '--img-size', '64', '--workers', '0', '--device', 'cpu', '--out', str(out)])
+
+
+@pytest.fixture(scope='module')
+def trained(few_digits, tmp_path_factory):
+    """Folder of a model that `vt-zoo finetune` trained."""
+    out = tmp_path_factory.mktemp('vt_net') / 'run'
+    assert finetune(few_digits, out, 'trunk=test_efficientnet') == 0
+    return out / 'model'
+
+
+def test_trained_model_keeps_its_preprocessing(trained):
+    cfg, trunks = load_model(str(trained)).pretrained_cfg, timm.get_pretrained_cfg('test_efficientnet')
+    assert cfg['input_size'] == (3, 64, 64)
+    assert (tuple(cfg['mean']), cfg['interpolation']) == (trunks.mean, trunks.interpolation)
+
+
+@pytest.mark.parametrize('form', ['onnx', 'torchscript', 'pt2'])
+def test_exported(trained, form):
+    """`vt-zoo export` compares the file with PyTorch and refuses one that differs."""
+    assert main(['export', str(trained), '--format', form, '--overwrite']) == 0
+
+
+def test_tokens_and_predictions(trained, few_digits, tmp_path, capsys):
+    picture = str(next((few_digits / 'val').rglob('*.png')))
+    assert main(['predict', picture, '--model', str(trained), '--json']) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]['top']) == 3
+    assert main(['tokens', picture, '--model', str(trained), '--out', str(tmp_path / 'tokens')]) == 0
+    assert 'module 2' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['trunk=vit_tiny_patch16_224'], 'trunk must be a convolutional model with a feature map of stride 16'),
+    (['trunk=regnety_002', 'trunk_pretrained=True'], "model 'vt_net.untrained' cannot be trained here"),
+    (['trunk'], "'trunk' is not of the form KEY=VALUE"), (['4=5'], "'4=5' is not of the form KEY=VALUE")])
+def test_trunk_that_finetune_cannot_have(arguments, words, few_digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    try:
+        code = finetune(few_digits, tmp_path / 'run', *arguments)
+    except SystemExit as e:
+        code = e.code
+    assert code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()

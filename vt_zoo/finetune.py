@@ -2,6 +2,7 @@
 
 For ImageNet, several GPUs and all of timm's options there is timm's train.py.
 """
+import json
 import logging
 import math
 import time
@@ -27,13 +28,18 @@ from .checkpoint import check_input_size, check_name, load_model, read_tensors, 
 from .devices import find_device
 from .errors import MAX_PIXELS, InputError, first_line
 from .files import run_folder
-from .hub import find_hub_id
+from .hub import find_hub_id, hub_reason
 from .images import ImageFolder, Split, describe_split, find_split, image_mode
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
 
 _logger = logging.getLogger(__name__)
+
+
+DECIDED = {  # arguments of a model that are not for `model_kwargs`
+    'num_classes', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path', 'features_only', 'pretrained_cfg',
+    'pretrained_cfg_overlay'}
 
 
 @dataclass
@@ -44,6 +50,7 @@ class FinetuneSettings:
     batches, and a cosine instead of steps, since runs here are short.
     """
     model: str = 'vt_resnet18'
+    model_kwargs: Dict[str, Any] = field(default_factory=dict)  # arguments of timm.create_model
     epochs: int = 30
     batch_size: int = 32
     img_size: Optional[int] = None  # the model's own
@@ -120,14 +127,19 @@ def _starting_point(name: str) -> str:
 
 
 def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretrained: bool) -> nn.Module:
-    kwargs = {'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
+    decided = sorted(DECIDED & settings.model_kwargs.keys())
+    if decided:
+        raise InputError(f'model_kwargs must not hold {decided[0]}, which data and other settings decide')
+    kwargs = {
+        'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
+        **settings.model_kwargs}
     if _has_weights(name) and (pretrained or name not in list_pretrained()):
         return load_model(name, **kwargs)
     check_name(name)
     try:
         return create_model(name, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise InputError(f'model {name!r} cannot be trained here: {first_line(e)}') from e
+    except Exception as e:  # what a model does not take, and the hub's client where model_kwargs ask for weights
+        raise InputError(f'model {name!r} cannot be trained here: {hub_reason(e)}') from e
 
 
 def _check_policy(name: Optional[str]) -> None:
@@ -166,6 +178,15 @@ def _amp_dtype(precision: str, device: torch.device) -> Optional[torch.dtype]:
     return {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[precision]
 
 
+def _check_logits(model: nn.Module, input_size: Tuple[int, ...], name: str) -> None:
+    """Raise InputError where a model does not give a logit a class, as without pooling."""
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(1, *input_size, device=parameter.device))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):
+        raise InputError(f'model {name} with these model_kwargs does not give one logit a class')
+
+
 class _Run:
     """The state of a run: what a checkpoint holds."""
 
@@ -185,6 +206,7 @@ class _Run:
         size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
         self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
         check_input_size(model, self.data_config['input_size'], settings.model)
+        _check_logits(model, self.data_config['input_size'], settings.model)
         pixels = math.prod(self.data_config['input_size'][1:])
         if min(settings.batch_size, len(split.train)) * pixels > MAX_PIXELS:
             raise InputError(
@@ -201,8 +223,8 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         self.history: List[Dict[str, float]] = []
         self.fingerprint = {
-            **asdict(settings), 'scale': list(settings.scale), 'ratio': list(settings.ratio), 'classes': split.classes,
-            'train_images': len(split.train), 'val_images': len(split.val)}
+            **json.loads(json.dumps(asdict(settings))), 'classes': split.classes, 'train_images': len(split.train),
+            'val_images': len(split.val)}
 
     @property
     def ema_model(self) -> nn.Module:

@@ -11,6 +11,7 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .errors import printable
+from .models import list_classifiers
 
 __all__ = ['UNKNOWN', 'create_card']
 
@@ -160,7 +161,7 @@ def create_card(
         The card, whose header holds the accuracy on held-out images as a `model-index` where it was measured.
     """
     training = config.get('training', {})
-    is_ours = config['architecture'].split('.')[0] in timm.list_models(module='vt_resnet')
+    is_ours = config['architecture'].split('.')[0] in list_classifiers()
     cfg = config['pretrained_cfg']
     text = _TEXT.format(
         name=repo_id.split('/')[1], repo_id=repo_id, architecture=config['architecture'],

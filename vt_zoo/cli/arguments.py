@@ -1,13 +1,14 @@
 """Types of command-line arguments."""
 import argparse
+import ast
 import os
 import re
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 from vt_zoo.errors import MAX_INT, MAX_SIDE, short
 
 __all__ = [
-    'HelpFormatter', 'area', 'aspect_ratio', 'file_size', 'fraction', 'num_threads', 'num_workers', 'port',
+    'HelpFormatter', 'area', 'aspect_ratio', 'file_size', 'fraction', 'keyword', 'num_threads', 'num_workers', 'port',
     'positive_float', 'positive_int', 'side', 'whole_number']
 
 MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
@@ -46,6 +47,17 @@ def positive_int(text: str) -> int:
 def whole_number(text: str) -> int:
     """A whole number of at least 0; the random numbers of a seed of up to 31 bits are right everywhere."""
     return _int(text, 0, MAX_INT)
+
+
+def keyword(text: str) -> Tuple[str, Any]:
+    """`KEY=VALUE`: a value that reads as a Python literal is one, else it is text."""
+    key, sign, value = text.partition('=')
+    if not sign or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f'{short(text)} is not of the form KEY=VALUE')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return key, value
 
 
 def side(text: str) -> int:

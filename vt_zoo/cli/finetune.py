@@ -17,7 +17,7 @@ from vt_zoo.devices import DEVICES
 from vt_zoo.finetune import FinetuneSettings, finetune
 from vt_zoo.run_state import RunFinishedError
 
-from .arguments import area, aspect_ratio, fraction, num_workers, positive_float, positive_int, side, whole_number
+from .arguments import area, aspect_ratio, fraction, keyword, num_workers, positive_float, positive_int, side, whole_number
 
 DEFAULTS = FinetuneSettings()
 
@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('data_dir', metavar='DATA_DIR', help='path to the data set')
     add('--model', default=DEFAULTS.model, metavar='NAME_OR_DIR',
         help='name of the model to train, NAME.TAG or a folder for its weights, NAME.untrained for new ones')
+    add('--model-kwargs', type=keyword, nargs='+', default=argparse.SUPPRESS, metavar='KEY=VALUE',
+        help='arguments of the model, e.g. trunk=regnety_016 trunk_pretrained=True with --model vt_net')
     add('--out', default='vt_zoo_finetune', metavar='DIR', help='path to the output folder')
     add('--resume', action='store_true', help='continue the run in the output folder')
     add('--overwrite', action='store_true', help='replace the run in the output folder')
@@ -68,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, and print what came of it."""
-    settings = FinetuneSettings(**{f.name: getattr(args, f.name, f.default) for f in fields(FinetuneSettings)})
+    given = {f.name: getattr(args, f.name) for f in fields(FinetuneSettings) if hasattr(args, f.name)}
+    settings = FinetuneSettings(**{**given, 'model_kwargs': dict(given.get('model_kwargs', ()))})
     try:
         result = finetune(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers,

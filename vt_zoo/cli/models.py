@@ -8,6 +8,7 @@ import json
 import timm
 
 from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.models import list_classifiers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the models."""
     rows = []
-    for name in timm.list_models(module='vt_resnet'):
+    for name in list_classifiers():
         model = timm.create_model(name, device='meta')
         rows.append({
             'name': name, 'parameters': count_weights(model), 'multiply_adds': count_multiply_adds(model),
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f'{"model":16}{"parameters":>12}{"multiply-adds":>16}  weights')
+    print(f'{"model":28}{"parameters":>12}{"multiply-adds":>16}  weights')
     for row in rows:
         weights = ', '.join(row['weights']) or 'none'
-        print(f'{row["name"]:16}{row["parameters"] / 1e6:10.2f} M{row["multiply_adds"] / 1e6:14.0f} M  {weights}')
+        print(f'{row["name"]:28}{row["parameters"] / 1e6:10.2f} M{row["multiply_adds"] / 1e6:14.0f} M  {weights}')

@@ -11,13 +11,14 @@ from typing import Any, Dict, Iterator, List
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import create_model, get_pretrained_cfg, list_models
+from timm.models import create_model, get_pretrained_cfg
 
 from vt_zoo.checkpoint import check_input_size, load_model
 from vt_zoo.devices import find_device
 from vt_zoo.errors import InputError
 from vt_zoo.image_stream import OpenedImage, find_images, open_images
 from vt_zoo.images import image_transform
+from vt_zoo.models import list_classifiers
 
 from .arguments import positive_int
 from .results import add_image_arguments, print_results
@@ -38,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _load(name_or_dir: str, untrained: bool) -> nn.Module:
     """Load a model, one whose classifier was never trained only where `untrained`."""
     tag = ''
-    if ':' not in name_or_dir and not Path(name_or_dir).is_dir() and name_or_dir.split('.')[0] in list_models(
-            module='vt_resnet'):
+    if ':' not in name_or_dir and not Path(name_or_dir).is_dir() and name_or_dir.split('.')[0] in list_classifiers():
         with suppress(RuntimeError):  # an unknown tag, of which `load_model` says more
             tag = get_pretrained_cfg(name_or_dir).tag or ''
     if tag.startswith(('untrained', 'trunk_')):

@@ -297,9 +297,17 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'paper_name': 'Visual Transformers: Where Do Transformers Really Belong in Vision Models?', **kwargs}
 
 
+def preprocessing(trunk: str) -> Dict[str, Any]:
+    """What timm does to images for a model of its own; nothing where it does not say."""
+    cfg = get_pretrained_cfg(trunk, allow_unregistered=True)
+    return {} if cfg is None else {name: getattr(cfg, name) for name in PREPROCESSING}
+
+
 def _trunk_cfg(name: str) -> Dict[str, Any]:
     """Weights of a model of timm, whose trunk is taken. Not a classifier before it has been trained further."""
-    return _cfg(hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors', license=get_pretrained_cfg(name).license)
+    return _cfg(
+        hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors', license=get_pretrained_cfg(name).license,
+        **preprocessing(name))
 
 
 # Bare names take no trunk for their weights: the `untrained*` after the others keeps timm from it.
@@ -327,8 +335,8 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
             raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
         kwargs.setdefault('last_projector', True)
         kwargs.setdefault('out_indices', tuple(range(count_levels(kwargs['trunk']) + 1)))
-    cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
-    overlay = {name: getattr(cfg, name) for name in PREPROCESSING} if cfg is not None else {}
+    new = kwargs.get('pretrained_cfg') in (None, '', 'untrained')
+    overlay = preprocessing(kwargs['trunk']) if new else {}
     overlay.update(kwargs.pop('pretrained_cfg_overlay', None) or {})
     model = build_model_with_cfg(
         VTNet,
@@ -339,6 +347,7 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
         feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
+    cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
     if cfg is not None and not kwargs.get('features_only', False):
         model.pretrained_cfg['first_conv'] = find_first_conv(model, cfg.first_conv)
     # timm keeps them since 1.0.31; drop rates are of a training

@@ -249,7 +249,8 @@ def test_kill_9_of_a_real_process(command, few_digits, tiny_arguments, tiny_sett
 
 
 @pytest.mark.parametrize('name, value', [
-    ('model', 'test_resnet'), ('model_kwargs', {'num_tokens': 4}), ('epochs', 3), ('batch_size', 9), ('img_size', 48), ('opt', 'adamw'), ('lr', 0.01),
+    ('model', 'test_resnet'), ('model_kwargs', {'num_tokens': 4}), ('epochs', 3), ('batch_size', 9), ('img_size', 48),
+    ('opt', 'adamw'), ('lr', 0.01),
     ('weight_decay', 0.1), ('warmup_epochs', 1), ('smoothing', 0.), ('drop', 0.1), ('drop_path', 0.1),
     ('model_ema_decay', 0.9), ('scale', (0.5, 1.)), ('ratio', (1., 1.)), ('hflip', 0.5), ('color_jitter', 0.),
     ('aa', 'rand-m9'), ('seed', 1), ('precision', 'bfloat16')])
@@ -340,6 +341,10 @@ def test_overwriting_run_that_is_interrupted_can_be_resumed(few_digits, tiny_set
     assert weights(my_unfinished) == weights(tmp_path / 'whole')
 
 
+def shapes(model):
+    return {name: weight.shape for name, weight in model.state_dict().items()}
+
+
 @pytest.mark.parametrize(('model', 'model_kwargs'), [
     ('vt_net', {'trunk': 'test_efficientnet', 'token_dim': 32}),
     ('test_vt_resnet', {'layers': (1, 1, 1, 1), 'token_mixer': 'graph'})])
@@ -351,7 +356,7 @@ def test_arguments_of_the_model(few_digits, tiny_settings, tmp_path, model, mode
     loaded = load_model(str(tmp_path / 'run' / 'model'))
     expected = timm.create_model(model, **model_kwargs, num_classes=3)
     assert result.same_predictions
-    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    assert shapes(loaded) == shapes(expected)
     with pytest.raises(RunFinishedError):
         train(few_digits, tmp_path / 'run', settings, resume=True)
 

@@ -14,7 +14,7 @@ from paper_order import in_paper_order
 from test_docs import shell_words
 from torch.utils.flop_counter import FlopCounterMode
 
-from vt_zoo.analysis.count import count_multiply_adds
+from vt_zoo.analysis.count import count_multiply_adds, count_weights
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,21 @@ def test_table_of_the_models(name, models):
         r'^\| `?(\w*vt_resnet\w*)`? \| ([\d.]+) M \| (\d+) M \| (\d+) M \|', (ROOT / name).read_text(), re.MULTILINE)
     assert {model: counts for model, *counts in rows} == {
         name: [f'{entry["parameters"] / 1e6:.2f}', *(f'{n / 1e6:.0f}' for n in multiply_adds(name, entry))]
-        for name, entry in models.items()}
+        for name, entry in models.items() if name in timm.list_models(module='vt_resnet')}
+
+
+def test_table_of_models_on_other_trunks(models):
+    rows = re.findall(
+        r'^\| `(\w+)` \| ([\d.]+) M \| (\d+) M \| ([\d.]+) M \| (\d+) M \| `([\w.]+)` \|$',
+        (ROOT / 'MODEL_CARDS.md').read_text(), re.MULTILINE)
+    assert [row[0] for row in rows] == [name for name in timm.list_models(module='vt_net') if name != 'vt_net']
+    for name, *counts, tag in rows:
+        with torch.device('meta'):
+            whole = timm.create_model(name.removeprefix('vt_')).eval()
+        assert counts == [
+            f'{models[name]["parameters"] / 1e6:.2f}', f'{models[name]["multiply_adds"] / 1e6:.0f}',
+            f'{count_weights(whole) / 1e6:.2f}', f'{count_multiply_adds(whole) / 1e6:.0f}']
+        assert models[name]['weights'] == [tag]
 
 
 def multiply_adds(name, entry):

@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors import safe_open
 from timm.data import ImageDataset, create_loader, resolve_data_config
+from timm_plugin import list_pretrained
 
 from vt_zoo.checkpoint import load_model
 from vt_zoo.finetune import finetune
@@ -147,4 +148,4 @@ def test_timms_validate(timm_clone, digits, correct, tmp_path):
 
 def test_each_is_in_the_model_card():
     text = (ROOT / 'MODEL_CARDS.md').read_text()
-    assert [name for name in timm.list_pretrained('*vt_resnet*') if f'`{name}`' not in text] == []
+    assert [name for name in list_pretrained() if f'`{name}`' not in text] == []

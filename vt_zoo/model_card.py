@@ -6,7 +6,6 @@ What a card says comes from the folder's `config.json`. `vt-zoo finetune` and `v
 import json
 from typing import Any, Dict, Optional
 
-import timm
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -5,7 +5,8 @@ folders themselves, which are then split; test/ beside them is left alone. Pictu
 belong to the class. The classes are printed before training begins. A file that cannot be read as an image is named in
 a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers;
 one that is finished stays as it is, with exit code 0. Two runs at a time in one DIR are refused.
-vt_resnet18, 34, 50 and 101 start from the trunk of a pretrained ResNet if the Hugging Face Hub can be reached.
+Models with a trunk_* tag, as vt_resnet18 and vt_regnety_016, start from its weights if the Hugging Face Hub can be
+reached.
 """
 import argparse
 import os
@@ -17,7 +18,17 @@ from vt_zoo.devices import DEVICES
 from vt_zoo.finetune import FinetuneSettings, finetune
 from vt_zoo.run_state import RunFinishedError
 
-from .arguments import area, aspect_ratio, fraction, keyword, num_workers, positive_float, positive_int, side, whole_number
+from .arguments import (
+    area,
+    aspect_ratio,
+    fraction,
+    keyword,
+    num_workers,
+    positive_float,
+    positive_int,
+    side,
+    whole_number,
+)
 
 DEFAULTS = FinetuneSettings()
 

@@ -1,6 +1,6 @@
 """What the tokens of trained models look at, against the same models with random weights (section 6 of the paper).
 
-    python benchmarks/segmentation_digits.py   # trains the segmentation models, in the folder segmentation_digits
+    python benchmarks/segmentation.py digits   # trains the segmentation models, in the folder segmentation_digits
     python benchmarks/token_analysis.py
 
 looks at `test_vt_resnet` on the 450 held-out digits (seed 0: the weights that ship; other seeds are trained by the
@@ -142,7 +142,7 @@ class ComposedModels:
     """VT-FPN on composed images.
 
     Args:
-        work: Folder that benchmarks/segmentation_digits.py wrote.
+        work: Folder that benchmarks/segmentation.py wrote.
     """
     name, part = 'VT-FPN on composed digits', 'level'
 
@@ -151,7 +151,7 @@ class ComposedModels:
 
     def trained(self, seed: int) -> Subject:
         """The model after the last iteration."""
-        return load_subject(str(self.work / f'vt_fpn_{seed}' / 'last'))
+        return load_subject(str(self.work / f'vt_fpn_{seed}_{read_settings("digits").iterations}' / 'last'))
 
     def random(self, seed: int) -> nn.Module:
         """What the training of a seed began with."""
@@ -291,7 +291,7 @@ def report(runs: List[Dict], command: str) -> str:
     seeds = sorted({r['seed'] for r in runs})
     lines = [
         '# What the tokens of trained models look at', '',
-        f'Command: `{command}`, after `python benchmarks/segmentation_digits.py`. {versions()}, {platform.machine()}, '
+        f'Command: `{command}`, after `python benchmarks/segmentation.py digits`. {versions()}, {platform.machine()}, '
         f'{torch.get_num_threads()} CPU thread. Mean ± standard deviation over seeds {", ".join(map(str, seeds))}; '
         'held-out images: 450 digits, 300 composed images of 64x64. The docstring of the benchmark defines each '
         'measure. "Random" are the weights that the training of a seed began with.', '']
@@ -422,7 +422,7 @@ def main() -> None:
     parser.add_argument('--work', type=Path, default=Path('token_analysis'), help='folder of digits and their models')
     parser.add_argument(
         '--segmenters', type=Path, default=Path('segmentation_digits'),
-        help='folder of data and models that benchmarks/segmentation_digits.py wrote')
+        help='folder of data and models that benchmarks/segmentation.py wrote')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
     runs: List[Dict[str, Any]] = []

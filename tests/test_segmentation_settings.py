@@ -27,7 +27,7 @@ def write(folder, text):
 
 
 def test_recipes_are_listed():
-    assert list_segmentation_recipes() == sorted([*PAPER, 'digits'])
+    assert list_segmentation_recipes() == sorted([*PAPER, 'camvid', 'digits'])
 
 
 @pytest.mark.parametrize('name', PAPER)

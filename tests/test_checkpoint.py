@@ -345,6 +345,30 @@ def test_weights_of_version_0_1(model_dir, input_error):
         load_model(str(model_dir))
 
 
+@pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_only': True}])
+def test_weights_of_version_0_1_by_any_way(tmp_path, kwargs):
+    """Also where the number of classes or a missing classifier make timm leave out what does not fit."""
+    old = as_in_version_0_1(create().state_dict())
+    safetensors.torch.save_file(old, tmp_path / 'old.safetensors')
+    words = 'its weights are of vt_zoo 0.1'
+    with pytest.raises(RuntimeError, match=words):
+        timm.create_model(
+            'test_vt_resnet', pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / 'old.safetensors')},
+            **kwargs)
+    if not kwargs.get('features_only'):
+        with pytest.raises(RuntimeError, match=words):
+            timm.create_model('test_vt_resnet', checkpoint_path=str(tmp_path / 'old.safetensors'), **kwargs)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=words):
+            create().load_state_dict(old, strict=strict)
+
+
+def test_weights_of_version_0_1_for_other_classes(model_dir, input_error):
+    safetensors.torch.save_file(as_in_version_0_1(create().state_dict()), model_dir / 'model.safetensors')
+    with input_error(f'{model_dir} cannot be loaded: its weights are of vt_zoo 0.1'):
+        load_model(str(model_dir), num_classes=7)
+
+
 @pytest.mark.parametrize('name', ['', 'local-dir:'])
 def test_type_of_the_weights_is_named(model_dir, name, input_error):
     of_whole_numbers(model_dir)

@@ -171,6 +171,10 @@ def test_how_alike_known_tokens_are():
         assert effective_rank(scale * corners).item() == pytest.approx(3)
     halves = torch.cat([torch.eye(2), torch.eye(2)])[None]  # two pairs of equal tokens differ in one direction
     assert effective_rank(halves).item() == pytest.approx(1)
+    for value in (float('nan'), float('inf')):
+        broken = torch.stack([corners[0], corners[0].where(corners[0] > 0, value)])
+        rank = effective_rank(broken)
+        assert rank[0].item() == pytest.approx(3) and rank[1].isnan()
     pixels = one_pixel(4, 5, 1, 2)
     assert attention_correlation(torch.cat([pixels, pixels], dim=1)).item() == pytest.approx(1)
     assert attention_correlation(uniform(4, 5)).item() == 0

@@ -95,6 +95,47 @@ def test_dynamic_tokens(command, pictures, tmp_path):
     assert result.stdout.count('of at most 15') == 2
 
 
+@pytest.mark.parametrize(('options', 'attentions', 'left_out'), [
+    ({'tokenizer': 'pooling'}, 0, ['no module of model']), ({'projector': False}, 1, []),
+    ({'token_mixer': 'none'}, 2, [])])
+def test_modules_without_an_attention(command, pictures, tmp_path, options, attentions, left_out):
+    """What needs none is measured and printed nevertheless."""
+    model = timm.create_model('test_vt_resnet', num_classes=2, **options)
+    write_model(tmp_path / 'model', model, ['a', 'b'], {'input_size': (3, 64, 64)})
+    result = command('tokens', pictures / 'square.png', '--model', tmp_path / 'model', '--out', tmp_path / 'out')
+    assert result.code == 0, result.stderr
+    assert all(words in result.stderr for words in left_out)
+    assert result.stdout.count('cosine of two tokens') == result.stdout.count('effective rank') == 2
+    assert result.stdout.count('correlates') == attentions
+    modules = json.loads((tmp_path / 'out' / 'tokens.json').read_text())['images'][0]['modules']
+    assert [m['tokens'] for m in modules] == [16, 16]
+    assert ['entropy' in m for m in modules] == [i < attentions for i in range(2)]
+    assert (tmp_path / 'out' / 'tokens.png').exists() == bool(attentions)
+
+
+def test_tokens_that_are_not_finite(command, pictures, tmp_path):
+    model = timm.create_model('test_vt_resnet', num_classes=2)
+    torch.nn.init.constant_(model.vt_stage[0].embed.conv.weight if hasattr(model.vt_stage[0].embed, 'conv')
+                            else model.vt_stage[0].embed.norm.weight, float('nan'))
+    write_model(tmp_path / 'model', model, ['a', 'b'], {'input_size': (3, 64, 64)})
+    result = command('tokens', pictures / 'square.png', '--model', tmp_path / 'model', '--out', tmp_path / 'out')
+    assert result.code == 0, result.stderr
+    modules = json.loads((tmp_path / 'out' / 'tokens.json').read_text())['images'][0]['modules']
+    assert modules[0]['rank'] is None
+
+
+def test_images_of_the_same_name(command, pictures, tmp_path):
+    for folder in ('a', 'b/c'):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / '0.png').write_bytes((pictures / 'square.png').read_bytes())
+    (tmp_path / 'b' / '1.png').write_bytes((pictures / 'square.png').read_bytes())
+    result = command(
+        'tokens', tmp_path / 'a', tmp_path / 'b', '--model', 'test_vt_resnet', '--out', tmp_path / 'out')
+    assert result.code == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / 'out')) == [
+        '1_tokens.png', 'a_0.png_tokens.png', 'b_c_0.png_tokens.png', 'tokens.json', 'tokens.png']
+
+
 @pytest.mark.parametrize('module', [1, 4])
 def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
     """Images are seen at their own size; the module is the level."""
@@ -111,7 +152,7 @@ def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
     (['wide.png', '--model', 'resnet18.a1_in1k.no'], 'resnet18'),
     (['wide.png', '--model', 'test_vt_resnet', '--module', '3'], 'module must be one with an attention, 1, 2, got 3'),
     (['broken.png', '--model', 'test_vt_resnet'], 'none of the 1 images can be read'),
-    (['wide.png', 'wide.png', '--model', 'test_vt_resnet'], 'would be written to the same name'),
+    (['wide.png', 'wide.png', '--model', 'test_vt_resnet'], 'wide.png twice'),
 ])
 def test_tokens_refused(command, pictures, tmp_path, words, expected):
     words = [pictures / word if word.endswith('.png') else word for word in words]

@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,13 @@ from ._requirements import timm_is_at_least
 from .errors import InputError, first_line
 from .files import check_regular, hold
 from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
+from .layers.linear import OF_0_1
 
 __all__ = [
     'check_input_size', 'check_name', 'drop_second_num_classes', 'load_model', 'read_tensors', 'whole',
     'why_weights_do_not_fit', 'write_model', 'write_tensors']
 
 SHARD_INDEX = f'{WEIGHTS}.index.json'
-NORMS_OF_0_1 = re.compile(r'\b(tokenizers?(\.\d+)?\.value|projectors?(\.\d+)?\.query)\.norm\.')
 
 
 @contextmanager
@@ -231,19 +230,13 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
     except Exception as e:  # a damaged config.json makes timm raise nearly anything
         reason = hub_reason(e)
         if 'loading state_dict' in reason:
-            reason = why_weights_do_not_fit(str(e))
+            reason = why_weights_do_not_fit(e)
         raise InputError(f'model {name_or_dir} cannot be loaded: {reason}') from e
 
 
-def why_weights_do_not_fit(names: str) -> str:
-    """Reason why weights are not those of a model.
-
-    Args:
-        names: Text with the names that do not fit, as load_state_dict says them.
-    """
-    if NORMS_OF_0_1.search(names):
-        return 'its weights are of vt_zoo 0.1, whose VT module was another one: use that version, or train again'
-    return 'its weights are those of another model'
+def why_weights_do_not_fit(error: Exception) -> str:
+    """Reason why weights are not those of a model, of the error that load_state_dict raised."""
+    return OF_0_1 if OF_0_1 in str(error) else 'its weights are those of another model'
 
 
 def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> None:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import create_model, get_pretrained_cfg
 
-from .checkpoint import NORMS_OF_0_1, check_name, why_weights_do_not_fit, write_model
+from .checkpoint import check_name, write_model
 from .errors import InputError, check_utf8, first_line
 from .files import check_regular
 from .hub import find_hub_id
+from .layers.linear import OF_0_1
 
 __all__ = ['Converted', 'convert', 'read_checkpoint']
 
@@ -166,8 +167,11 @@ def _unwrap(
     weights = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
     missing, unexpected = [k for k in own if k not in weights], [k for k in weights if k not in own]
     differing = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if NORMS_OF_0_1.search(' '.join(unexpected)):
-        raise InputError(f'checkpoint {path} cannot be used: {why_weights_do_not_fit(" ".join(unexpected))}')
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as e:
+        if OF_0_1 in str(e):
+            raise InputError(f'checkpoint {path} cannot be used: {OF_0_1}') from e
     if missing or unexpected:
         firsts = [f'the first {kind} is {keys[0]}' for kind, keys in (('missing', missing), ('unexpected', unexpected))
                   if keys]

@@ -107,7 +107,7 @@ def load_state(
         try:
             module.load_state_dict(parts[key])
         except RuntimeError as e:
-            raise InputError(f'the run cannot go on: {why_weights_do_not_fit(str(e))}') from e
+            raise InputError(f'the run cannot go on: {why_weights_do_not_fit(e)}') from e
     state: Dict[int, Dict[str, Any]] = {}
     for key, value in parts['optimizer'].items():
         index, _, name = key.partition('.')

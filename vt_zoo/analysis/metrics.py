@@ -171,16 +171,19 @@ def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
         tokens: T (B, L, CT).
 
     Returns:
-        Rank (B), from 1 to L - 1 for tokens that differ, 0 where all are the same.
+        Rank (B), from 1 to the smaller of L - 1 and CT for tokens that differ, 0 where all are the same, NaN where one
+        is not finite.
     """
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # half precision has no SVD
+    finite = tokens.isfinite().all(-1).all(-1)
+    tokens = tokens.where(finite[:, None, None], 0.)
     tokens = tokens / tokens.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
     squares = torch.linalg.svdvals(tokens - tokens.mean(1, keepdim=True)).square()
     total = squares.sum(-1, keepdim=True)
     rounding = tokens.shape[1] * torch.finfo(tokens.dtype).eps  # of the mean
     differ = total[:, 0] > rounding ** 2 * tokens.square().sum((1, 2))
     shares = squares / total.clamp_min(torch.finfo(squares.dtype).tiny)
-    return torch.exp(-torch.xlogy(shares, shares).sum(-1)) * differ
+    return (torch.exp(-torch.xlogy(shares, shares).sum(-1)) * differ).where(finite, math.nan)
 
 
 def locality(attention: torch.Tensor, grid: Tuple[int, int], prefix_tokens: int = 0) -> torch.Tensor:

@@ -7,8 +7,11 @@ that cannot be read as an image is named in a warning and left out.
 import argparse
 import json
 import logging
+import os
+from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from statistics import mean
+from typing import Any, Dict, Iterable, List, Sequence
 
 import torch
 from tqdm import tqdm
@@ -53,29 +56,34 @@ def numbers(records: List[VTRecord]) -> List[Dict[str, Any]]:
     """Measures of the tokens of one image, for each module."""
     result = []
     for record in records:
-        if record.attention is None:
-            result.append(None)
-            continue
-        measures = {
-            'entropy': attention_entropy(record.attention), 'entropy_normalized':
-            attention_entropy(record.attention, normalize=True), 'spread': attention_spread(record.attention)}
-        differ = {
-            'correlation': attention_correlation(record.attention), 'cosine': token_cosine(record.tokens),
-            'rank': effective_rank(record.tokens)}
-        result.append({
-            'tokens': record.tokens.shape[1], 'height': record.attention.shape[-2], 'width': record.attention.shape[-1],
-            **{name: [round(v, 6) for v in values[0].tolist()] for name, values in measures.items()},
-            **{name: None if value.isnan() else round(value.item(), 6) for name, value in differ.items()}})
+        tokens, attention = record.tokens, record.attention
+        measures = {'tokens': tokens.shape[1]}
+        differ = {'cosine': token_cosine(tokens), 'rank': effective_rank(tokens)}
+        if attention is not None:
+            of_each = {
+                'entropy': attention_entropy(attention), 'spread': attention_spread(attention),
+                'entropy_normalized': attention_entropy(attention, normalize=True)}
+            measures.update(
+                height=attention.shape[-2], width=attention.shape[-1],
+                **{name: [round(v, 6) for v in values[0].tolist()] for name, values in of_each.items()})
+            differ['correlation'] = attention_correlation(attention)
+        measures.update({name: None if v.isnan() else round(v.item(), 6) for name, v in differ.items()})
+        result.append(measures)
     return result
 
 
-def describe(modules: Sequence[Dict[str, Any]]) -> str:
-    """How alike the tokens of a module are, in one line, on average over the images."""
-    correlation, cosine, rank = (
-        sum(m[name] for m in modules) / len(modules) for name in ('correlation', 'cosine', 'rank'))
-    return (
-        f'attention of two tokens correlates {correlation:.2f}, cosine of two tokens {cosine:.2f}, '
-        f'effective rank {rank:.1f} of at most {modules[0]["tokens"] - 1}')
+def describe(modules: Sequence[Dict[str, Any]], most: int) -> str:
+    """How alike the tokens of a module are, in one line, on average over the images.
+
+    Args:
+        modules: Its measures of each image.
+        most: The largest rank that its tokens can have.
+    """
+    texts = {
+        'correlation': 'attention of two tokens correlates {:.2f}', 'cosine': 'cosine of two tokens {:.2f}',
+        'rank': f'effective rank {{:.1f}} of at most {most}'}
+    values = {name: [m[name] for m in modules if m.get(name) is not None] for name in texts}
+    return ', '.join(text.format(mean(values[name])) for name, text in texts.items() if values[name])
 
 
 @torch.inference_mode()
@@ -83,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw and measure."""
     subject = load_subject(args.model)
     images = _open(args.images)
+    names = _names(images)
     out = Path(args.out)
     drawn, written, similarities = [], [], []
     for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
@@ -91,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
             records = capture(subject.model, x[None])
         except ValueError as e:
             raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
-        if args.module > len(records) or records[args.module - 1].attention is None:
-            have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]
+        have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]
+        if args.module > len(records) or (have and str(args.module) not in have):
             raise InputError(f'module must be one with an attention, {", ".join(have) or "none is"}, got {args.module}')
         attention = records[args.module - 1].attention
         interaction = record_interaction(records, args.module - 1)
@@ -100,23 +109,47 @@ def run(args: argparse.Namespace) -> None:
         if interaction is not None:
             draw_interaction(
                 shown, attention[0], interaction[0], f'{printable(path.name)}, module {args.module}',
-                out / f'{path.stem}_tokens.{args.format}')
-        drawn.append((shown, attention, printable(path.name)))
+                out / f'{names[path]}_tokens.{args.format}')
+        if attention is not None:
+            drawn.append((shown, attention, printable(path.name)))
         written.append({'image': str(path), 'modules': numbers(records)})
         similarities.append([None if r.attention is None else token_similarity(r.attention) for r in records])
-    _draw_grid(drawn[:GRID_IMAGES], out / f'tokens.{args.format}')
-    mean = [
+    if drawn:
+        _draw_grid(drawn[:GRID_IMAGES], out / f'tokens.{args.format}')
+    else:
+        _logger.warning(f'no module of model {args.model} has an attention to draw')
+    mean_similarity = [
         None if values[0] is None else [[round(v, 4) for v in row] for row in torch.stack(values).mean(0).tolist()]
         for values in zip(*similarities)]
     with whole(out / 'tokens.json') as new:
-        new.write_text(json.dumps({'model': args.model, 'images': written, 'similarity': mean}, indent=1) + '\n')
-    for entry in written[:GRID_IMAGES]:
+        new.write_text(
+            json.dumps({'model': args.model, 'images': written, 'similarity': mean_similarity}, indent=1) + '\n')
+    for entry in written[:GRID_IMAGES] if drawn else ():
         entropy = entry['modules'][args.module - 1]['entropy_normalized']
         print(f'{entry["image"]}  entropy of {min(entropy):.3f} to {max(entropy):.3f} (uniform attention: 1)')
-    for i, modules in enumerate(zip(*(entry['modules'] for entry in written)), 1):
-        if modules[0] is not None and modules[0]['cosine'] is not None:
-            print(f'module {i}  {describe(modules)}')
-    print(f'pictures   {out / f"tokens.{args.format}"} and one of each image\nnumbers    {out / "tokens.json"}')
+    for i, (record, *modules) in enumerate(zip(records, *(entry['modules'] for entry in written)), 1):
+        text = describe(modules, min(record.tokens.shape[1] - 1, record.tokens.shape[2]))
+        if text:
+            print(f'module {i}  {text}')
+    if drawn:
+        print(f'pictures   {out / f"tokens.{args.format}"} and one of each image')
+    print(f'numbers    {out / "tokens.json"}')
+
+
+def _names(paths: Iterable[Path]) -> Dict[Path, str]:
+    """What the picture of each image is called: its name, with its folders where another has the same."""
+    names = {path: path.stem for path in paths}
+    counts = Counter(names.values())
+    alike = [path for path in names if counts[path.stem] > 1]
+    for path in alike:
+        folder = os.path.commonpath([p.absolute().parent for p in alike])
+        names[path] = '_'.join(path.absolute().relative_to(folder).parts)
+    taken: Dict[str, Path] = {}
+    for path, name in names.items():
+        if name in taken:
+            raise InputError(f'images {taken[name]} and {path} would be written to the same name {name}')
+        taken[name] = path
+    return names
 
 
 def _open(paths: List[str]) -> Dict[Path, Any]:
@@ -124,9 +157,8 @@ def _open(paths: List[str]) -> Dict[Path, Any]:
     sources = [source for source in find_images(paths) if source is not None]
     for source in sources:
         path = Path(source.path)
-        same = next((p for p in images if p.stem == path.stem), None)
-        if same is not None:
-            raise InputError(f'images {same} and {path} would be written to the same name {path.stem}')
+        if path in images:
+            raise InputError(f'images must be different ones, got {path} twice')
         try:
             if source.error is not None:
                 raise InputError(source.error)

@@ -7,7 +7,7 @@ __all__ = ['reparameterize_blocks']
 def reparameterize_blocks(model: nn.Module) -> None:
     """Put timm's blocks in a model, in place, into their inference form.
 
-    timm's `reparameterize_model` does the same, but asks blocks that are in it already, which FastViT's do not survive.
+    timm's `reparameterize_model` does the same, but also calls blocks that are in it already, and FastViT's then raise.
     """
     for name, block in model.named_children():
         if getattr(block, 'reparam_conv', None) is not None:

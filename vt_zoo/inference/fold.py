@@ -121,7 +121,8 @@ def _trace(model: nn.Module) -> Tuple[List[torch.fx.Node], Set[nn.Module]]:
 def fold_norms(model: nn.Module) -> None:
     """Fold each batch norm that takes a convolution's output, and nothing else does, into that convolution, in place.
 
-    Which ones these are is read from a trace of the model. Modules that torch.fx cannot trace stay as they are.
+    Of a norm with an activation the activation stays. Convolutions are nn.Conv2d; other layers keep their norms. Which
+    ones these are is read from a trace of the model. Modules that torch.fx cannot trace stay as they are.
     """
     traced = copy.deepcopy(model).eval()
     if hasattr(traced, 'set_grad_checkpointing'):

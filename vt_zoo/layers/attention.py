@@ -2,10 +2,11 @@
 
 float16 is why there is more to it than `torch.softmax`. A product of two activations can leave its range, and softmax
 makes NaN of an infinity: `finite` brings logits back into it. The share of one of tens of thousands of pixels is below
-its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies shares by 16 for their product.
+its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies the shares by 16, which brings
+most of them into the range, and divides the product by 16 again.
 
-torch.fx cannot look into `finite`, `in_float32`, `gather`, `add_mixed` and `apart`, which ask what they are given:
-callers wrap them.
+`finite`, `in_float32`, `gather`, `add_mixed` and `apart` branch on types and shapes, which torch.fx cannot trace: each
+module that calls them registers them with `torch.fx.wrap`.
 """
 import torch
 

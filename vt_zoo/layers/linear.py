@@ -1,25 +1,28 @@
-"""Linear maps followed by a norm: the one building block of the VT module.
+"""Linear maps and the norms that follow most of them: the building blocks of the VT module.
 
 The paper writes every map of a VT as a matrix product and calls it a point-wise convolution. Here each is a map without
-bias, `conv`, and the norm that follows it, both children that are called: hooks, adapters and parametrizations of them
-run. Pixels are (B, C, H, W) and `conv` is a 1x1 convolution. Tokens are (B, L, C) and `conv` is the same map as
-nn.Linear, which is faster on them; their norm sees an image of height 1 and width L, so that one class of norm, and
-whatever converts it (SyncBatchNorm, frozen norms), serves both.
+bias, `conv`, and `norm`, both children that are called: hooks, adapters and parametrizations of them run. Pixels are
+(B, C, H, W) and `conv` is a 1x1 convolution. Tokens are (B, L, C) and `conv` is the same map as nn.Linear, which is
+faster on them; their norm sees an image of height 1 and width L, so that one class of norm, and whatever converts it
+(SyncBatchNorm, frozen norms), serves both.
 
 Maps that the paper puts on all H*W pixels beside a softmax stand on the L tokens instead, where the product of the two
-is the same: A^T (X W_V) = (A^T X) W_V, and (X W_K)(T W_TR)^T = X (T W_TR W_K^T)^T. These have no norm.
+is the same: A^T (X W_V) = (A^T X) W_V, and (X W_K)(T W_TR)^T = X (T W_TR W_K^T)^T. These maps, the value and key maps
+of a tokenizer and the query map of a projector, have no norm.
 """
 import math
 from functools import partial
-from typing import Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
 __all__ = [
-    'GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups',
+    'OF_0_1', 'GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups',
     'token_linear']
+
+OF_0_1 = 'its weights are of vt_zoo 0.1, whose VT module was another one: use that version, or train again'
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
@@ -58,6 +61,23 @@ class _NormedLinear(nn.Module):
         else:
             self.norm = get_norm_layer(norm_layer)(weight.shape[0], device=weight.device, dtype=weight.dtype)
             nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')  # as timm's ResNet does
+
+    def _load_from_state_dict(
+            self,
+            state_dict: Dict[str, torch.Tensor],
+            prefix: str,
+            local_metadata: Dict[str, Any],
+            strict: bool,
+            missing_keys: List[str],
+            unexpected_keys: List[str],
+            error_msgs: List[str],
+    ) -> None:
+        """Refuse weights of vt_zoo 0.1 by any way of loading, also where `strict=False` would leave its norms out."""
+        if isinstance(self.norm, nn.Identity) and OF_0_1 not in error_msgs and any(
+                name.startswith(f'{prefix}norm.') for name in state_dict):
+            error_msgs.append(OF_0_1)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 class PixelLinear(_NormedLinear):

@@ -26,7 +26,8 @@ torch.fx.wrap('in_float32')
 class AttentionTokenizer(nn.Module):
     """What tokenizers with an attention over the pixels share: T = (softmax_HW(logits)^T X) W_V.
 
-    W_V is the value map that the paper's counts show, and the logits have a norm, as training needs.
+    W_V is the value map that the paper's counts show. The logits have a norm where `norm_layer` is a batch norm, as
+    training needs (`create_logit_norm`).
 
     Attributes:
         out_chs: Channels of the tokens that it returns, C, with a position code C + 64.
@@ -123,15 +124,15 @@ class LearnedFilters(nn.Module):
 
     def forward(self, filters: torch.Tensor) -> torch.Tensor:
         """Add the learned filters to those of an image (B, L, C)."""
-        return filters + self.weight.expand_as(filters)  # not a broadcast: one token would become L
+        return filters + self.weight.expand_as(filters)  # raises where the number of tokens differs
 
 
 class RecurrentTokenizer(AttentionTokenizer):
     """Recurrent tokenizer, equation (2): W_R = T_in W_TR + B, T = softmax_HW(X W_R)^T X.
 
     The tokens of the module before make the filters. B, which is not in the paper, is a learned filter of each token:
-    training starts from it, the tokens' filters at zero. Without it the tokens of later modules are nearly one token
-    (docs/design.md).
+    training starts from it, as `zero_init_last`, which a VT module calls, starts the tokens' filters at zero. Without B
+    the tokens of later modules are nearly one token (docs/design.md).
 
     The paper's counts show a key map W_K of the pixels; here it is one of the filters:
     (X W_K) W_R^T = X (W_R W_K^T)^T. The logits are divided by sqrt(C), or they overflow float16.
@@ -183,7 +184,8 @@ class RecurrentTokenizer(AttentionTokenizer):
 class ClusteringTokenizer(AttentionTokenizer):
     """Clustering-based tokenizer (section 5.1, Table 3): T = softmax_HW(X W_K)^T X.
 
-    W_K are the centroids of a k-means of the image's pixels, without gradients.
+    W_K are the centroids of a k-means of the image's pixels, without gradients. The logits are as the paper has them,
+    not divided by sqrt(C).
     """
 
     def __init__(

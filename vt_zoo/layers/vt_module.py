@@ -61,7 +61,8 @@ class VTModule(nn.Module):
             act_layer: Activation of the transformer.
             norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says which).
             drop_path: Stochastic depth rate of each residual branch.
-            zero_init_last: Start residual branches at zero. Without it training at the paper's learning rates diverges.
+            zero_init_last: Start residual branches, and the filters that tokens make, at zero. Without it training
+                at the paper's learning rates diverges.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()

@@ -91,11 +91,13 @@ class VTStage(nn.ModuleList):
                 of the paper, as the next three).
             position_code: Append a code of the token coefficients A to the tokens.
             num_heads: Heads of the transformer and the projector.
-            attention_values: Value maps W_V in the transformer and the projector. (The tokenizers always have one.)
+            attention_values: Value maps W_V in the transformer and the projector. (Tokenizers have one without it, but
+                for pooling.)
             act_layer: Activation of the transformers.
             norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says which).
             drop_path: Stochastic depth rate of the residual branches, one for all modules or one a module.
-            zero_init_last: Start residual branches at zero. Without it training at the paper's learning rates diverges.
+            zero_init_last: Start residual branches, and the filters that tokens make, at zero. Without it training
+                at the paper's learning rates diverges.
 
         Raises:
             ValueError: An argument is outside what is allowed.

@@ -145,12 +145,13 @@ class VTResNet(AsksModel, ResNet):
                 of the paper, as the next three).
             position_code: Append a code of the token coefficients A to the tokens.
             num_heads: Heads of the transformer and the projector.
-            attention_values: Value maps W_V in the transformer and the projector. (The tokenizers always have one.)
+            attention_values: Value maps W_V in the transformer and the projector. (Tokenizers have one without it, but
+                for pooling.)
             act_layer: Activation of the trunk and of the token transformers.
             norm_layer: Norm of the trunk and of the VT modules.
             drop_rate: Dropout before the classifier.
             drop_path_rate: Stochastic depth rate, rising linearly from 0 over the trunk's blocks and the VT modules.
-            zero_init_last: Start residual branches of trunk and VT modules at zero.
+            zero_init_last: Start residual branches of trunk and VT modules, and the filters that tokens make, at zero.
 
         Raises:
             ValueError: An argument is outside what is allowed.

@@ -130,7 +130,7 @@ def load_segmentation_model(path: Union[str, Path]) -> LoadedModel:
     except KeyError as e:
         raise InputError(f'config.json of model folder {path} has no {e}: it is not of `vt-zoo segment train`') from e
     except Exception as e:  # a damaged file makes the libraries raise nearly anything
-        reason = why_weights_do_not_fit(str(e)) if 'loading state_dict' in str(e) else first_line(e)
+        reason = why_weights_do_not_fit(e) if 'loading state_dict' in str(e) else first_line(e)
         raise InputError(f'model folder {path} cannot be loaded: {reason}') from e
     num_classes = model.config['classes']
     if len(loaded.classes) != num_classes:

@@ -2,10 +2,10 @@
 
 Batch norms are affine there and fold into the maps before them. The scale of the logits' norm goes onto the tokenizer's
 filters, in a recurrent tokenizer as a parameter of its own, `scale`; its shift is one for all pixels and cancels in the
-softmax over them. A clustering tokenizer keeps the norm, as its filters are an image's. (What can run on the L tokens instead of
-on all H*W pixels does so in training already, see `vt_zoo.layers.linear`.) Norms that depend on their input, parts of
-other classes than those of `vt_zoo.layers` (subclasses too), and layers that a hook, an adapter, a parametrization or
-offloading acts on stay as they are.
+softmax over them. A clustering tokenizer keeps the norm, as its filters are an image's. (What can run on the L tokens
+instead of on all H*W pixels does so in training already, see `vt_zoo.layers.linear`.) Norms that depend on their input,
+parts of other classes than those of `vt_zoo.layers` (subclasses too), and layers that a hook, an adapter, a
+parametrization or offloading acts on stay as they are.
 """
 import copy
 from typing import Optional, Tuple

@@ -78,7 +78,7 @@ class VTStage(nn.ModuleList):
             token_dim: Channels CT of a token. 1024 is the paper's (section 4).
             num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6). With 1 or 2 a batch of equal
                 images cannot be trained on, and `forward` raises ValueError.
-            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, recurrent ones (equation 2) after it;
+            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, `RecurrentTokenizer` after it;
                 or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
             recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
             token_mixer: 'transformer' (equations 3 and 4), 'graph' (a learned L x L adjacency and a linear map) or

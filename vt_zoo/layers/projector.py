@@ -18,8 +18,8 @@ class Projector(nn.Module):
 
     W_Q, which the paper puts on the pixels, is a map of the tokens: (X_in W_Q)(T W_K)^T = X_in (T W_K W_Q^T)^T.
 
-    A linear map stands on the T that is added where T and X_out differ in channels, on the skip where X_in and X_out do.
-    The logits are divided by the square root of the output channels.
+    A linear map stands on the T that is added where T and X_out differ in channels, and on the skip where X_in and
+    X_out do. The logits are divided by the square root of the output channels.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ._version import __version__
 from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
 from .devices import find_device
-from .errors import MAX_PIXELS, InputError, first_line
+from .errors import MAX_PIXELS, InputError
 from .files import run_folder
 from .hub import find_hub_id, hub_reason
 from .images import ImageFolder, Split, describe_split, find_split, image_mode
@@ -108,7 +108,11 @@ def _has_weights(name_or_dir: str) -> bool:
 
 
 def _starting_point(name: str) -> str:
-    """What to start from: a bare name gets its trunk's tag if the hub can be reached, else its `untrained` tag."""
+    """What to start from: a bare name gets the tag of its trunk, or where it has none its `untrained` tag.
+
+    Raises:
+        InputError: The hub does not give the trunk.
+    """
     tagged = {} if '.' in name or Path(name).is_dir() else get_arch_pretrained_cfgs(name)
     untrained = f'{name}.untrained'
     for trunk, config in tagged.items():
@@ -119,10 +123,11 @@ def _starting_point(name: str) -> str:
             if not isinstance(try_to_load_from_cache(*file), str):
                 get_hf_file_metadata(hf_hub_url(*file))  # one request, a download would be tried again and again
         except Exception as e:  # the hub's client raises its own errors, the system's and those of its HTTP library
-            _logger.warning(f'{name} begins new, the hub does not give the trunk {config.hf_hub_id}: {first_line(e)}')
-        else:
-            _logger.info(f'starting from {trunk}; --model {untrained} begins new')
-            return trunk
+            raise InputError(
+                f'model {name} starts from the trunk {config.hf_hub_id}, which the hub does not give '
+                f'({hub_reason(e)}): model {untrained} starts from random weights') from e
+        _logger.info(f'starting from {trunk}; --model {untrained} begins new')
+        return trunk
     return untrained if untrained in tagged else name
 
 
@@ -304,8 +309,8 @@ def finetune(
     that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
     machine, with any number of workers.
 
-    A bare name of a model that has a trunk (`vt_resnet18`) starts from it if the hub can be reached, else new, which a
-    warning says; a name with a tag (`vt_resnet18.untrained`) is what it says. A run that goes on needs no hub.
+    A bare name of a model that has a trunk (`vt_resnet18`) starts from it; a name with a tag (`vt_resnet18.untrained`)
+    is what it says. A run that goes on needs no hub.
 
     Args:
         data_dir: Folder of images (see `vt_zoo.images.find_split`).
@@ -323,7 +328,8 @@ def finetune(
 
     Raises:
         RunFinishedError: `resume`, and the run is finished.
-        InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
+        InputError: Data, settings or `out` cannot be used, the hub does not give the trunk, or another process trains
+            into `out`.
         OSError: `out` cannot be written.
     """
     with run_folder(Path(out)):

@@ -5,8 +5,8 @@ folders themselves, which are then split; test/ beside them is left alone. Pictu
 belong to the class. The classes are printed before training begins. A file that cannot be read as an image is named in
 a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers;
 one that is finished stays as it is, with exit code 0. Two runs at a time in one DIR are refused.
-Models with a trunk_* tag, as vt_resnet18 and vt_regnety_016, start from its weights if the Hugging Face Hub can be
-reached.
+Models with a trunk_* tag, as vt_resnet18 and vt_regnety_016, start from its weights, which come from the Hugging Face
+Hub; NAME.untrained starts from random ones.
 """
 import argparse
 import os

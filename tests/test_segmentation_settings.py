@@ -125,7 +125,7 @@ def test_recipe_that_is_no_text(tmp_path, input_error):
 
 @pytest.mark.parametrize('name', ['no_such_recipe', 'no/such/recipe.yaml'])
 def test_missing_recipe(name, input_error):
-    with input_error(f'config {name} is neither a file nor one of coco_stuff, digits, lip'):
+    with input_error(f'config {name} is neither a file nor one of camvid, coco_stuff, digits, lip'):
         read_settings(name)
 
 

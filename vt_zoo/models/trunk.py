@@ -2,7 +2,6 @@
 from typing import Any, Tuple
 
 import timm
-import torch
 import torch.nn as nn
 from timm.models import FeatureListNet, is_model
 from timm.models._features import FeatureGetterNet
@@ -23,8 +22,7 @@ def count_levels(name: str) -> int:
     if not is_model(name):
         raise ValueError(f'trunk must be the name of a model of timm, got {name!r}')
     try:
-        with torch.device('meta'):
-            probe = timm.create_model(name, features_only=True)
+        probe = timm.create_model(name, features_only=True, device='meta')
     except (AssertionError, RuntimeError, TypeError, AttributeError) as e:
         raise ValueError(f'trunk must be a model that timm gives feature maps of, got {name!r}') from e
     strides = probe.feature_info.reduction()

@@ -17,6 +17,7 @@ from timm.layers import LayerType, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._features import feature_take_indices
 
+from vt_zoo._requirements import timm_is_at_least
 from vt_zoo.inference import InferenceStage, fold_norms
 from vt_zoo.inference.blocks import reparameterize_blocks
 from vt_zoo.inference.fold import runs_alone
@@ -165,7 +166,12 @@ class VTNet(AsksModel, nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of the trunk and of VT modules again in the backward pass, or keep them."""
-        timms_modules(self.trunk)[1].set_grad_checkpointing(enable)
+        modules = timms_modules(self.trunk)[1]
+        modules.set_grad_checkpointing(enable)
+        if enable and not timm_is_at_least('1.0.31'):  # which leaves activations in place out
+            for part in modules.children():
+                if getattr(part, 'inplace', False):
+                    part.inplace = False
         self.vt_stage.grad_checkpointing = enable
 
     @torch.jit.ignore

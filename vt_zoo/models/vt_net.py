@@ -14,7 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models._features import feature_take_indices
 
 from vt_zoo._requirements import timm_is_at_least
@@ -287,7 +293,11 @@ def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, 
             f'these weights are of another trunk than this model: {len(missing)} of its names are missing, the first '
             f'is {missing[0]}')
     _logger.warning('Only the trunk is pretrained: the VT stage and the classifier are new, train them.')
-    return {n: given[n[len(prefix):].replace('.', '_')] if n.startswith(prefix) else w for n, w in own.items()}
+    trunk = {n: given[n[len(prefix):].replace('.', '_')] for n in own if n.startswith(prefix)}
+    for name, weight in trunk.items():
+        if weight.ndim == 4 and weight.shape[1] == 3 != own[name].shape[1]:  # the first convolution, of other images
+            trunk[name] = adapt_input_conv(model.in_chans, weight)
+    return {**own, **trunk}
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:

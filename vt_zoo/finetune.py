@@ -28,7 +28,7 @@ from .checkpoint import check_input_size, check_name, load_model, read_tensors, 
 from .devices import find_device
 from .errors import MAX_PIXELS, InputError
 from .files import run_folder
-from .hub import find_hub_id, hub_reason
+from .hub import WEIGHTS, find_hub_id, hub_reason
 from .images import ImageFolder, Split, describe_split, find_split, image_mode
 from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
 
@@ -118,7 +118,7 @@ def _starting_point(name: str) -> str:
     for trunk, config in tagged.items():
         if not trunk.startswith(f'{name}.trunk_'):
             continue
-        file = config.hf_hub_id, config.hf_hub_filename
+        file = config.hf_hub_id, WEIGHTS
         try:
             if not isinstance(try_to_load_from_cache(*file), str):
                 get_hf_file_metadata(hf_hub_url(*file))  # one request, a download would be tried again and again

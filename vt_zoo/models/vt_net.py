@@ -32,7 +32,7 @@ from vt_zoo.layers._checks import check_choice, check_positive
 
 from ._asked import AsksModel
 from .trunk import count_levels, create_trunk, timms_modules
-from .vt_resnet import PixelTokens, _check_input, fits_json
+from .vt_resnet import HUB_FILE, PixelTokens, _check_input, fits_json
 
 __all__ = ['VTNet']
 
@@ -322,7 +322,7 @@ def preprocessing(trunk: str) -> Dict[str, Any]:
 def _trunk_cfg(name: str) -> Dict[str, Any]:
     """Weights of a model of timm, whose trunk is taken. Not a classifier before it has been trained further."""
     return _cfg(
-        hf_hub_id=f'timm/{name}', hf_hub_filename='model.safetensors', license=get_pretrained_cfg(name).license,
+        hf_hub_id=f'timm/{name}', hf_hub_filename=HUB_FILE, license=get_pretrained_cfg(name).license,
         **preprocessing(name))
 
 

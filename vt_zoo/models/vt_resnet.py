@@ -26,6 +26,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from vt_zoo._requirements import timm_is_at_least
 from vt_zoo.inference import InferenceStage, fold_norms
 from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
@@ -36,6 +37,9 @@ from ._asked import AsksModel
 __all__ = ['VTResNet']
 
 _logger = logging.getLogger(__name__)
+
+# timm before 1.0.31 unpickles a file that is named, and takes model.safetensors where none is
+HUB_FILE = 'model.safetensors' if timm_is_at_least('1.0.31') else None
 
 CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
     'in_chans', 'output_stride', 'global_pool', 'layers', 'channels', 'cardinality', 'base_width', 'stem_width',
@@ -414,7 +418,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 def _trunk_cfg(resnet: str, **kwargs) -> Dict[str, Any]:
     """Weights of a timm ResNet, whose trunk is taken. Not a classifier before it has been trained further."""
     return _cfg(
-        hf_hub_id=f'timm/{resnet}', hf_hub_filename='model.safetensors', interpolation='bicubic', crop_pct=0.95,
+        hf_hub_id=f'timm/{resnet}', hf_hub_filename=HUB_FILE, interpolation='bicubic', crop_pct=0.95,
         **kwargs)
 
 

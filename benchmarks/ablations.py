@@ -151,8 +151,8 @@ def report(runs: List[dict], environment: str) -> str:
     minutes = sum(r['seconds'] for r in runs) / 60 / JOBS
     lines = [
         "# The paper's ablations on sums of two digits", '',
-        f'Command: `python benchmarks/ablations.py --seeds {seeds}`. {environment} {len(runs)} runs, {JOBS} at a time, about '
-        f'{minutes:.0f} minutes.', '',
+        f'Command: `python benchmarks/ablations.py --seeds {seeds}`. {environment} {len(runs)} runs, {JOBS} at a time, '
+        f'about {minutes:.0f} minutes.', '',
         f"Each {SIZE}x{SIZE} image shows two of scikit-learn's scanned digits, 0 to {DIGITS - 1}, at least {SIZE // 2} "
         f'pixels apart among random strokes; the label is their sum. {TRAIN_IMAGES} training and {TEST_IMAGES} test '
         f'images of different scans, {epochs} epochs of AdamW (peak lr {LR}, cosine, batch {BATCH}), the same for all. '

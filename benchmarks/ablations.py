@@ -23,7 +23,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, ImageDraw
-from runs import read_runs, run_all
+from runs import mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from training import accuracy, train_epochs
@@ -171,18 +171,14 @@ def report(runs: List[dict], environment: str) -> str:
         if paper and all(p * points < 0 for p in paper):
             otherwise.append(name)
         cells = (
-            name, VARIANTS[name][0] if name in VARIANTS else '2', f'{mine[0]["parameters"] / 1e6:.2f}', _mean(test),
-            ', '.join(f'{a:.1f}' for a in test), _mean(fitted), '' if name == BASE else f'{points:+.1f}',
+            name, VARIANTS[name][0] if name in VARIANTS else '2', f'{mine[0]["parameters"] / 1e6:.2f}',
+            mean_and_spread(test, 1), ', '.join(f'{a:.1f}' for a in test), mean_and_spread(fitted, 1), '' if name == BASE else f'{points:+.1f}',
             ', '.join(f'{p:+.1f}' for p in paper) if paper else '')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join([
         *lines, '', "The paper's points are those of its Tables 2 to 7 on ImageNet, unverified. Here the sign is not "
         f'that of both of its models for: {", ".join(otherwise) or "none"}.', '',
         '![Test accuracy of each variant](ablations.png)', ''])
-
-
-def _mean(values: List[float]) -> str:
-    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}' if len(values) > 1 else f'{values[0]:.1f}'
 
 
 def _by_variant(runs: List[dict]) -> Dict[str, List[dict]]:

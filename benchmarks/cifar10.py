@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar import crop_and_flip, fit, give_small_stem, load_cifar, normalise
-from runs import read_runs, run_all
+from runs import mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -180,15 +180,10 @@ def _row(name: str, runs: List[dict], base: List[float]) -> str:
     test, fitted = ([r[key] for r in runs] for key in ('test', 'train'))
     points = f'{statistics.mean(test) - statistics.mean(base):+.2f}' if base and paper else ''
     cells = (
-        name, table, f'{runs[0]["parameters"] / 1e6:.2f}', f'{runs[0]["multiply_adds"] / 1e6:.1f}', _mean(test),
-        ', '.join(f'{a:.2f}' for a in test), _mean(fitted), points, ', '.join(f'{p:+.1f}' for p in paper),
+        name, table, f'{runs[0]["parameters"] / 1e6:.2f}', f'{runs[0]["multiply_adds"] / 1e6:.1f}',
+        mean_and_spread(test), ', '.join(f'{a:.2f}' for a in test), mean_and_spread(fitted), points, ', '.join(f'{p:+.1f}' for p in paper),
         f'{statistics.median(r["epoch_cpu_seconds"] for r in runs):.0f}')
     return f'| {" | ".join(cells)} |'
-
-
-def _mean(values: List[float]) -> str:
-    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.2f}{spread}'
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar import crop_and_flip, fit, load_cifar
-from runs import read_runs, run_all
+from runs import mean_and_spread, read_runs, run_all
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
@@ -152,9 +152,8 @@ def report(cost: Dict[str, dict], runs: List[dict], environment: str) -> str:
                 key=lambda r: r['seed'])
             if same:
                 test = [r['test'] for r in same]
-                spread = f' ± {statistics.stdev(test):.2f}' if len(test) > 1 else ''
                 cells = (
-                    *key, name, f'{statistics.mean(test):.2f}{spread}', ', '.join(f'{a:.2f}' for a in test),
+                    *key, name, mean_and_spread(test), ', '.join(f'{a:.2f}' for a in test),
                     f'{statistics.mean(r["loss"][-1] for r in same):.3f}',
                     f'{statistics.median(r["epoch_cpu_seconds"] for r in same):.0f}')
                 lines.append(f'| {" | ".join(map(str, cells))} |')

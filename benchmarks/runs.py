@@ -1,9 +1,10 @@
 """Runs of a benchmark side by side, one thread each; every one is recorded when it ends."""
 import json
+import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Sequence
 
 from tqdm import tqdm
 
@@ -44,3 +45,9 @@ def run_all(
             if report is not None:
                 with whole(log.with_suffix('.md')) as new:
                     new.write_text(report(runs, environment))
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """The mean over seeds, with its standard deviation where there are several."""
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from peak_memory import peak_bytes, reset_peak
 from PIL import Image
-from runs import read_runs, run_all
+from runs import mean_and_spread, read_runs, run_all
 from torch.utils.data import DataLoader
 from versions import versions
 
@@ -111,8 +111,9 @@ def report(name: str, runs: List[Dict], environment: str) -> str:
     for (arch, iterations), group in groups.items():
         seconds = [r['cpu_seconds'] for r in group if r['cpu_seconds']]
         cells = (
-            NAMES[arch], iterations, _mean(r['miou'] for r in group), ', '.join(f'{r["miou"]:.2f}' for r in group),
-            _mean(r['pixel_accuracy'] for r in group), f'{statistics.median(seconds):.0f}' if seconds else '',
+            NAMES[arch], iterations, mean_and_spread([r['miou'] for r in group]),
+            ', '.join(f'{r["miou"]:.2f}' for r in group), mean_and_spread([r['pixel_accuracy'] for r in group]),
+            f'{statistics.median(seconds):.0f}' if seconds else '',
             f'{statistics.median(r["peak_mib"] for r in group):.0f}')
         lines.append(f'| {" | ".join(map(str, cells))} |')
     classes = list(runs[0]['iou'])
@@ -123,11 +124,6 @@ def report(name: str, runs: List[Dict], environment: str) -> str:
     return '\n'.join([
         *lines, '', 'The paper has +0.22 and -0.01 points for VT-FPN on COCO-stuff, +0.35 and +0.23 on LIP (Tables 9 '
         'and 10), unverified.', '', f'![Images, their masks and the predictions of both]({task.file}.png)', ''])
-
-
-def _mean(values) -> str:
-    values = list(values)
-    return f'{statistics.mean(values):.2f}' + (f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else '')
 
 
 def draw(name: str, models: Dict[str, Path], data_dir: Path, path: Path) -> None:

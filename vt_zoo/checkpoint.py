@@ -239,12 +239,12 @@ def why_weights_do_not_fit(error: Exception) -> str:
     return OF_0_1 if OF_0_1 in str(error) else 'its weights are those of another model'
 
 
-def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> None:
-    """Raise InputError where the model does not take images of this size (C, H, W)."""
+def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> Any:
+    """Raise InputError where the model does not take images of this size (C, H, W), else return its output of one."""
     parameter = next(model.parameters())
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+            return model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     except (RuntimeError, ValueError, AssertionError) as e:
         size = 'x'.join(str(n) for n in input_size)
         raise InputError(f'model {name} does not take images of {size}: {first_line(e)}') from e

@@ -167,11 +167,12 @@ def _unwrap(
     weights = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
     missing, unexpected = [k for k in own if k not in weights], [k for k in weights if k not in own]
     differing = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    try:
-        model.load_state_dict(weights, strict=False)
-    except RuntimeError as e:
-        if OF_0_1 in str(e):
-            raise InputError(f'checkpoint {path} cannot be used: {OF_0_1}') from e
+    if unexpected:
+        try:
+            model.load_state_dict(weights, strict=False)
+        except RuntimeError as e:
+            if OF_0_1 in str(e):
+                raise InputError(f'checkpoint {path} cannot be used: {OF_0_1}') from e
     if missing or unexpected:
         firsts = [f'the first {kind} is {keys[0]}' for kind, keys in (('missing', missing), ('unexpected', unexpected))
                   if keys]

@@ -183,15 +183,6 @@ def _amp_dtype(precision: str, device: torch.device) -> Optional[torch.dtype]:
     return {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[precision]
 
 
-def _check_logits(model: nn.Module, input_size: Tuple[int, ...], name: str) -> None:
-    """Raise InputError where a model does not give a logit a class, as without pooling."""
-    parameter = next(model.parameters())
-    with torch.no_grad():
-        logits = model.eval()(torch.zeros(1, *input_size, device=parameter.device))
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):
-        raise InputError(f'model {name} with these model_kwargs does not give one logit a class')
-
-
 class _Run:
     """The state of a run: what a checkpoint holds."""
 
@@ -210,8 +201,9 @@ class _Run:
         model.to(device, memory_format=torch.channels_last)  # a training step on CPU is a third faster
         size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
         self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
-        check_input_size(model, self.data_config['input_size'], settings.model)
-        _check_logits(model, self.data_config['input_size'], settings.model)
+        logits = check_input_size(model, self.data_config['input_size'], settings.model)
+        if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):  # as without pooling
+            raise InputError(f'model {settings.model} with these model_kwargs does not give one logit a class')
         pixels = math.prod(self.data_config['input_size'][1:])
         if min(settings.batch_size, len(split.train)) * pixels > MAX_PIXELS:
             raise InputError(

@@ -30,9 +30,9 @@ from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._asked import AsksModel
+from ._classifier import TokenClassifier, creation_args
 from .trunk import count_levels, create_trunk, timms_modules
-from .vt_resnet import HUB_FILE, PixelTokens, _check_input, fits_json
+from .vt_resnet import HUB_FILE, PixelTokens, _check_input
 
 __all__ = ['VTNet']
 
@@ -47,7 +47,7 @@ CREATION_ARGS = (  # what a model must be created with for its weights to fit, w
     'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
 
 
-class VTNet(AsksModel, nn.Module):
+class VTNet(TokenClassifier):
     """A convolutional trunk, a VT stage on its map of stride 16, a classifier on the mean of the tokens.
 
     Feature maps, from `features_only=True` and `forward_intermediates()`, are the trunk's and the map refined by the
@@ -265,19 +265,6 @@ class VTNet(AsksModel, nn.Module):
         """
         return self.vt_stage(self.trunk(_check_input(x, self.in_chans))[-1])[1]
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Tokens (B, L, CT) to logits (B, num_classes), or to the pooled tokens (B, CT) where `pre_logits`."""
-        if self.global_pool.pool_type:
-            x = self.global_pool(x.transpose(1, 2).unsqueeze(2))
-        if self.drop_rate:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
     """The trunk of timm's model; the VT stage and the classifier are the model's own, which are new.
 
@@ -366,8 +353,7 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
     cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
     if cfg is not None and not kwargs.get('features_only', False):
         model.pretrained_cfg['first_conv'] = find_first_conv(model, cfg.first_conv)
-    # timm keeps them since 1.0.31; drop rates are of a training
-    model.creation_args = {k: v for k, v in kwargs.items() if k in CREATION_ARGS and fits_json(v)}
+    model.creation_args = creation_args(kwargs, CREATION_ARGS)  # without drop rates, which are of a training
     return model
 
 

@@ -7,7 +7,6 @@ Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Model
 No code was published with it. This is an independent implementation on timm's ResNet: stem and stages 1 to 3 are timm's
 own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
 """
-import json
 import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
@@ -32,7 +31,7 @@ from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._asked import AsksModel
+from ._classifier import TokenClassifier, creation_args
 
 __all__ = ['VTResNet']
 
@@ -66,7 +65,7 @@ class PixelTokens(nn.Module):
         return x, x.flatten(2).transpose(1, 2)
 
 
-class VTResNet(AsksModel, ResNet):
+class VTResNet(TokenClassifier, ResNet):
     """VT-ResNet (section 4 of the paper).
 
     Feature maps, from `features_only=True` and `forward_intermediates()`, are five, as a ResNet's: the stem, stages 1
@@ -356,19 +355,6 @@ class VTResNet(AsksModel, ResNet):
             x = self.layer3(x)
         return x
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Tokens (B, L, CT) to logits (B, num_classes), or to the pooled tokens (B, CT) where `pre_logits`."""
-        if self.global_pool.pool_type:
-            x = self.global_pool(x.transpose(1, 2).unsqueeze(2))
-        if self.drop_rate:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Stem and stages 1 to 3 of a timm ResNet; the VT stage and the classifier are the model's own, which are new.
 
@@ -443,14 +429,6 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def fits_json(value: Any) -> bool:
-    try:
-        json.JSONEncoder().encode(value)
-    except (TypeError, ValueError):
-        return False
-    return value is not None
-
-
 def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTResNet:
     if kwargs.get('features_only', False):
         if not kwargs.get('projector', True):
@@ -464,8 +442,7 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
         feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
-    # timm keeps them since 1.0.31; drop rates are of a training
-    model.creation_args = {k: v for k, v in kwargs.items() if k in CREATION_ARGS and fits_json(v)}
+    model.creation_args = creation_args(kwargs, CREATION_ARGS)  # without drop rates, which are of a training
     return model
 
 

@@ -172,7 +172,8 @@ def report(runs: List[dict], environment: str) -> str:
             otherwise.append(name)
         cells = (
             name, VARIANTS[name][0] if name in VARIANTS else '2', f'{mine[0]["parameters"] / 1e6:.2f}',
-            mean_and_spread(test, 1), ', '.join(f'{a:.1f}' for a in test), mean_and_spread(fitted, 1), '' if name == BASE else f'{points:+.1f}',
+            mean_and_spread(test, 1), ', '.join(f'{a:.1f}' for a in test), mean_and_spread(fitted, 1),
+            '' if name == BASE else f'{points:+.1f}',
             ', '.join(f'{p:+.1f}' for p in paper) if paper else '')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join([

@@ -181,7 +181,8 @@ def _row(name: str, runs: List[dict], base: List[float]) -> str:
     points = f'{statistics.mean(test) - statistics.mean(base):+.2f}' if base and paper else ''
     cells = (
         name, table, f'{runs[0]["parameters"] / 1e6:.2f}', f'{runs[0]["multiply_adds"] / 1e6:.1f}',
-        mean_and_spread(test), ', '.join(f'{a:.2f}' for a in test), mean_and_spread(fitted), points, ', '.join(f'{p:+.1f}' for p in paper),
+        mean_and_spread(test), ', '.join(f'{a:.2f}' for a in test), mean_and_spread(fitted), points,
+        ', '.join(f'{p:+.1f}' for p in paper),
         f'{statistics.median(r["epoch_cpu_seconds"] for r in runs):.0f}')
     return f'| {" | ".join(cells)} |'
 

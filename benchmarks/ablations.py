@@ -5,8 +5,8 @@
 trains every variant and timm's ResNet on the same trunk by one recipe, three seeds each, and writes
 benchmarks/results/ablations.md, .json and .png. Each image shows two scans from scikit-learn's digits at least half an
 image apart among random strokes; the label is their sum. Training images are composed of the scans of the training
-split of `vt_zoo.digits`, test images of its held-out scans. Two runs at a time, one thread each, take less than an hour
-on two cores; an interrupted benchmark goes on after the last complete run.
+split of `vt_zoo.data.digits`, test images of its held-out scans. Two runs at a time, one thread each, take less than an
+hour on two cores; an interrupted benchmark goes on after the last complete run.
 """
 import argparse
 import math
@@ -29,9 +29,9 @@ from timm.optim import create_optimizer_v2
 from training import accuracy, train_epochs
 from versions import versions
 
-from vt_zoo.checkpoint import whole
-from vt_zoo.digits import write_digits
-from vt_zoo.images import find_split, load_image
+from vt_zoo.data.digits import write_digits
+from vt_zoo.data.images import find_split, load_image
+from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 SIZE, DIGIT = 96, 28  # pixels a side of an image and of a digit in it

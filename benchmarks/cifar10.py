@@ -38,8 +38,8 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from training import accuracy, cross_entropy
 from versions import versions
 
-from vt_zoo.analysis.count import count_multiply_adds
-from vt_zoo.checkpoint import read_tensors, write_tensors
+from vt_zoo.analysis.cost import count_multiply_adds
+from vt_zoo.weights.files import read_tensors, write_tensors
 
 RESULTS = Path(__file__).parent / 'results'
 BATCH, LR, WEIGHT_DECAY = 128, 0.1, 5e-4

@@ -32,8 +32,8 @@ from timm.optim import create_optimizer_v2
 from training import accuracy, cross_entropy
 from versions import versions
 
-from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
+from vt_zoo.analysis.records import capture
 from vt_zoo.layers import RecurrentTokenizer, VTModule, VTStage
 
 RESULTS = Path(__file__).parent / 'results'

@@ -3,7 +3,7 @@
     python benchmarks/digits.py
 
 trains both models for three seeds with both optimizers of the paper and writes benchmarks/results/digits.md, .json and
-.png. Images are 64x64, the split is that of `vt_zoo.digits`. A run that was interrupted goes on where it was.
+.png. Images are 64x64, the split is that of `vt_zoo.data.digits`. A run that was interrupted goes on where it was.
 """
 import argparse
 import json
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from training import accuracy, train_epochs
 from versions import versions
 
-from vt_zoo.checkpoint import whole
-from vt_zoo.digits import write_digits
-from vt_zoo.images import find_split, load_image
+from vt_zoo.data.digits import write_digits
+from vt_zoo.data.images import find_split, load_image
+from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 MODELS = ('resnet18', 'vt_resnet18')

@@ -29,12 +29,12 @@ from timm.data import resolve_data_config
 from tqdm import tqdm
 from versions import versions
 
-from vt_zoo.analysis.subject import load_subject
-from vt_zoo.checkpoint import whole, write_model
-from vt_zoo.digits import write_digits
-from vt_zoo.export import export, quiet
-from vt_zoo.images import load_image
-from vt_zoo.quantize import DEFAULT_LIMIT, OF_MAPS, Reader, quantize_static_arguments
+from vt_zoo.data.digits import write_digits
+from vt_zoo.data.images import load_image
+from vt_zoo.export.formats import export, quiet
+from vt_zoo.export.int8 import DEFAULT_LIMIT, OF_MAPS, Reader, quantize_static_arguments
+from vt_zoo.weights.files import whole, write_model
+from vt_zoo.weights.load import load_subject
 
 RESULTS = Path(__file__).parent / 'results'
 FLOAT, CHOSEN = 'float32', '`vt-zoo quantize`'

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from versions import versions
 
 import vt_zoo
-from vt_zoo.digits import write_digits
+from vt_zoo.data.digits import write_digits
 
 MODEL = 'test_vt_resnet'
 

@@ -6,7 +6,7 @@
 trains both by the shipped recipe of that name for three seeds, and writes segmentation_digits or camvid (.md, .json and
 .png) in benchmarks/results. The measure is the mean IoU after the last iteration on images that decided nothing.
 
-`digits` composes images of scikit-learn's digits on textured backgrounds (`vt_zoo.segmentation.composed_digits`); its
+`digits` composes images of scikit-learn's digits on textured backgrounds (`vt_zoo.data.composed_digits`); its
 held-out images show scans that no training image shows. `camvid` reads CamVid in the layout `folder`, with 11 classes,
 as the SegNet tutorial divides it: 367 road scenes of 480x360 to train on, 233 to test on.
 
@@ -32,15 +32,15 @@ from runs import mean_and_spread, read_runs, run_all
 from torch.utils.data import DataLoader
 from versions import versions
 
-from vt_zoo.checkpoint import whole
-from vt_zoo.segmentation.composed_digits import write_composed_digits
+from vt_zoo.data.composed_digits import write_composed_digits
 from vt_zoo.segmentation.datasets import load_dataset
-from vt_zoo.segmentation.evaluate import evaluate
-from vt_zoo.segmentation.model_files import load_segmentation_model
+from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.predict import palette, predict_classes
 from vt_zoo.segmentation.settings import ARCHITECTURES, read_settings
 from vt_zoo.segmentation.train import train
 from vt_zoo.segmentation.transforms import eval_transform
+from vt_zoo.weights.files import whole
+from vt_zoo.weights.segmenters import load_segmentation_model
 
 RESULTS = Path(__file__).parent / 'results'
 NAMES = {'vt_fpn': 'VT-FPN', 'panoptic_fpn': 'panoptic FPN'}

@@ -30,9 +30,9 @@ from timm.models import load_state_dict
 from tqdm import tqdm
 
 import vt_zoo
-from vt_zoo.checkpoint import whole, write_model
-from vt_zoo.digits import write_digits
+from vt_zoo.data.digits import write_digits
 from vt_zoo.recipes import recipe_path
+from vt_zoo.weights.files import whole, write_model
 
 RESULTS = Path(__file__).parent / 'results'
 SIZE, CLASSES = 64, 10

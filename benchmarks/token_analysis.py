@@ -41,7 +41,6 @@ from PIL import Image
 from tqdm import tqdm
 from versions import versions
 
-from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.figures import draw_token_attention
 from vt_zoo.analysis.metrics import (
     attention_entropy,
@@ -51,14 +50,15 @@ from vt_zoo.analysis.metrics import (
     resize_attention,
     token_similarity,
 )
-from vt_zoo.analysis.subject import Subject, load_subject
-from vt_zoo.checkpoint import whole
-from vt_zoo.digits import write_digits
-from vt_zoo.images import load_image
-from vt_zoo.segmentation.composed_digits import CLASSES, INK
+from vt_zoo.analysis.records import capture
+from vt_zoo.data.composed_digits import CLASSES, INK
+from vt_zoo.data.digits import write_digits
+from vt_zoo.data.images import load_image
 from vt_zoo.segmentation.datasets import load_dataset
-from vt_zoo.segmentation.model_files import create_segmentation_model
 from vt_zoo.segmentation.settings import read_settings
+from vt_zoo.weights.files import whole
+from vt_zoo.weights.load import Subject, load_subject
+from vt_zoo.weights.segmenters import create_segmentation_model
 
 RESULTS = Path(__file__).parent / 'results'
 SEEDS = (0, 1, 2)

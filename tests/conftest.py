@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vt_zoo.digits import write_digits
+from vt_zoo.classification.train import FinetuneSettings, finetune
+from vt_zoo.data.composed_digits import write_composed_digits
+from vt_zoo.data.digits import write_digits
 from vt_zoo.errors import InputError
-from vt_zoo.finetune import FinetuneSettings, finetune
-from vt_zoo.segmentation.composed_digits import write_composed_digits
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 600
@@ -67,7 +67,7 @@ os._exit(code)
 
 # A process that sends itself and its children a signal where it calls a function, in place of that call or after it.
 SIGNAL_AT = '''
-import itertools, multiprocessing.process, os, PIL.Image, timm.utils, vt_zoo.cli.predict, vt_zoo.images
+import itertools, multiprocessing.process, os, PIL.Image, timm.utils, vt_zoo.cli.predict, vt_zoo.data.images
 def send_signal(owner, name, call, number, after):
     function, calls = getattr(owner, name), itertools.count(1)
     def replacement(*args, **kwargs):

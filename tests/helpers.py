@@ -6,7 +6,7 @@ import timm
 import torch
 
 from vt_zoo._requirements import timm_is_at_least
-from vt_zoo.checkpoint import load_model
+from vt_zoo.weights.files import load_model
 
 TIMM_READS_FOLDERS = timm_is_at_least('1.0.31')
 

@@ -10,9 +10,9 @@ from PIL import Image
 from timm.utils import AttentionExtract
 
 import vt_zoo  # noqa: F401
-from vt_zoo.analysis.capture import capture
-from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.analysis.figures import draw_interaction, draw_locality, draw_token_attention
+from vt_zoo.analysis.records import capture
 from vt_zoo.models.vt_fpn import VTFPN
 
 SIZES = [(64, 64), (32, 32), (48, 96), (100, 33)]

@@ -11,9 +11,17 @@ import timm
 import torch
 from helpers import as_in_version_0_1, needs_timm_that_reads_folders
 
-import vt_zoo.checkpoint
-from vt_zoo.checkpoint import check_input_size, check_name, load_model, read_tensors, whole, write_model, write_tensors
+import vt_zoo.weights.files
 from vt_zoo.errors import InputError
+from vt_zoo.weights.files import (
+    check_input_size,
+    check_name,
+    load_model,
+    read_tensors,
+    whole,
+    write_model,
+    write_tensors,
+)
 
 CLASSES = ['cat', 'dog', 'Zebra']
 
@@ -122,7 +130,7 @@ def test_old_survives_where_the_new_cannot_take_its_name(tmp_path, monkeypatch, 
     def replace(source, target):
         raise error('no more')
 
-    monkeypatch.setattr(vt_zoo.checkpoint.os, 'replace', replace)
+    monkeypatch.setattr(vt_zoo.weights.files.os, 'replace', replace)
     with pytest.raises(error), whole(tmp_path / 'a') as new:
         if 'a' in before:
             new.write_text('new')

@@ -501,7 +501,7 @@ def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path)
 
 
 @pytest.mark.parametrize('function, call, left', [
-    ('vt_zoo.images.load_image', 5, []),  # while the images are checked
+    ('vt_zoo.data.images.load_image', 5, []),  # while the images are checked
     ('timm.utils.ModelEmaV3.update', 2, []),
     ('timm.utils.ModelEmaV3.update', STEPS + 2, ['checkpoint.safetensors']),
     ('os.replace', 1, []),

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from vt_zoo.digits import read_digits
-from vt_zoo.segmentation import composed_digits
-from vt_zoo.segmentation.composed_digits import write_composed_digits
+from vt_zoo.data import composed_digits
+from vt_zoo.data.composed_digits import write_composed_digits
+from vt_zoo.data.digits import read_digits
 from vt_zoo.segmentation.datasets import load_dataset
 
 BRIGHTNESS = np.array([0.299, 0.587, 0.114])

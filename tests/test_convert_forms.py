@@ -8,8 +8,8 @@ import timm
 import torch
 from helpers import as_in_version_0_1
 
-from vt_zoo.checkpoint import load_model
-from vt_zoo.convert import convert
+from vt_zoo.weights.conversion import convert
+from vt_zoo.weights.files import load_model
 
 NAME = 'test_vt_resnet'
 

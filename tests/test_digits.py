@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vt_zoo.digits import write_digits
+from vt_zoo.data.digits import write_digits
 
 FIRST_HELD_OUT_SEVENS = [81, 173, 211, 236, 240]
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vt_zoo.cli import main
-from vt_zoo.export import FORMATS
+from vt_zoo.export.formats import FORMATS
 
 DOCS = Path(__file__).parents[1] / 'docs'
 TEXT = (DOCS / 'analysis.md').read_text()

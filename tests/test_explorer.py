@@ -17,13 +17,13 @@ import timm
 import torch
 from PIL import Image
 
-from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.explorer import look
-from vt_zoo.analysis.subject import load_subject
-from vt_zoo.images import load_image
+from vt_zoo.analysis.records import capture
+from vt_zoo.data.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
-from vt_zoo.segmentation.model_files import LoadedModel, load_segmentation_model, save_segmentation_model
 from vt_zoo.segmentation.predict import predict_classes
+from vt_zoo.weights.load import load_subject
+from vt_zoo.weights.segmenters import LoadedModel, load_segmentation_model, save_segmentation_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = [

@@ -13,11 +13,11 @@ from test_options import COMBINED, SINGLE, calibrated, name
 from timm.data import resolve_data_config
 
 from vt_zoo import __version__
-from vt_zoo.analysis.subject import load_subject
-from vt_zoo.checkpoint import write_model
-from vt_zoo.export import FORMATS, METADATA_FILE, OPSETS, export
-from vt_zoo.images import load_image
-from vt_zoo.segmentation.model_files import load_segmentation_model, save_segmentation_model
+from vt_zoo.data.images import load_image
+from vt_zoo.export.formats import FORMATS, METADATA_FILE, OPSETS, export
+from vt_zoo.weights.files import write_model
+from vt_zoo.weights.load import load_subject
+from vt_zoo.weights.segmenters import load_segmentation_model, save_segmentation_model
 
 TOLERANCE = 1e-4  # of the largest output
 
@@ -220,7 +220,7 @@ def test_inference_form(files):
 
 @pytest.mark.parametrize('difference, said', [(1e-3, r'1\.0e-03'), (float('nan'), 'nan')])
 def test_nothing_is_left_of_a_file_that_differs(tmp_path, monkeypatch, input_error, difference, said):
-    monkeypatch.setattr('vt_zoo.export.largest_difference', lambda *args: difference)
+    monkeypatch.setattr('vt_zoo.export.formats.largest_difference', lambda *args: difference)
     with input_error(f'torchscript made of model test_vt_resnet differs from PyTorch by {said} of the largest output'):
         export('test_vt_resnet', 'torchscript', tmp_path / 'a.pt')
     assert os.listdir(tmp_path) == []

@@ -17,11 +17,11 @@ from helpers import as_in_version_0_1, load_folder
 from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.utils import ModelEmaV3
 
-from vt_zoo.checkpoint import load_model, read_tensors, write_model, write_tensors
+from vt_zoo.classification.train import evaluate, finetune
+from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
-from vt_zoo.finetune import evaluate, finetune
-from vt_zoo.images import find_split
-from vt_zoo.run_state import RunFinishedError
+from vt_zoo.training.run_state import RunFinishedError
+from vt_zoo.weights.files import load_model, read_tensors, write_model, write_tensors
 
 STEPS = 4  # of an epoch of tiny_settings on few_digits
 
@@ -132,7 +132,7 @@ def test_difference_after_reloading_is_told(few_digits, tiny_settings, tmp_path,
             model.fc.bias += torch.tensor([0., 0., 1000.])
         write_model(path, model, *args)
 
-    monkeypatch.setattr('vt_zoo.finetune.write_model', write_another)
+    monkeypatch.setattr('vt_zoo.classification.train.write_model', write_another)
     result = train(few_digits, tmp_path / 'run', replace(tiny_settings, epochs=1))
     assert not result.same_predictions
     assert result.reloaded_correct == 6

@@ -8,9 +8,9 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from vt_zoo.checkpoint import load_model, read_tensors, write_tensors
-from vt_zoo.finetune import finetune
-from vt_zoo.images import ImageFolder, find_split
+from vt_zoo.classification.train import finetune
+from vt_zoo.data.images import ImageFolder, find_split
+from vt_zoo.weights.files import load_model, read_tensors, write_tensors
 
 STEPS = 4  # of an epoch
 

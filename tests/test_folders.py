@@ -7,9 +7,9 @@ import torchvision
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from vt_zoo.folders import find_images
-from vt_zoo.image_stream import find_images as find_sources
-from vt_zoo.images import describe_split, find_split
+from vt_zoo.data.folders import find_images
+from vt_zoo.data.image_stream import find_images as find_sources
+from vt_zoo.data.images import describe_split, find_split
 
 TIES = ['a', 'A', '1', '01', 'b 2', 'B 02', 'b 10', 'É', 'é', '5²', '²']
 

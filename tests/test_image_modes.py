@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from vt_zoo.images import load_image
+from vt_zoo.data.images import load_image
 
 COLOUR = (200, 30, 60)
 GREY = 84

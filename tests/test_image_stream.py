@@ -10,7 +10,7 @@ import pytest
 from helpers import load_folder
 from PIL import Image
 
-from vt_zoo.image_stream import Source, find_images, open_images
+from vt_zoo.data.image_stream import Source, find_images, open_images
 
 NOT_UTF8 = os.fsdecode(b'caf\xe9.png')
 
@@ -218,7 +218,7 @@ def test_models_of_other_channels(command, few_digits, tmp_path, channels, pictu
     import torch
     from timm.data import create_transform, resolve_data_config
 
-    from vt_zoo.checkpoint import write_model
+    from vt_zoo.weights.files import write_model
 
     torch.manual_seed(0)
     model = timm.create_model('test_vt_resnet', num_classes=3, in_chans=channels).eval()

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, features
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from vt_zoo.data.images import ImageFolder, find_split, load_image
 from vt_zoo.errors import InputError
-from vt_zoo.images import ImageFolder, find_split, load_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 from test_cli import check_refused, files, tree, weights
 
-from vt_zoo import image_stream
-from vt_zoo.checkpoint import whole
 from vt_zoo.cli.arguments import positive_float
 from vt_zoo.cli.main import create_parser
+from vt_zoo.data import image_stream
+from vt_zoo.data.folders import find_images
+from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
 from vt_zoo.files import hold, run_folder
-from vt_zoo.folders import find_images
-from vt_zoo.images import find_split
 from vt_zoo.segmentation.settings import SegmentSettings, read_settings
+from vt_zoo.weights.files import whole
 
 SECONDS = 60  # in which a command ends that waits for nothing
 HOLD = '''

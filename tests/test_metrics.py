@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from vt_zoo.analysis.capture import VTRecord
 from vt_zoo.analysis.metrics import (
     attention_correlation,
     attention_entropy,
@@ -21,6 +20,7 @@ from vt_zoo.analysis.metrics import (
     token_similarity,
     uniform_locality,
 )
+from vt_zoo.analysis.records import VTRecord
 
 
 def attention(batch=2, tokens=3, height=4, width=5, seed=0):

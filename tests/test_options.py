@@ -16,7 +16,7 @@ from test_layers import array, assert_close, build, mapped, matrix, normed, pixe
 from torch.utils.flop_counter import FlopCounterMode
 
 import vt_zoo  # noqa: F401
-from vt_zoo.analysis.capture import capture
+from vt_zoo.analysis.records import capture
 from vt_zoo.layers import (
     ClusteringTokenizer,
     DynamicVTModule,

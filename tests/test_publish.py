@@ -14,10 +14,10 @@ from hub_server import READER, WRITER, hub_server, newer_client
 from huggingface_hub import ModelCard
 
 import vt_zoo
-from vt_zoo.checkpoint import load_model, write_model
-from vt_zoo.convert import convert
-from vt_zoo.finetune import finetune
-from vt_zoo.publish import upload, write_release
+from vt_zoo.classification.train import finetune
+from vt_zoo.weights.conversion import convert
+from vt_zoo.weights.files import load_model, write_model
+from vt_zoo.weights.publish import upload, write_release
 
 REPO = 'someone/my-digits'
 

@@ -12,10 +12,10 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from vt_zoo.analysis.subject import load_subject
-from vt_zoo.export import export
-from vt_zoo.images import load_image
-from vt_zoo.quantize import DEFAULT_LIMIT, quantize
+from vt_zoo.data.images import load_image
+from vt_zoo.export.formats import export
+from vt_zoo.export.int8 import DEFAULT_LIMIT, quantize
+from vt_zoo.weights.load import load_subject
 
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
 
@@ -235,7 +235,7 @@ def temporary(tmp_path):
 
 @pytest.mark.parametrize('call', [3, 8], ids=['calibrating', 'comparing'])
 def test_nothing_is_left_after_ctrl_c(command, signal_at, float_file, digits, tmp_path, temporary, call):
-    before = f"{temporary}\n{signal_at('vt_zoo.quantize.load_image', call, SIGINT)}"
+    before = f"{temporary}\n{signal_at('vt_zoo.export.int8.load_image', call, SIGINT)}"
     result = command(
         'quantize', float_file, '--images', digits / 'val', '--limit', '5', '--out', 'a.onnx', cwd=tmp_path,
         before=before)

@@ -14,7 +14,7 @@ from paper_order import in_paper_order
 from test_docs import shell_words
 from torch.utils.flop_counter import FlopCounterMode
 
-from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from timm.layers import freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vt_zoo.analysis.count import count_multiply_adds
+from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.inference import fold_neck
 from vt_zoo.inference.stage import GroupedTokenMap, fold_maps
 from vt_zoo.layers import TokenTransformer

@@ -14,12 +14,12 @@ from PIL import Image
 from test_cli import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
 from torch.utils.data import DataLoader
 
-from vt_zoo.segmentation.composed_digits import CLASSES
+from vt_zoo.data.composed_digits import CLASSES
 from vt_zoo.segmentation.datasets import load_dataset
-from vt_zoo.segmentation.evaluate import evaluate
-from vt_zoo.segmentation.model_files import load_segmentation_model
+from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.settings import list_segmentation_recipes
 from vt_zoo.segmentation.transforms import eval_transform
+from vt_zoo.weights.segmenters import load_segmentation_model
 
 OPTIONAL = ['segmentation_models_pytorch', 'accelerate', 'torchmetrics']
 WRITTEN = ['best', 'history.csv', 'last']

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vt_zoo.segmentation.evaluate import evaluate, segment
+from vt_zoo.segmentation.metrics import evaluate, segment
 
 IGNORED = 255
 

@@ -12,15 +12,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from vt_zoo.checkpoint import read_tensors, write_tensors
+from vt_zoo.data.label_map import read_label_map
 from vt_zoo.segmentation import datasets
 from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.label_counts import LabelCounts, check_classes, count_labels, describe_absent, describe_counts
-from vt_zoo.segmentation.label_map import read_label_map
-from vt_zoo.segmentation.model_files import load_segmentation_model
 from vt_zoo.segmentation.settings import read_settings
 from vt_zoo.segmentation.train import train
+from vt_zoo.weights.files import read_tensors, write_tensors
+from vt_zoo.weights.segmenters import load_segmentation_model
 
 CLASSES = ['background', 'crack']
 SMALL = {'crop_size': [32, 32], 'iterations': 2, 'eval_every': 2, 'batch_size': 2}

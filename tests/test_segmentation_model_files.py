@@ -13,14 +13,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
-from vt_zoo.segmentation.model_files import (
+from vt_zoo.segmentation.settings import SegmentSettings
+from vt_zoo.weights.segmenters import (
     LoadedModel,
     create_segmentation_model,
     encoder_statistics,
     load_segmentation_model,
     save_segmentation_model,
 )
-from vt_zoo.segmentation.settings import SegmentSettings
 
 CLASSES = ['sky', 'sea', 'the shore, "wet"', 'Düne']
 TINY = {'encoder_name': 'tu-test_resnet', 'token_dim': 32, 'pyramid_channels': 32, 'head_channels': 64}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vt_zoo.image_stream import find_images
-from vt_zoo.segmentation.model_files import load_segmentation_model
+from vt_zoo.data.image_stream import find_images
 from vt_zoo.segmentation.predict import draw_overlay, palette, predict_classes
 from vt_zoo.segmentation.predict import predict_files as stream
+from vt_zoo.weights.segmenters import load_segmentation_model
 
 
 def noise(*shape, seed=0):

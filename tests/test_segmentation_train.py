@@ -19,15 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from vt_zoo.checkpoint import read_tensors, write_tensors
 from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
-from vt_zoo.segmentation.evaluate import SegmentMetrics, evaluate
-from vt_zoo.segmentation.model_files import create_segmentation_model, load_segmentation_model
+from vt_zoo.segmentation.metrics import SegmentMetrics, evaluate
 from vt_zoo.segmentation.sampling import IterationBatches, SeededDataset
 from vt_zoo.segmentation.settings import read_settings
 from vt_zoo.segmentation.train import train
 from vt_zoo.segmentation.transforms import eval_transform, train_transform
+from vt_zoo.weights.files import read_tensors, write_tensors
+from vt_zoo.weights.segmenters import create_segmentation_model, load_segmentation_model
 
 WRITTEN = ['best', 'history.csv', 'last']
 

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from vt_zoo.analysis.subject import load_subject
-from vt_zoo.images import load_image
+from vt_zoo.data.images import load_image
+from vt_zoo.weights.load import load_subject
 
 for package in ('fastapi', 'onnx', 'onnxruntime', 'uvicorn'):
     pytest.importorskip(package)

@@ -5,10 +5,10 @@ import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
-from vt_zoo.checkpoint import write_model
-from vt_zoo.export import export
+from vt_zoo.export.formats import export
 from vt_zoo.inference import fold
 from vt_zoo.layers.kmeans import KMeans
+from vt_zoo.weights.files import write_model
 
 UNTRACED = [
     ({'avg_down': True, 'output_stride': 8}, 64, 0),

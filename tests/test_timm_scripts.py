@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vt_zoo.convert import convert
+from vt_zoo.weights.conversion import convert
 
 sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
 from timm_scripts import LOADER, TimmScripts, resumed_difference, right

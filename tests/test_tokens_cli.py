@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
-from vt_zoo.checkpoint import write_model
-from vt_zoo.images import load_image
+from vt_zoo.analysis.records import capture
+from vt_zoo.data.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
-from vt_zoo.segmentation.model_files import LoadedModel, save_segmentation_model
+from vt_zoo.weights.files import write_model
+from vt_zoo.weights.segmenters import LoadedModel, save_segmentation_model
 
 
 @pytest.fixture(scope='module')

@@ -33,7 +33,7 @@ from test_layers import (
 from test_options import bilinear
 from test_vt_resnet import exports_max_pooling_of_any_size, run_in_precision
 
-from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
 from vt_zoo.models.vt_fpn import VTFPN, FPNNeck, PanopticFPN, VTNeck
 

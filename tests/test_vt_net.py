@@ -13,10 +13,10 @@ from test_reparameterize import assert_equal, norms_of, outputs
 from timm.models._manipulate import group_parameters
 from timm.utils import reparameterize_model
 
-from vt_zoo.analysis.count import count_multiply_adds, count_weights
-from vt_zoo.checkpoint import load_model, write_model
+from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.cli.main import main
 from vt_zoo.models.trunk import create_trunk
+from vt_zoo.weights.files import load_model, write_model
 
 TRUNKS = [
     'test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet', 'mobilenetv4_conv_small', 'regnety_002',

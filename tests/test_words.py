@@ -7,8 +7,8 @@ import torch
 
 from vt_zoo.cli.main import create_parser, main
 from vt_zoo.devices import find_device
-from vt_zoo.export import default_out
-from vt_zoo.quantize import quantize
+from vt_zoo.export.formats import default_out
+from vt_zoo.export.int8 import quantize
 
 
 def options(parser, name='vt-zoo'):
@@ -99,15 +99,15 @@ def test_disk_that_the_tools_do_not_name(tmp_path, digits, monkeypatch):
         def __init__(self, **_):
             raise OSError(errno.ENOSPC, 'No space left on device')
     (tmp_path / 'in.onnx').touch()
-    monkeypatch.setattr('vt_zoo.quantize._read_metadata', lambda file: {'preprocessing': json.dumps({
+    monkeypatch.setattr('vt_zoo.export.int8._read_metadata', lambda file: {'preprocessing': json.dumps({
         'input_size': [3, 64, 64], 'mean': [0, 0, 0], 'std': [1, 1, 1]})})
 
     def fail(*args):
         raise RuntimeError('protobuf could not be serialised')
-    monkeypatch.setattr('vt_zoo.quantize._write', fail)
+    monkeypatch.setattr('vt_zoo.export.int8._write', fail)
     with pytest.raises(ValueError, match='cannot be quantised: protobuf'):
         quantize(tmp_path / 'in.onnx', digits / 'val', tmp_path / 'out.onnx', limit=1, progress=False)
-    monkeypatch.setattr('vt_zoo.quantize.NamedTemporaryFile', Probe)
+    monkeypatch.setattr('vt_zoo.export.int8.NamedTemporaryFile', Probe)
     with pytest.raises(OSError, match='No space left'):
         quantize(tmp_path / 'in.onnx', digits / 'val', tmp_path / 'out.onnx', limit=1, progress=False)
 

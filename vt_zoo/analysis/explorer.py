@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.images import load_image
 from ..errors import InputError
-from ..images import load_image
-from .capture import capture
+from ..weights.load import Subject
 from .figures import draw_token, overlay_tokens
 from .gate import Gate, is_uploaded
 from .metrics import attention_entropy, record_interaction
-from .subject import Subject
+from .records import capture
 
 __all__ = ['Look', 'create_app', 'look']
 
@@ -86,7 +86,7 @@ def _classify(subject: Subject, x: torch.Tensor) -> Dict[str, float]:
 
 
 def _segment(subject: Subject, x: torch.Tensor) -> Dict[str, np.ndarray]:
-    from ..segmentation.evaluate import segment
+    from ..segmentation.metrics import segment
 
     classes = segment(subject.model, x[None], tuple(x.shape[-2:])).argmax(1)[0]
     counts = classes.flatten().bincount(minlength=len(subject.classes))

@@ -1,4 +1,4 @@
-"""Measures of what tokens attend to (section 6 of the paper), from the records of `vt_zoo.analysis.capture`.
+"""Measures of what tokens attend to (section 6 of the paper), from the records of `vt_zoo.analysis.records`.
 
 All take and return torch tensors and average over nothing that they do not say.
 """
@@ -8,7 +8,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
-from .capture import VTRecord
+from .records import VTRecord
 
 __all__ = [
     'attention_correlation', 'attention_entropy', 'attention_spread', 'effective_rank', 'foreground_ratio',

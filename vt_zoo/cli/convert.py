@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from vt_zoo.convert import convert
+from vt_zoo.weights.conversion import convert
 
 from .arguments import file_size
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Iterator
 
 from vt_zoo.analysis.explorer import create_app
-from vt_zoo.analysis.subject import load_subject
 from vt_zoo.errors import InputError
+from vt_zoo.weights.load import load_subject
 
 from .arguments import port
 

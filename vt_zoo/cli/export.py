@@ -6,7 +6,7 @@ loaded again and compared with PyTorch on several batches. The number of images 
 import argparse
 from pathlib import Path
 
-from vt_zoo.export import DEFAULT_OPSET, FORMATS, OPSETS, default_out, export
+from vt_zoo.export.formats import DEFAULT_OPSET, FORMATS, OPSETS, default_out, export
 
 from .arguments import positive_int
 

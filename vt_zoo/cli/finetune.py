@@ -14,9 +14,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from vt_zoo.classification.train import FinetuneSettings, finetune
 from vt_zoo.devices import DEVICES
-from vt_zoo.finetune import FinetuneSettings, finetune
-from vt_zoo.run_state import RunFinishedError
+from vt_zoo.training.run_state import RunFinishedError
 
 from .arguments import (
     area,

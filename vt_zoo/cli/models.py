@@ -7,7 +7,7 @@ import json
 
 import timm
 
-from vt_zoo.analysis.count import count_multiply_adds, count_weights
+from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.models import list_classifiers
 
 

@@ -13,12 +13,12 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import create_model, get_pretrained_cfg
 
-from vt_zoo.checkpoint import check_input_size, load_model
+from vt_zoo.data.image_stream import OpenedImage, find_images, open_images
+from vt_zoo.data.images import image_transform
 from vt_zoo.devices import find_device
 from vt_zoo.errors import InputError
-from vt_zoo.image_stream import OpenedImage, find_images, open_images
-from vt_zoo.images import image_transform
 from vt_zoo.models import list_classifiers
+from vt_zoo.weights.files import check_input_size, load_model
 
 from .arguments import positive_int
 from .results import add_image_arguments, print_results

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from vt_zoo.model_card import UNKNOWN
-from vt_zoo.publish import upload, write_release
+from vt_zoo.weights.model_card import UNKNOWN
+from vt_zoo.weights.publish import upload, write_release
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ are prepared. Before the int8 file gets its name it is compared with the float32
 import argparse
 from pathlib import Path
 
-from vt_zoo.quantize import DEFAULT_LIMIT, quantize
+from vt_zoo.export.int8 import DEFAULT_LIMIT, quantize
 
 from .arguments import positive_int
 

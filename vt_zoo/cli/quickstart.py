@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from timm.data import create_transform, resolve_data_config
 
-from vt_zoo.analysis.capture import capture
 from vt_zoo.analysis.figures import draw_token_attention
-from vt_zoo.checkpoint import load_model, whole
-from vt_zoo.digits import write_digits
+from vt_zoo.analysis.records import capture
+from vt_zoo.classification.train import FinetuneResult, FinetuneSettings, finetune
+from vt_zoo.data.digits import write_digits
+from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError
 from vt_zoo.files import run_folder
-from vt_zoo.finetune import FinetuneResult, FinetuneSettings, finetune
-from vt_zoo.images import load_image
+from vt_zoo.weights.files import load_model, whole
 
 from .arguments import positive_int, whole_number
 from .finetune import print_result

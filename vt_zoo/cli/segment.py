@@ -11,11 +11,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, List, Optional, Union
 
+from vt_zoo.data.image_stream import find_images
+from vt_zoo.data.label_map import read_label_map
 from vt_zoo.devices import DEVICES, find_device
 from vt_zoo.errors import InputError, short
-from vt_zoo.image_stream import find_images
-from vt_zoo.run_state import RunFinishedError
-from vt_zoo.segmentation.label_map import read_label_map
 from vt_zoo.segmentation.settings import (
     ARCHITECTURES,
     PRECISIONS,
@@ -26,6 +25,7 @@ from vt_zoo.segmentation.settings import (
     read_settings,
     read_yaml,
 )
+from vt_zoo.training.run_state import RunFinishedError
 
 from .arguments import HelpFormatter, num_workers, positive_int, side, whole_number
 from .results import add_image_arguments, print_results
@@ -184,10 +184,10 @@ def _eval(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from vt_zoo.segmentation.datasets import load_dataset
-    from vt_zoo.segmentation.evaluate import evaluate, read_batches
     from vt_zoo.segmentation.label_counts import check_classes, count_labels
-    from vt_zoo.segmentation.model_files import load_segmentation_model
+    from vt_zoo.segmentation.metrics import evaluate, read_batches
     from vt_zoo.segmentation.transforms import eval_transform
+    from vt_zoo.weights.segmenters import load_segmentation_model
 
     loaded = load_segmentation_model(args.model)
     dataset = load_dataset(args.format, args.data_dir, args.split, eval_transform(loaded.mean, loaded.std))
@@ -222,8 +222,8 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from vt_zoo.segmentation.model_files import load_segmentation_model
     from vt_zoo.segmentation.predict import predict_files
+    from vt_zoo.weights.segmenters import load_segmentation_model
 
     device = find_device(args.device)
     loaded = load_segmentation_model(args.model)
@@ -238,7 +238,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _digits(args: argparse.Namespace) -> None:
-    from vt_zoo.segmentation.composed_digits import write_composed_digits
+    from vt_zoo.data.composed_digits import write_composed_digits
 
     write_composed_digits(args.root, args.train, args.val, args.size, args.seed)
     print(f'data       {args.root}, {args.train} training and {args.val} validation images')

@@ -16,7 +16,6 @@ from typing import Any, Dict, Iterable, List, Sequence
 import torch
 from tqdm import tqdm
 
-from vt_zoo.analysis.capture import VTRecord, capture
 from vt_zoo.analysis.figures import draw_interaction, draw_token_attention
 from vt_zoo.analysis.metrics import (
     attention_correlation,
@@ -27,11 +26,12 @@ from vt_zoo.analysis.metrics import (
     token_cosine,
     token_similarity,
 )
-from vt_zoo.analysis.subject import load_subject
-from vt_zoo.checkpoint import whole
+from vt_zoo.analysis.records import VTRecord, capture
+from vt_zoo.data.image_stream import find_images
+from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError, printable
-from vt_zoo.image_stream import find_images
-from vt_zoo.images import load_image
+from vt_zoo.weights.files import whole
+from vt_zoo.weights.load import load_subject
 
 from .arguments import positive_int
 

@@ -4,7 +4,7 @@ from typing import List
 
 __all__ = ['list_recipes', 'recipe_path']
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / 'classification'
 
 
 def list_recipes() -> List[str]:

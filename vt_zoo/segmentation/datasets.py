@@ -13,11 +13,11 @@ import numpy as np
 import torch.utils.data
 from PIL import ExifTags, Image, ImageOps
 
+from ..data.folders import is_image, is_left_out
+from ..data.images import load_upright
+from ..data.label_map import IGNORED, LabelMap
 from ..errors import InputError, first_line
 from ..files import check_regular
-from ..folders import is_image, is_left_out
-from ..images import load_upright
-from .label_map import IGNORED, LabelMap
 
 __all__ = [
     'FORMATS', 'CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset',
@@ -130,7 +130,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
 class FolderDataset(SegmentationDataset):
     """`images/{train,val,test}/NAME.jpg`, `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
 
-    Images may be of any kind of `vt_zoo.folders.IMAGE_EXTENSIONS`.
+    Images may be of any kind of `vt_zoo.data.folders.IMAGE_EXTENSIONS`.
     Masks are grey or palette images (of 1 to 16 bits) whose values are class indices, or 255 where a pixel is ignored.
     `map_labels` is for other values and for coloured masks. `test/` is never trained on and may be missing.
     """

@@ -11,12 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
 
-from ..checkpoint import whole
+from ..data.image_stream import OpenedImage, Source, open_images
 from ..errors import InputError
 from ..fonts import drawable
-from ..image_stream import OpenedImage, Source, open_images
-from .evaluate import segment
-from .model_files import LoadedModel
+from ..weights.files import whole
+from ..weights.segmenters import LoadedModel
+from .metrics import segment
 
 __all__ = ['Segmented', 'draw_overlay', 'palette', 'predict_classes', 'predict_files', 'prepare_image']
 
@@ -103,7 +103,7 @@ def predict_files(
 
     Args:
         loaded: The model.
-        sources: Files, as of `vt_zoo.image_stream.find_images`.
+        sources: Files, as of `vt_zoo.data.image_stream.find_images`.
         out: Folder to write to: of each image NAME the overlay `NAME_overlay.png`, and `NAME_classes.png`, a palette
             image of the image's size whose values are class indices, in subfolders as the sources' names have them.
             Files of these names are replaced, but not those of an earlier image: the later one gets an error.

@@ -8,7 +8,7 @@ from typing import Any, Iterator, List, Tuple
 import torch
 from torch.utils.data import Dataset
 
-from ..seeding import seed_of, seeded
+from ..data.seeding import seed_of, seeded
 
 __all__ = ['IterationBatches', 'SeededDataset']
 

@@ -7,9 +7,9 @@ from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin
 
 import yaml
 
+from ..data.label_map import read_label_map
 from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, first_line, short
 from ..files import check_regular
-from .label_map import read_label_map
 
 __all__ = [
     'ARCHITECTURES', 'PRECISIONS', 'SCHEDULES', 'YAML_ERRORS', 'SegmentSettings', 'list_segmentation_recipes',

@@ -21,16 +21,16 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..checkpoint import check_input_size, read_tensors, write_tensors
+from ..data.seeding import seed_of
 from ..devices import find_device
 from ..errors import InputError, first_line
 from ..files import run_folder
-from ..run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
-from ..seeding import seed_of
+from ..training.run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
+from ..weights.files import check_input_size, read_tensors, write_tensors
+from ..weights.segmenters import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
 from .datasets import SegmentationDataset, load_dataset
-from .evaluate import SegmentMetrics, evaluate, read_batches
 from .label_counts import check_classes, count_labels, describe_absent, describe_counts
-from .model_files import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
+from .metrics import SegmentMetrics, evaluate, read_batches
 from .sampling import IterationBatches, SeededDataset
 from .schedule import learning_rate
 from .settings import SegmentSettings

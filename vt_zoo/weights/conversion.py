@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import create_model, get_pretrained_cfg
 
-from .checkpoint import check_name, write_model
-from .errors import InputError, check_utf8, first_line
-from .files import check_regular
+from ..errors import InputError, check_utf8, first_line
+from ..files import check_regular
+from ..layers.linear import OF_0_1
+from .files import check_name, write_model
 from .hub import find_hub_id
-from .layers.linear import OF_0_1
 
 __all__ = ['Converted', 'convert', 'read_checkpoint']
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
-from ._version import __version__
-from .analysis.subject import Subject, load_subject
-from .checkpoint import whole
-from .errors import InputError, check_utf8, first_line
+from .._version import __version__
+from ..errors import InputError, check_utf8, first_line
+from ..weights.files import whole
+from ..weights.load import Subject, load_subject
 
 __all__ = [
     'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'default_out',

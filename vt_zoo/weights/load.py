@@ -10,10 +10,10 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import resolve_data_config
 
-from ..checkpoint import load_model
+from ..data.images import image_transform
 from ..errors import InputError, printable
 from ..files import check_regular
-from ..images import image_transform
+from .files import load_model
 
 __all__ = ['Subject', 'create_prepare', 'is_segmenter', 'load_subject']
 
@@ -50,14 +50,14 @@ def load_subject(name_or_dir: str) -> Subject:
     """Load a model with its weights.
 
     Args:
-        name_or_dir: What `vt_zoo.checkpoint.load_model` takes, or a folder of `vt-zoo segment train`. A segmenter sees
-            images at its eval_size, at their own where it has none.
+        name_or_dir: What `vt_zoo.weights.files.load_model` takes, or a folder of `vt-zoo segment train`. A segmenter
+            sees images at its eval_size, at their own where it has none.
 
     Raises:
         InputError: As `load_model`, or `load_segmentation_model`; the model has not as many classes as names for them.
     """
     if is_segmenter(Path(name_or_dir)):
-        from ..segmentation.model_files import load_segmentation_model
+        from .segmenters import load_segmentation_model
 
         loaded = load_segmentation_model(name_or_dir)
         fixed = isinstance(loaded.eval_size, tuple)
@@ -84,7 +84,7 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
         return image_transform(preprocessing)
 
     try:
-        from ..segmentation.evaluate import to_eval_size
+        from ..segmentation.metrics import to_eval_size
         from ..segmentation.predict import prepare_image
     except ImportError as e:
         raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None

@@ -12,10 +12,10 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 
-from ..checkpoint import whole, why_weights_do_not_fit
+from ..data.label_map import read_label_map
 from ..errors import InputError, first_line
-from .label_map import read_label_map
-from .settings import SegmentSettings
+from ..segmentation.settings import SegmentSettings
+from .files import whole, why_weights_do_not_fit
 
 __all__ = ['LoadedModel', 'create_segmentation_model', 'encoder_statistics', 'load_segmentation_model',
            'save_segmentation_model']

@@ -12,11 +12,11 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
-from ._version import __version__
-from .analysis.subject import is_segmenter
-from .checkpoint import check_input_size, drop_second_num_classes, load_model, whole
-from .errors import InputError
+from .._version import __version__
+from ..errors import InputError
+from .files import check_input_size, drop_second_num_classes, load_model, whole
 from .hub import WEIGHTS, hub_reason
+from .load import is_segmenter
 from .model_card import create_card
 
 __all__ = ['check_repo_id', 'upload', 'write_release']

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import create_model, get_pretrained_cfg, is_model, save_for_hf
 
-from ._requirements import timm_is_at_least
-from .errors import InputError, first_line
-from .files import check_regular, hold
+from .._requirements import timm_is_at_least
+from ..errors import InputError, first_line
+from ..files import check_regular, hold
+from ..layers.linear import OF_0_1
 from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
-from .layers.linear import OF_0_1
 
 __all__ = [
     'check_input_size', 'check_name', 'drop_second_num_classes', 'load_model', 'read_tensors', 'whole',
@@ -133,7 +133,7 @@ def write_model(
         model: Model that was made by `timm.create_model`.
         classes: Names of the classes, in the order of the logits; None where they are not known.
         data_config: Input size, mean, std, interpolation and crop that go with the weights.
-        training: How the weights came about, JSON-able, for `config.json` (see `vt_zoo.publish`).
+        training: How the weights came about, JSON-able, for `config.json` (see `vt_zoo.weights.publish`).
         max_shard_size: Largest file of weights, as '500MB', where they are to be split. timm does not read shards;
             `load_model`, `huggingface_hub.load_torch_model` and transformers do.
         replace: As in `whole`.

@@ -9,7 +9,7 @@ from typing import Dict, Sequence, Tuple, Union
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = ['read_digits', 'write_digits']
 

@@ -12,8 +12,8 @@ from typing import Any, Callable, Iterable, Iterator, List, Optional
 
 from PIL import Image
 
-from .errors import InputError
-from .files import walk_files
+from ..errors import InputError
+from ..files import walk_files
 from .folders import is_image, is_left_out
 from .images import load_image
 

@@ -8,7 +8,7 @@ from typing import Optional
 from huggingface_hub import hf_hub_download
 from timm.models import get_pretrained_cfg, parse_model_name
 
-from .errors import InputError, first_line
+from ..errors import InputError, first_line
 
 __all__ = ['WEIGHTS', 'download_weights', 'find_hub_id', 'hub_reason']
 

@@ -1,9 +1,9 @@
 """A segmentation set of real handwriting: scikit-learn's digits on textured backgrounds, with exact masks.
 
 Each image holds two to five digits, of 1/4 to 1/2 of its height, that do not overlap; a digit that finds no room in 50
-trials is left out. Images of train/ show scans of the train part of `vt_zoo.digits`, those of val/ scans of its val
-part. Colours say nothing about classes: a digit's colour is random but for its brightness, which differs from that of
-the background around it.
+trials is left out. Images of train/ show scans of the train part of `vt_zoo.data.digits`, those of val/ scans of its
+val part. Colours say nothing about classes: a digit's colour is random but for its brightness, which differs from that
+of the background around it.
 """
 from pathlib import Path
 from typing import List, Optional, Tuple, Union
@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..checkpoint import whole
-from ..digits import read_digits
 from ..errors import MAX_SIDE, InputError, short
+from ..weights.files import whole
+from .digits import read_digits
 
 __all__ = ['CLASSES', 'write_composed_digits']
 

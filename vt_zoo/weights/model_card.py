@@ -9,8 +9,8 @@ from typing import Any, Dict, Optional
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .errors import printable
-from .models import list_classifiers
+from ..errors import printable
+from ..models import list_classifiers
 
 __all__ = ['UNKNOWN', 'create_card']
 

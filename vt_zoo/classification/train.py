@@ -23,14 +23,14 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
 from tqdm import tqdm
 
-from ._version import __version__
-from .checkpoint import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
-from .devices import find_device
-from .errors import MAX_PIXELS, InputError
-from .files import run_folder
-from .hub import WEIGHTS, find_hub_id, hub_reason
-from .images import ImageFolder, Split, describe_split, find_split, image_mode
-from .run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
+from .._version import __version__
+from ..data.images import ImageFolder, Split, describe_split, find_split, image_mode
+from ..devices import find_device
+from ..errors import MAX_PIXELS, InputError
+from ..files import run_folder
+from ..training.run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
+from ..weights.files import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
+from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
 
@@ -305,7 +305,7 @@ def finetune(
     is what it says. A run that goes on needs no hub.
 
     Args:
-        data_dir: Folder of images (see `vt_zoo.images.find_split`).
+        data_dir: Folder of images (see `vt_zoo.data.images.find_split`).
         out: Folder to write: `model/` (timm's hub layout; its `config.json` tells settings and result) and
             `history.csv`; `checkpoint.safetensors` while training goes on.
         settings: What decides the outcome.

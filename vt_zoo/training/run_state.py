@@ -7,9 +7,9 @@ from typing import Any, Dict, List, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .checkpoint import whole, why_weights_do_not_fit
-from .errors import InputError
-from .files import check_regular
+from ..errors import InputError
+from ..files import check_regular
+from ..weights.files import whole, why_weights_do_not_fit
 
 __all__ = ['RunFinishedError', 'check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
 

@@ -1,8 +1,8 @@
 """Folders of images: finding, checking and opening the files.
 
-What is a class in a folder, and in which order, is in `vt_zoo.folders`. Opening differs from timm's in what a person
-would see: EXIF orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of clipped, and
-what has no known white (floating point) is refused.
+What is a class in a folder, and in which order, is in `vt_zoo.data.folders`. Opening differs from timm's in what a
+person would see: EXIF orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of
+clipped, and what has no known white (floating point) is refused.
 """
 import logging
 import random
@@ -19,8 +19,8 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 from tqdm import tqdm
 
-from .errors import InputError
-from .files import check_regular, without_same_files
+from ..errors import InputError
+from ..files import check_regular, without_same_files
 from .folders import check_classes, find_labels, find_parts, is_part, name_order
 from .seeding import seed_of, seeded
 
@@ -253,7 +253,7 @@ def find_split(
     Args:
         root: Holds `train/` and `val/` (or `training/`, `valid/`, `validation/`, in any case), or else the class
             folders themselves, which are then split. `test/` (or `testing/`, `evaluation/`) is a part of its own
-            beside them. See `vt_zoo.folders` for what is a class.
+            beside them. See `vt_zoo.data.folders` for what is a class.
         val_fraction: Share of each class held out where there is no `val/`.
         seed: Of that split.
         progress: Show a progress bar.

@@ -13,12 +13,12 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple, Un
 import numpy as np
 from tqdm import tqdm
 
-from .analysis.subject import create_prepare
-from .checkpoint import whole
-from .errors import InputError
-from .export import check_out, check_packages, quiet, sentence
-from .folders import find_images
-from .images import load_image
+from ..data.folders import find_images
+from ..data.images import load_image
+from ..errors import InputError
+from ..weights.files import whole
+from ..weights.load import create_prepare
+from .formats import check_out, check_packages, quiet, sentence
 
 __all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']
 

@@ -1,0 +1,1 @@
+"""Training classifiers on folders of pictures, and using them."""

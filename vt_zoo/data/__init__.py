@@ -1,0 +1,1 @@
+"""Folders of pictures, and how a picture becomes a tensor."""

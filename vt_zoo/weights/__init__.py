@@ -1,0 +1,1 @@
+"""Weights of models as files: written, loaded, converted, published."""

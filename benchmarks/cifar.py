@@ -17,8 +17,9 @@ from tqdm import tqdm
 from training import cross_entropy, train_epochs
 
 from vt_zoo.data.images import load_image
+from vt_zoo.files import whole
 from vt_zoo.training.run_state import load_state, state_tensors
-from vt_zoo.weights.files import read_tensors, whole, write_tensors
+from vt_zoo.weights.files import read_tensors, write_tensors
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')

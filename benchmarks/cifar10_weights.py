@@ -25,7 +25,7 @@ from versions import versions
 
 from vt_zoo.classification.train import FinetuneSettings, evaluate, finetune
 from vt_zoo.data.images import ImageFolder, find_split
-from vt_zoo.weights.files import whole
+from vt_zoo.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 WEIGHTS = Path(__file__).parents[1] / 'vt_zoo' / 'weights' / 'test_vt_resnet.cifar10.safetensors'

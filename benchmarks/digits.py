@@ -25,7 +25,7 @@ from versions import versions
 
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import find_split, load_image
-from vt_zoo.weights.files import whole
+from vt_zoo.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 MODELS = ('resnet18', 'vt_resnet18')

@@ -21,7 +21,7 @@ from versions import versions
 
 from vt_zoo.classification.train import FinetuneResult, FinetuneSettings, finetune
 from vt_zoo.data.digits import write_digits
-from vt_zoo.weights.files import whole
+from vt_zoo.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 WEIGHTS = Path(__file__).parents[1] / 'vt_zoo' / 'weights' / 'test_vt_resnet.digits.safetensors'

@@ -30,8 +30,8 @@ from training import accuracy, cross_entropy
 from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
+from vt_zoo.files import whole
 from vt_zoo.models.trunk import create_trunk
-from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 TRUNK = 'tf_efficientnet_lite0'

@@ -33,8 +33,9 @@ from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
 from vt_zoo.export.formats import export, quiet
 from vt_zoo.export.int8 import DEFAULT_LIMIT, OF_MAPS, Reader, quantize_static_arguments
-from vt_zoo.weights.files import whole, write_model
-from vt_zoo.weights.load import load_subject
+from vt_zoo.files import whole
+from vt_zoo.weights import load
+from vt_zoo.weights.files import write_model
 
 RESULTS = Path(__file__).parent / 'results'
 FLOAT, CHOSEN = 'float32', '`vt-zoo quantize`'
@@ -147,7 +148,7 @@ def measure_digits(folder: Path) -> Tuple[Dict[str, dict], List[dict]]:
     file = folder / 'digits.onnx'
     export('test_vt_resnet', 'onnx', file)
     write_digits(folder / 'digits')
-    prepare = load_subject('test_vt_resnet').prepare
+    prepare = load('test_vt_resnet').prepare
     images, labels = {}, {}
     for split in ('train', 'val'):
         paths = sorted((folder / 'digits' / split).glob('*/*.png'))

@@ -12,8 +12,8 @@ import yaml
 from matplotlib.figure import Figure
 from timm.scheduler import create_scheduler_v2
 
+from vt_zoo.files import whole
 from vt_zoo.recipes import recipe_path
-from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 KEYS = ('sched', 'warmup_lr', 'warmup_epochs', 'warmup_prefix', 'decay_epochs', 'decay_rate')

@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vt_zoo
 from vt_zoo.analysis.cost import count_weights
+from vt_zoo.files import whole
 from vt_zoo.layers.kmeans import KMeans
 from vt_zoo.layers.tokenizer import LearnedFilters
 from vt_zoo.models import vt_fpn
-from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 TOLERANCE = 0.001

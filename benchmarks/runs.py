@@ -8,7 +8,7 @@ from typing import Callable, List, Optional, Sequence
 
 from tqdm import tqdm
 
-from vt_zoo.weights.files import whole
+from vt_zoo.files import whole
 
 
 def read_runs(log: Path) -> List[dict]:

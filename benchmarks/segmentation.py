@@ -33,14 +33,14 @@ from torch.utils.data import DataLoader
 from versions import versions
 
 from vt_zoo.data.composed_digits import write_composed_digits
+from vt_zoo.files import whole
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.predict import palette, predict_classes
 from vt_zoo.segmentation.settings import ARCHITECTURES, read_settings
 from vt_zoo.segmentation.train import train
 from vt_zoo.segmentation.transforms import eval_transform
-from vt_zoo.weights.files import whole
-from vt_zoo.weights.segmenters import load_segmentation_model
+from vt_zoo.weights import load
 
 RESULTS = Path(__file__).parent / 'results'
 NAMES = {'vt_fpn': 'VT-FPN', 'panoptic_fpn': 'panoptic FPN'}
@@ -81,8 +81,9 @@ def run(name: str, arch: str, seed: int, iterations: int, data_dir: Path, work_d
     reset_peak()
     result = train(data_dir, out, settings, resume=unfinished, overwrite=not unfinished, device='cpu', progress=False)
     peak, seconds = peak_bytes(), time.process_time() - start
-    loaded = load_segmentation_model(result.last_dir)
-    data = load_dataset(settings.format, data_dir, TASKS[name].split, eval_transform(loaded.mean, loaded.std))
+    loaded = load(result.last_dir)
+    mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
+    data = load_dataset(settings.format, data_dir, TASKS[name].split, eval_transform(mean, std))
     measured = evaluate(loaded.model, DataLoader(data), len(loaded.classes), loaded.eval_size)
     return {
         'arch': arch, 'seed': seed, 'iterations': iterations, 'miou': 100 * measured.miou,
@@ -130,7 +131,7 @@ def draw(name: str, models: Dict[str, Path], data_dir: Path, path: Path) -> None
     """Draw images spread over the part that is measured, their masks, and what models make of them."""
     task = TASKS[name]
     data = load_dataset('folder', data_dir, task.split)
-    loaded = {label: load_segmentation_model(folder) for label, folder in models.items()}
+    loaded = {label: load(folder) for label, folder in models.items()}
     colors = np.array([*palette(len(data.classes)), *[(0, 0, 0)] * (256 - len(data.classes))], dtype=np.uint8)
     if name == 'digits':
         colors[0] = 235

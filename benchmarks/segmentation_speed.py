@@ -20,8 +20,8 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 from versions import versions
 
+from vt_zoo.files import whole
 from vt_zoo.models.vt_fpn import FPNNeck, VTNeck
-from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 CHANNELS = (256, 512, 1024, 2048)  # of a ResNet-50's maps, at strides 4, 8, 16 and 32

@@ -39,8 +39,8 @@ from tqdm import tqdm
 from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
+from vt_zoo.files import whole
 from vt_zoo.inference import fold_norms
-from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')

@@ -3,7 +3,7 @@ import statistics
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from vt_zoo.weights.files import whole
+from vt_zoo.files import whole
 
 REFERENCE = 'resnet50'
 MIB = 2 ** 20

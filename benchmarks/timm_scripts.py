@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import vt_zoo
 from vt_zoo.data.digits import write_digits
+from vt_zoo.files import whole
 from vt_zoo.recipes import recipe_path
-from vt_zoo.weights.files import whole, write_model
+from vt_zoo.weights.files import write_model
 
 RESULTS = Path(__file__).parent / 'results'
 SIZE, CLASSES = 64, 10

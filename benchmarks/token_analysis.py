@@ -54,11 +54,11 @@ from vt_zoo.analysis.records import capture
 from vt_zoo.data.composed_digits import CLASSES, INK
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
+from vt_zoo.files import whole
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.settings import read_settings
-from vt_zoo.weights.files import whole
-from vt_zoo.weights.load import Subject, load_subject
-from vt_zoo.weights.segmenters import create_segmentation_model
+from vt_zoo.segmentation.train import create_segmenter
+from vt_zoo.weights import Loaded, load
 
 RESULTS = Path(__file__).parent / 'results'
 SEEDS = (0, 1, 2)
@@ -100,15 +100,15 @@ class DigitModels:
             with whole(self.data) as new:
                 write_digits(new)
 
-    def trained(self, seed: int) -> Subject:
+    def trained(self, seed: int) -> Loaded:
         """The model that ships, or one trained by its recipe."""
         if seed == 0:
-            return load_subject('test_vt_resnet')
+            return load('test_vt_resnet')
         out = self.work / f'test_vt_resnet_{seed}'
         if not (out / 'model').exists():
             shutil.rmtree(out, ignore_errors=True)
             train(self.data, out, best_recipe(json.loads((RESULTS / 'digits_weights.json').read_text())['runs']), seed)
-        return load_subject(str(out / 'model'))
+        return load(str(out / 'model'))
 
     def random(self, seed: int) -> nn.Module:
         """What the training of a seed began with."""
@@ -116,25 +116,25 @@ class DigitModels:
         return timm.create_model('test_vt_resnet')
 
     def images(self) -> Images:
-        subject = self.trained(0)
+        loaded = self.trained(0)
         files = {split: sorted(self.data.glob(f'{split}/*/*.png')) for split in ('train', 'val')}
-        train, val = (torch.stack([subject.prepare(load_image(path)) for path in files[split]]) for split in files)
-        grey = torch.stack([torch.from_numpy(np.array(subject.shown(x).convert('L'))) for x in val])
+        train, val = (torch.stack([loaded.prepare(load_image(path)) for path in files[split]]) for split in files)
+        grey = torch.stack([torch.from_numpy(np.array(loaded.shown(x).convert('L'))) for x in val])
         target = torch.tensor([int(path.parent.name) for path in files['val']])
         return Images(train, val, target, (grey >= INK * 255).float())
 
     def draw(self, images: Images, path: Path) -> None:
         """Draw Figure 6 for a few digits: A and A-hat of both modules of the model of seed 0."""
-        subject = self.trained(0)
+        loaded = self.trained(0)
         rows, titles = [], []
         for digit in SHOWN_DIGITS:
             x = images.val[images.target == digit][:1]
-            for module, maps in enumerate(attention_maps(subject.model, x), 1):
+            for module, maps in enumerate(attention_maps(loaded.model, x), 1):
                 for name, attention in zip(('A', 'Â'), maps):
                     rows.append(attention)
                     titles.append(f'{name}, module {module}')
         pictures = [
-            subject.shown(images.val[images.target == digit][0]) for digit in SHOWN_DIGITS for _ in range(4)]
+            loaded.shown(images.val[images.target == digit][0]) for digit in SHOWN_DIGITS for _ in range(4)]
         draw_maps(pictures, rows, titles, path)
 
 
@@ -149,31 +149,31 @@ class ComposedModels:
     def __init__(self, work: Path) -> None:
         self.work = work
 
-    def trained(self, seed: int) -> Subject:
+    def trained(self, seed: int) -> Loaded:
         """The model after the last iteration."""
-        return load_subject(str(self.work / f'vt_fpn_{seed}_{read_settings("digits").iterations}' / 'last'))
+        return load(str(self.work / f'vt_fpn_{seed}_{read_settings("digits").iterations}' / 'last'))
 
     def random(self, seed: int) -> nn.Module:
         """What the training of a seed began with."""
         torch.manual_seed(seed)
-        return create_segmentation_model(read_settings('digits'), len(CLASSES))
+        return create_segmenter(read_settings('digits'), len(CLASSES))
 
     def images(self) -> Images:
-        subject = self.trained(0)
+        loaded = self.trained(0)
         data = {split: load_dataset('folder', self.work / 'data', split) for split in ('train', 'val')}
-        train, val = (torch.stack([subject.prepare(image) for image, _ in data[split]]) for split in data)
+        train, val = (torch.stack([loaded.prepare(image) for image, _ in data[split]]) for split in data)
         target = torch.stack([torch.from_numpy(mask) for _, mask in data['val']])
         return Images(train, val, target, (target > 0).float())
 
     def draw(self, images: Images, path: Path) -> None:
         """Draw Figure 6 for one image: A and A-hat of each level of the model of seed 0."""
-        subject, x = self.trained(0), images.val[SHOWN_COMPOSED]
+        loaded, x = self.trained(0), images.val[SHOWN_COMPOSED]
         rows, titles = [], []
-        for level, maps in enumerate(attention_maps(subject.model, x[None]), 1):
+        for level, maps in enumerate(attention_maps(loaded.model, x[None]), 1):
             for name, attention in zip(('A', 'Â'), maps):
                 rows.append(resize_attention(attention, x.shape[-2:]))
                 titles.append(f'{name}, level {level}')
-        draw_maps([subject.shown(x)] * len(rows), rows, titles, path)
+        draw_maps([loaded.shown(x)] * len(rows), rows, titles, path)
 
 
 def draw_maps(pictures: List[Image.Image], rows: List[torch.Tensor], titles: List[str], path: Path) -> None:

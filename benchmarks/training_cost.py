@@ -26,8 +26,8 @@ from tqdm import tqdm
 from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
+from vt_zoo.files import whole
 from vt_zoo.recipes import recipe_path
-from vt_zoo.weights.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 MODELS = ('vt_resnet18', 'vt_resnet34', 'vt_resnet50', 'vt_resnet101')

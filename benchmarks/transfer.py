@@ -26,7 +26,7 @@ from training import accuracy, train_epochs
 from versions import versions
 
 import vt_zoo  # noqa: F401  registers the models
-from vt_zoo.weights.files import whole
+from vt_zoo.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
 IMAGES = (5, 10, 50)  # of each class

@@ -1,12 +1,13 @@
 """Helpers that several test files import."""
 import re
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 
 from vt_zoo._requirements import timm_is_at_least
-from vt_zoo.weights.files import load_model
+from vt_zoo.weights.loading import load_model
 
 TIMM_READS_FOLDERS = timm_is_at_least('1.0.31')
 
@@ -31,3 +32,10 @@ def as_in_version_0_1(state_dict):
     norms = {n.replace('.conv.', '.norm.'): torch.ones(len(state_dict[n])) for n in maps}
     kept = {n: t for n, t in state_dict.items() if not (n.endswith('tokenizer.filters.weight') and t.ndim == 2)}
     return {**kept, **norms}
+
+
+def with_eval_size(loaded, eval_size):
+    """A segmenter of `vt_zoo.load` for images of a short side, of (height, width), or as they are."""
+    fixed = isinstance(eval_size, tuple)
+    size = {'input_size': (3, *(eval_size if fixed else (None, None))), 'short_side': None if fixed else eval_size}
+    return replace(loaded, preprocessing={**loaded.preprocessing, **size})

@@ -11,17 +11,11 @@ import timm
 import torch
 from helpers import as_in_version_0_1, needs_timm_that_reads_folders
 
-import vt_zoo.weights.files
+import vt_zoo.files
 from vt_zoo.errors import InputError
-from vt_zoo.weights.files import (
-    check_input_size,
-    check_name,
-    load_model,
-    read_tensors,
-    whole,
-    write_model,
-    write_tensors,
-)
+from vt_zoo.files import whole
+from vt_zoo.weights.files import read_tensors, write_model, write_tensors
+from vt_zoo.weights.loading import check_input_size, check_name, load_model
 
 CLASSES = ['cat', 'dog', 'Zebra']
 
@@ -130,7 +124,7 @@ def test_old_survives_where_the_new_cannot_take_its_name(tmp_path, monkeypatch, 
     def replace(source, target):
         raise error('no more')
 
-    monkeypatch.setattr(vt_zoo.weights.files.os, 'replace', replace)
+    monkeypatch.setattr(vt_zoo.files.os, 'replace', replace)
     with pytest.raises(error), whole(tmp_path / 'a') as new:
         if 'a' in before:
             new.write_text('new')

@@ -14,7 +14,7 @@ from huggingface_hub import load_torch_model
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from vt_zoo.weights.conversion import convert, read_checkpoint
-from vt_zoo.weights.files import load_model
+from vt_zoo.weights.loading import load_model
 
 ARGUMENTS = {  # some of those that train.py keeps
     'model': 'test_vt_resnet', 'num_classes': 3, 'img_size': 48, 'in_chans': None, 'input_size': None, 'gp': None,

@@ -9,7 +9,7 @@ import torch
 from helpers import as_in_version_0_1
 
 from vt_zoo.weights.conversion import convert
-from vt_zoo.weights.files import load_model
+from vt_zoo.weights.loading import load_model
 
 NAME = 'test_vt_resnet'
 

@@ -22,8 +22,8 @@ from vt_zoo.analysis.records import capture
 from vt_zoo.data.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
 from vt_zoo.segmentation.predict import predict_classes
-from vt_zoo.weights.load import load_subject
-from vt_zoo.weights.segmenters import LoadedModel, load_segmentation_model, save_segmentation_model
+from vt_zoo.weights import load
+from vt_zoo.weights.files import write_segmenter
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = [
@@ -127,7 +127,7 @@ def seven(digits):
 
 @torch.no_grad()
 def test_classifier(browser, classifier, seven):
-    subject = load_subject('test_vt_resnet')
+    subject = load('test_vt_resnet')
     x = subject.prepare(load_image(seven))[None]
     records = capture(subject.model, x)
     with Page(browser, classifier) as page:
@@ -185,8 +185,7 @@ def save_segmenter(tmp_path_factory):
 
     def save(eval_size=None):
         folder = tmp_path_factory.mktemp('segmenter') / 'model'
-        save_segmentation_model(
-            folder, LoadedModel(model.eval(), ['sky', 'sea', 'land'], (0.5,) * 3, (0.25,) * 3, eval_size))
+        write_segmenter(folder, model.eval(), ['sky', 'sea', 'land'], (0.5,) * 3, (0.25,) * 3, eval_size)
         return folder
     return save
 
@@ -200,7 +199,7 @@ def landscape(tmp_path_factory):
 
 def test_segmenter(browser, save_segmenter, landscape):
     folder = save_segmenter()
-    loaded = load_segmentation_model(folder)
+    loaded = load(folder)
     present = {loaded.classes[i] for i in np.unique(predict_classes(loaded, load_image(landscape)))}
     with explorer(folder) as (_, url), Page(browser, url) as page:
         page.upload(landscape)
@@ -227,9 +226,9 @@ def test_ends_on_ctrl_c(browser):
 
 def test_mask(save_segmenter, landscape):
     folder = save_segmenter()
-    loaded, image = load_segmentation_model(folder), load_image(landscape)
+    loaded, image = load(folder), load_image(landscape)
     classes = predict_classes(loaded, image)
-    masks = look(load_subject(str(folder)), image).prediction
+    masks = look(load(str(folder)), image).prediction
     assert len(masks) > 1
     for name, mask in masks.items():
         np.testing.assert_array_equal(mask, classes == loaded.classes.index(name))
@@ -240,7 +239,7 @@ def test_mask(save_segmenter, landscape):
     (None, (1500, 30), (1024, 20)), (32, (96, 64), (48, 32)), ((32, 64), (96, 96), (64, 32))])
 def test_size_that_a_segmenter_sees(save_segmenter, eval_size, size, expected):
     image = Image.new('RGB', size)
-    seen = look(load_subject(str(save_segmenter(eval_size))), image)
+    seen = look(load(str(save_segmenter(eval_size))), image)
     assert seen.image.size == expected and image.size == size
     assert all(mask.shape == expected[::-1] for mask in seen.prediction.values())
 

@@ -15,9 +15,8 @@ from timm.data import resolve_data_config
 from vt_zoo import __version__
 from vt_zoo.data.images import load_image
 from vt_zoo.export.formats import FORMATS, METADATA_FILE, OPSETS, export
-from vt_zoo.weights.files import write_model
-from vt_zoo.weights.load import load_subject
-from vt_zoo.weights.segmenters import load_segmentation_model, save_segmentation_model
+from vt_zoo.weights import load
+from vt_zoo.weights.files import write_model, write_segmenter
 
 TOLERANCE = 1e-4  # of the largest output
 
@@ -45,7 +44,7 @@ def load_onnx(path):
     return lambda x: torch.from_numpy(session.run(['logits'], {'image': x.numpy()})[0])
 
 
-def load(path, file_format):
+def run(path, file_format):
     """What its runtime makes of a file."""
     if file_format == 'onnx':
         return load_onnx(path)
@@ -87,22 +86,22 @@ def metadata(path, file_format):
 @pytest.mark.parametrize('file_format', ALL)
 def test_classifier_reads_digits(files, digits, file_format):
     path, exported = files('test_vt_resnet', file_format)
-    subject = load_subject('test_vt_resnet')
+    given = load('test_vt_resnet')
     paths = sorted((digits / 'val').glob('*/*.png'))[::30]
-    x = torch.stack([subject.prepare(load_image(p)) for p in paths])
-    loaded = load(path, file_format)
-    result = assert_same(loaded, subject.model, x)
+    x = torch.stack([given.prepare(load_image(p)) for p in paths])
+    loaded = run(path, file_format)
+    result = assert_same(loaded, given.model, x)
     right = [p.parent.name == str(i) for p, i in zip(paths, result.argmax(1).tolist())]
     assert len(right) >= 15 and np.mean(right) > 0.9
     assert exported.difference <= TOLERANCE
     for batch in (1, 5):
-        assert_same(loaded, subject.model, torch.randn(batch, 3, 64, 64))
+        assert_same(loaded, given.model, torch.randn(batch, 3, 64, 64))
 
 
 @pytest.mark.parametrize('file_format', ALL)
 def test_classifier_of_images_of_any_size(files, file_format):
     path, _ = files('test_vt_resnet', file_format, **any_size(file_format))
-    loaded, model = load(path, file_format), load_subject('test_vt_resnet').model
+    loaded, model = run(path, file_format), load('test_vt_resnet').model
     for batch, *size in [(1, 64, 64), (5, 64, 64), (2, 97, 130), (1, 33, 40), (1, 32, 32)]:
         assert_same(loaded, model, torch.randn(batch, 3, *size))
 
@@ -112,14 +111,14 @@ def test_size_is_fixed_unless_it_is_asked_to_be_free(files, monkeypatch, file_fo
     monkeypatch.setenv('AOTI_RUNTIME_CHECK_INPUTS', '1')  # without it AOTInductor does not look at shapes
     path, _ = files('test_vt_resnet', file_format)
     with pytest.raises(Exception, match=r'64|[Dd]imension'):
-        load(path, file_format)(torch.randn(1, 3, 96, 64))
+        run(path, file_format)(torch.randn(1, 3, 96, 64))
 
 
 @pytest.mark.parametrize('file_format', [
     'torchscript', *(pytest.param(name, marks=pytest.mark.slow) for name in ('onnx', 'pt2', 'aoti'))])
 def test_vt_fpn(files, segment_model, file_format):
     path, exported = files(segment_model, file_format, **any_size(file_format))
-    loaded, model = load(path, file_format), load_segmentation_model(segment_model).model
+    loaded, model = run(path, file_format), load(segment_model).model
     for batch, height, width in [(1, 64, 64), (5, 96, 64), (1, 224, 160)]:
         assert_same(loaded, model, torch.randn(batch, 3, height, width))
     side = '32*{}' if file_format == 'aoti' else '{}'
@@ -137,12 +136,12 @@ def test_vt_fpn(files, segment_model, file_format):
 @pytest.mark.slow
 @pytest.mark.parametrize('file_format', ['onnx', 'pt2', 'aoti'])
 def test_vt_fpn_of_a_fixed_size(segment_model, tmp_path, file_format):
-    saved = load_segmentation_model(segment_model)
-    saved.eval_size = (40, 61)
-    save_segmentation_model(tmp_path / 'model', saved)
+    saved = load(segment_model)
+    statistics = saved.preprocessing['mean'], saved.preprocessing['std']
+    write_segmenter(tmp_path / 'model', saved.model, saved.classes, *statistics, eval_size=(40, 61))
     path = tmp_path / f'out{FORMATS[file_format].suffix}'
     exported = export(str(tmp_path / 'model'), file_format, path)
-    loaded = load(path, file_format)
+    loaded = run(path, file_format)
     for batch in (1, 4):
         assert_same(loaded, saved.model, torch.randn(batch, 3, 40, 61))
     assert exported.inputs == {'image': ['batch', 3, 40, 61]}
@@ -214,7 +213,7 @@ def test_inference_form(files):
     """No norm is left, and the file holds no more numbers than the model."""
     graph = onnx.load(files('test_vt_resnet', 'onnx')[0]).graph
     assert not {node.op_type for node in graph.node} & {'BatchNormalization', 'InstanceNormalization'}
-    model = load_subject('test_vt_resnet').model
+    model = load('test_vt_resnet').model
     assert sum(np.prod(t.dims) for t in graph.initializer) < 1.05 * sum(p.numel() for p in model.parameters())
 
 
@@ -250,7 +249,7 @@ def test_a_file_that_does_not_run(tmp_path, monkeypatch, input_error):
 
 
 def test_a_model_that_cannot_be_scripted(segment_settings, tmp_path, input_error):
-    from test_segmentation_model_files import create, save
+    from test_segmenters import create, save
     save(tmp_path / 'model', create(encoder_name='tu-test_vt_resnet'))
     with input_error('model cannot be written as torchscript: '):
         export(str(tmp_path / 'model'), 'torchscript', tmp_path / 'a.pt')
@@ -352,7 +351,7 @@ def test_options_of_the_paper(tmp_path, options, file_format):
     write_model(tmp_path / 'model', model, None, resolve_data_config({}, model=model))
     path = tmp_path / f'out{FORMATS[file_format].suffix}'
     export(str(tmp_path / 'model'), file_format, path, **any_size(file_format))
-    assert_same(load(path, file_format), model, torch.randn(2, 3, 70, 90))
+    assert_same(run(path, file_format), model, torch.randn(2, 3, 70, 90))
 
 
 @pytest.mark.slow
@@ -364,4 +363,4 @@ def test_models(tmp_path, model, file_format):
     write_model(tmp_path / 'model', model, None, resolve_data_config({}, model=model))
     path = tmp_path / f'out{FORMATS[file_format].suffix}'
     export(str(tmp_path / 'model'), file_format, path)
-    assert_same(load(path, file_format), model, torch.randn(2, 3, 224, 224))
+    assert_same(run(path, file_format), model, torch.randn(2, 3, 224, 224))

@@ -21,7 +21,8 @@ from vt_zoo.classification.train import evaluate, finetune
 from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
 from vt_zoo.training.run_state import RunFinishedError
-from vt_zoo.weights.files import load_model, read_tensors, write_model, write_tensors
+from vt_zoo.weights.files import read_tensors, write_model, write_tensors
+from vt_zoo.weights.loading import load_model
 
 STEPS = 4  # of an epoch of tiny_settings on few_digits
 

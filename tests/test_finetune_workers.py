@@ -10,7 +10,8 @@ from timm.utils import ModelEmaV3
 
 from vt_zoo.classification.train import finetune
 from vt_zoo.data.images import ImageFolder, find_split
-from vt_zoo.weights.files import load_model, read_tensors, write_tensors
+from vt_zoo.weights.files import read_tensors, write_tensors
+from vt_zoo.weights.loading import load_model
 
 STEPS = 4  # of an epoch
 

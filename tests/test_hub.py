@@ -12,7 +12,8 @@ from hub_server import environment, hub_server, newer_client
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import save_file
 
-from vt_zoo.weights.files import load_model, write_model
+from vt_zoo.weights.files import write_model
+from vt_zoo.weights.loading import load_model
 
 NAME = 'hf-hub:someone/digits'
 MB = 1_000_000

@@ -21,9 +21,8 @@ from vt_zoo.data import image_stream
 from vt_zoo.data.folders import find_images
 from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
-from vt_zoo.files import hold, run_folder
+from vt_zoo.files import hold, run_folder, whole
 from vt_zoo.segmentation.settings import SegmentSettings, read_settings
-from vt_zoo.weights.files import whole
 
 SECONDS = 60  # in which a command ends that waits for nothing
 HOLD = '''

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 import vt_zoo
 from vt_zoo.classification.train import finetune
 from vt_zoo.weights.conversion import convert
-from vt_zoo.weights.files import load_model, write_model
+from vt_zoo.weights.files import write_model
+from vt_zoo.weights.loading import load_model
 from vt_zoo.weights.publish import upload, write_release
 
 REPO = 'someone/my-digits'

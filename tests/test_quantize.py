@@ -15,7 +15,7 @@ from PIL import Image
 from vt_zoo.data.images import load_image
 from vt_zoo.export.formats import export
 from vt_zoo.export.int8 import DEFAULT_LIMIT, quantize
-from vt_zoo.weights.load import load_subject
+from vt_zoo.weights import load
 
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
 
@@ -40,7 +40,7 @@ def run(path, x):
 
 def held_out(digits, step=3):
     paths = sorted((digits / 'val').glob('*/*.png'))[::step]
-    prepare = load_subject('test_vt_resnet').prepare
+    prepare = load('test_vt_resnet').prepare
     return np.stack([prepare(load_image(p)).numpy() for p in paths]), np.array([int(p.parent.name) for p in paths])
 
 

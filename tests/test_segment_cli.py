@@ -19,7 +19,7 @@ from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.settings import list_segmentation_recipes
 from vt_zoo.segmentation.transforms import eval_transform
-from vt_zoo.weights.segmenters import load_segmentation_model
+from vt_zoo.weights import load
 
 OPTIONAL = ['segmentation_models_pytorch', 'accelerate', 'torchmetrics']
 WRITTEN = ['best', 'history.csv', 'last']
@@ -62,8 +62,9 @@ def train_words(composed, segment_arguments):
 @pytest.fixture(scope='module')
 def measures(segment_model, composed):
     """Of segment_model on the validation images."""
-    loaded = load_segmentation_model(segment_model)
-    dataset = load_dataset('folder', composed, 'val', eval_transform(loaded.mean, loaded.std))
+    loaded = load(segment_model)
+    mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
+    dataset = load_dataset('folder', composed, 'val', eval_transform(mean, std))
     return evaluate(loaded.model, DataLoader(dataset), len(loaded.classes))
 
 
@@ -131,9 +132,9 @@ def test_options_replace_the_recipes_values(segment_command, composed, segment_s
         '--crop-size', '32', '36', '--std', '.5', '0.5', '5e-1', '--scale', '0.5', '2', '--steps', '1', '2',
         '--lr', '1e-3', '--precision', 'no', '--workers', '0', '--device', 'cpu')
     assert result.code == 0, result.stderr
-    loaded = load_segmentation_model(tmp_path / 'run' / 'last')
+    loaded = load(tmp_path / 'run' / 'last')
     assert type(loaded.model).__name__ == 'PanopticFPN'
-    assert (loaded.eval_size, loaded.mean) == ((40, 36), (0.1, 0.2, 0.3))
+    assert (loaded.eval_size, loaded.preprocessing['mean']) == ((40, 36), (0.1, 0.2, 0.3))
 
 
 @pytest.mark.parametrize('words, holds', BAD_TRAINING.values(), ids=BAD_TRAINING)
@@ -350,7 +351,7 @@ def test_predict_onto_a_full_disk(segment_command, picture, segment_model, tmp_p
 def test_predict_without_a_model(segment_command, picture, tiny_model, tmp_path):
     check_refused(segment_command('segment', 'predict', picture), '--model')
     result = segment_command('segment', 'predict', picture, '--model', tiny_model, '--out', tmp_path / 'out')
-    check_refused(result, tiny_model, '_model_class')
+    check_refused(result, tiny_model, 'is a classifier', 'needed is a segmenter')
 
 
 def test_weights_of_another_model_give_one_line(segment_command, picture, my_segment_model, tmp_path):
@@ -388,9 +389,16 @@ def test_optional_packages_are_imported_where_they_are_used(forks):
     assert not {*OPTIONAL, 'matplotlib', 'sklearn', 'vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train'} & set(imported)
 
 
-def test_folder_of_a_run_is_not_a_model(segment_command, picture, segment_run, tmp_path):
-    result = segment_command('segment', 'predict', picture, '--model', segment_run.out, '--out', tmp_path / 'out')
-    check_refused(result, segment_run.out, 'config.json')
+def test_folder_of_a_run_is_its_last_model(segment_command, picture, segment_run, tmp_path):
+    for name, folder in {'run': segment_run.out, 'last': segment_run.out / 'last'}.items():
+        words = ('segment', 'predict', picture, '--model', folder, '--out', tmp_path / name)
+        assert segment_command(*words).code == 0
+    assert files(tmp_path / 'run') == files(tmp_path / 'last')
+
+
+def test_segmenter_where_a_classifier_is_needed(segment_command, picture, segment_run):
+    result = segment_command('predict', picture, '--model', segment_run.out)
+    check_refused(result, segment_run.out, 'is a segmenter', 'needed is a classifier')
 
 
 def test_interrupted_prediction_leaves_whole_files(segment_command, signal_at, composed, segment_model, tmp_path):

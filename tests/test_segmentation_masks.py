@@ -19,8 +19,8 @@ from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.label_counts import LabelCounts, check_classes, count_labels, describe_absent, describe_counts
 from vt_zoo.segmentation.settings import read_settings
 from vt_zoo.segmentation.train import train
+from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_tensors
-from vt_zoo.weights.segmenters import load_segmentation_model
 
 CLASSES = ['background', 'crack']
 SMALL = {'crop_size': [32, 32], 'iterations': 2, 'eval_every': 2, 'batch_size': 2}
@@ -217,7 +217,7 @@ def test_training_on_0_and_255(tmp_path, segment_settings, segment_command, segm
     assert result.code == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines() if line.startswith('crack')] == [
         ['crack', *2 * ['50.00', '%', 'in', '2']]]
-    assert load_segmentation_model(tmp_path / 'run' / 'last').label_map == {0: 0, 255: 1}
+    assert load(tmp_path / 'run' / 'last').label_map == {0: 0, 255: 1}
 
     words = ['segment', 'eval', '--model', tmp_path / 'run' / 'last', '--data-dir', root, '--json', '--split']
     own = segment_command(*words, 'test')

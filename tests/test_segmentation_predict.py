@@ -5,12 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import with_eval_size
 from PIL import Image
 
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.segmentation.predict import draw_overlay, palette, predict_classes
 from vt_zoo.segmentation.predict import predict_files as stream
-from vt_zoo.weights.segmenters import load_segmentation_model
+from vt_zoo.weights import load
 
 
 def noise(*shape, seed=0):
@@ -27,7 +28,7 @@ def predict_files(loaded, paths, out, **kwargs):
 @pytest.fixture(scope='module')
 def loaded(segment_model):
     """A trained model whose last layer is made to say more than background."""
-    loaded = load_segmentation_model(segment_model)
+    loaded = load(segment_model)
     torch.manual_seed(0)
     torch.nn.init.normal_(loaded.model.segmentation_head[0].weight)
     torch.nn.init.zeros_(loaded.model.segmentation_head[0].bias)
@@ -41,7 +42,7 @@ def pictures(composed, tmp_path):
 
 
 def expected_classes(loaded, pixels):
-    x = (pixels / 255 - np.array(loaded.mean)) / np.array(loaded.std)
+    x = (pixels / 255 - np.array(loaded.preprocessing['mean'])) / np.array(loaded.preprocessing['std'])
     with torch.inference_mode():
         return loaded.model(torch.tensor(x.transpose(2, 0, 1)[None], dtype=torch.float32))[0].argmax(0).numpy()
 
@@ -122,7 +123,7 @@ def test_colours_do_not_depend_on_the_number_of_classes():
 def test_any_size(loaded, tmp_path, height, width, eval_size):
     """Also of a width or height that the short side cannot keep in proportion with less than a pixel."""
     Image.fromarray(noise(height, width, 3)).save(tmp_path / 'image.png')
-    loaded = type(loaded)(loaded.model, loaded.classes, loaded.mean, loaded.std, eval_size)
+    loaded = with_eval_size(loaded, eval_size)
     (overlay, classes), = predict_files(loaded, [tmp_path / 'image.png'], tmp_path / 'out')
     assert read(classes)[1].shape == (height, width)
     assert read(overlay)[1].shape[0] >= height
@@ -130,7 +131,7 @@ def test_any_size(loaded, tmp_path, height, width, eval_size):
 
 def test_eval_size_is_used(loaded, pictures):
     image = Image.open(pictures[0])
-    other = type(loaded)(loaded.model, loaded.classes, loaded.mean, loaded.std, 160)
+    other = with_eval_size(loaded, 160)
     assert not np.array_equal(predict_classes(loaded, image), predict_classes(other, image))
 
 

@@ -24,10 +24,10 @@ from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import SegmentMetrics, evaluate
 from vt_zoo.segmentation.sampling import IterationBatches, SeededDataset
 from vt_zoo.segmentation.settings import read_settings
-from vt_zoo.segmentation.train import train
+from vt_zoo.segmentation.train import create_segmenter, train
 from vt_zoo.segmentation.transforms import eval_transform, train_transform
+from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_tensors
-from vt_zoo.weights.segmenters import create_segmentation_model, load_segmentation_model
 
 WRITTEN = ['best', 'history.csv', 'last']
 
@@ -57,8 +57,9 @@ def files(folder):
 
 def measure(model_dir, data_dir):
     """Measures of a model's files on the validation images."""
-    loaded = load_segmentation_model(model_dir)
-    dataset = load_dataset('folder', data_dir, 'val', eval_transform(loaded.mean, loaded.std))
+    loaded = load(model_dir)
+    mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
+    dataset = load_dataset('folder', data_dir, 'val', eval_transform(mean, std))
     return evaluate(loaded.model, DataLoader(dataset), len(loaded.classes), loaded.eval_size)
 
 
@@ -145,7 +146,7 @@ def train_literally(data_dir, settings, steps):
     data = load_dataset('folder', data_dir, 'train')
     data.transform = train_transform(settings.crop_size, settings.scale, settings.hflip, settings.mean, settings.std)
     torch.manual_seed(settings.seed)
-    model = create_segmentation_model(settings, len(data.classes)).train()
+    model = create_segmenter(settings, len(data.classes)).train()
     optimizer = torch.optim.SGD([
         {'params': [p for p in model.parameters() if p.ndim > 1], 'weight_decay': settings.weight_decay},
         {'params': [p for p in model.parameters() if p.ndim <= 1], 'weight_decay': 0.},
@@ -184,7 +185,7 @@ def test_moving_average_is_kept(composed, segment_settings, tmp_path):
     run(composed, tmp_path / 'run', segment_settings, **changes)
     _, kept = train_literally(composed, read_settings(None, {**segment_settings, **changes}), 4)
     torch.manual_seed(0)
-    average = create_segmentation_model(read_settings(None, segment_settings), 11).state_dict()
+    average = create_segmenter(read_settings(None, segment_settings), 11).state_dict()
     for step, state in enumerate(kept, 1):
         decay = min(0.4, max(0., 1 - step ** (-2 / 3)))
         average = {n: decay * average[n] + (1 - decay) * v if v.is_floating_point() else v for n, v in state.items()}
@@ -210,11 +211,12 @@ def test_best_is_the_best_by_mean_iou_and_the_first_of_equals(composed, segment_
 
 
 def test_preprocessing_is_the_encoders_or_the_recipes(composed, segment_settings, segment_run, tmp_path):
-    own = load_segmentation_model(segment_run.out / 'last')
-    assert (own.mean, own.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of timm's test_resnet
+    own = load(segment_run.out / 'last')
+    assert own.preprocessing['mean'] == own.preprocessing['std'] == (0.5, 0.5, 0.5)  # of timm's test_resnet
     run(composed, tmp_path / 'run', segment_settings, iterations=1, mean=[0.1, 0.2, 0.3], std=[1, 2, 3], eval_size=40)
-    given = load_segmentation_model(tmp_path / 'run' / 'last')
-    assert (given.mean, given.std, given.eval_size) == ((0.1, 0.2, 0.3), (1, 2, 3), 40)
+    given = load(tmp_path / 'run' / 'last')
+    assert (given.preprocessing['mean'], given.preprocessing['std']) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert given.eval_size == 40
 
 
 @pytest.mark.parametrize('iteration, checkpoint', [
@@ -262,13 +264,13 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
 # what takes its place: 1 checkpoint 2, 2 checkpoint 4, 3 best/ of 4, 4 checkpoint 4 with its measures, then the end
 @pytest.mark.parametrize('function, call, after', [
     ('os.replace', 3, False),  # best/ is written but not in its place
-    ('vt_zoo.segmentation.train.save_segmentation_model', -1, False),  # last/ is not written
+    ('vt_zoo.segmentation.train.write_segmenter', -1, False),  # last/ is not written
     ('vt_zoo.segmentation.train.write_history', 1, True),  # both are, and the checkpoint is still there
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ('os.replace', 3, True),  # best/ is there, its measures are not in the checkpoint
         ('vt_zoo.segmentation.train.evaluate', 1, False),  # the checkpoint before it is there
         ('vt_zoo.segmentation.train.learning_rate', 6, False),
-        ('vt_zoo.segmentation.train.save_segmentation_model', -1, True),  # last/ is there, the history is not
+        ('vt_zoo.segmentation.train.write_segmenter', -1, True),  # last/ is there, the history is not
     ])
 ])
 def test_killed_and_resumed(
@@ -422,7 +424,7 @@ def test_masks_without_labels_teach_nothing(my_composed, segment_settings, tmp_p
     run(my_composed, tmp_path / 'run', segment_settings, iterations=2, ema_decay=0., weight_decay=0.)
     assert history(tmp_path / 'run')[0]['train_loss'] == 0
     torch.manual_seed(0)
-    start = create_segmentation_model(read_settings(None, segment_settings), 11)
+    start = create_segmenter(read_settings(None, segment_settings), 11)
     saved = load_file(tmp_path / 'run' / 'last' / 'model.safetensors')
     assert all(torch.equal(saved[name], p) for name, p in start.named_parameters())
 

@@ -23,7 +23,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from vt_zoo.data.images import load_image
-from vt_zoo.weights.load import load_subject
+from vt_zoo.weights import load
 
 for package in ('fastapi', 'onnx', 'onnxruntime', 'uvicorn'):
     pytest.importorskip(package)
@@ -87,7 +87,7 @@ def ask(server):
 
 @pytest.fixture(scope='module')
 def subject():
-    return load_subject('test_vt_resnet')
+    return load('test_vt_resnet')
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,7 @@ from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token
 from vt_zoo.analysis.records import capture
 from vt_zoo.data.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
-from vt_zoo.weights.files import write_model
-from vt_zoo.weights.segmenters import LoadedModel, save_segmentation_model
+from vt_zoo.weights.files import write_model, write_segmenter
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +31,7 @@ def segmenter(tmp_path_factory):
     folder = tmp_path_factory.mktemp('segmenter') / 'model'
     torch.manual_seed(0)
     model = VTFPN('tu-test_resnet', classes=2, num_tokens=4, token_dim=16, pyramid_channels=32, head_channels=32)
-    save_segmentation_model(folder, LoadedModel(model.eval(), ['a', 'b'], (0.5,) * 3, (0.25,) * 3, None))
+    write_segmenter(folder, model.eval(), ['a', 'b'], (0.5,) * 3, (0.25,) * 3)
     return folder
 
 

@@ -11,7 +11,8 @@ from hub_server import WRITER, hub_server
 from PIL import Image
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
-from vt_zoo.weights.files import load_model, write_model
+from vt_zoo.weights.files import write_model
+from vt_zoo.weights.loading import load_model
 from vt_zoo.weights.publish import upload, write_release
 
 transformers = pytest.importorskip('transformers')

@@ -16,7 +16,8 @@ from timm.utils import reparameterize_model
 from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.cli.main import main
 from vt_zoo.models.trunk import create_trunk
-from vt_zoo.weights.files import load_model, write_model
+from vt_zoo.weights.files import write_model
+from vt_zoo.weights.loading import load_model
 
 TRUNKS = [
     'test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet', 'mobilenetv4_conv_small', 'regnety_002',

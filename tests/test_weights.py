@@ -15,7 +15,7 @@ from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm_plugin import list_pretrained
 
 from vt_zoo.classification.train import finetune
-from vt_zoo.weights.files import load_model
+from vt_zoo.weights.loading import load_model
 
 sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
 import digits_weights

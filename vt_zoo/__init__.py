@@ -1,9 +1,10 @@
 """Visual Transformers (Wu et al., arXiv 2006.03677) as timm models. Importing this package registers them."""
-from . import _moved
+from ._moved import find_old_modules
 from ._requirements import check_timm
 from ._version import __version__
 
 check_timm()
-_moved.install()
+find_old_modules()
 
-from . import models  # noqa: E402
+from . import layers, models  # noqa: E402
+from .weights import load  # noqa: E402

@@ -1,4 +1,4 @@
-"""Where modules of 0.1 are now: an import of the old path gives the new module with a DeprecationWarning, until 0.3."""
+"""Import paths and names of 0.1, which give what they meant with a DeprecationWarning, until 0.3."""
 import sys
 import warnings
 from importlib import import_module
@@ -8,41 +8,71 @@ from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any, Optional
 
-MOVED = {
-    'vt_zoo.analysis.capture': 'vt_zoo.analysis.records',
-    'vt_zoo.analysis.count': 'vt_zoo.analysis.cost',
-    'vt_zoo.analysis.subject': 'vt_zoo.weights.load',
-    'vt_zoo.checkpoint': 'vt_zoo.weights.files',
-    'vt_zoo.convert': 'vt_zoo.weights.conversion',
-    'vt_zoo.digits': 'vt_zoo.data.digits',
-    'vt_zoo.finetune': 'vt_zoo.classification.train',
-    'vt_zoo.folders': 'vt_zoo.data.folders',
-    'vt_zoo.hub': 'vt_zoo.weights.hub',
-    'vt_zoo.image_stream': 'vt_zoo.data.image_stream',
-    'vt_zoo.images': 'vt_zoo.data.images',
-    'vt_zoo.model_card': 'vt_zoo.weights.model_card',
-    'vt_zoo.publish': 'vt_zoo.weights.publish',
-    'vt_zoo.quantize': 'vt_zoo.export.int8',
-    'vt_zoo.run_state': 'vt_zoo.training.run_state',
-    'vt_zoo.seeding': 'vt_zoo.data.seeding',
-    'vt_zoo.segmentation.composed_digits': 'vt_zoo.data.composed_digits',
-    'vt_zoo.segmentation.evaluate': 'vt_zoo.segmentation.metrics',
-    'vt_zoo.segmentation.label_map': 'vt_zoo.data.label_map',
-    'vt_zoo.segmentation.model_files': 'vt_zoo.weights.segmenters',
+MODULES = {  # and where their names are now
+    'vt_zoo.analysis.capture': ['vt_zoo.analysis.records'],
+    'vt_zoo.analysis.count': ['vt_zoo.analysis.cost'],
+    'vt_zoo.analysis.subject': ['vt_zoo.weights.loading'],
+    'vt_zoo.checkpoint': ['vt_zoo.weights.files', 'vt_zoo.weights.loading', 'vt_zoo.files'],
+    'vt_zoo.convert': ['vt_zoo.weights.conversion'],
+    'vt_zoo.digits': ['vt_zoo.data.digits'],
+    'vt_zoo.finetune': ['vt_zoo.classification.train'],
+    'vt_zoo.folders': ['vt_zoo.data.folders'],
+    'vt_zoo.hub': ['vt_zoo.weights.hub'],
+    'vt_zoo.image_stream': ['vt_zoo.data.image_stream'],
+    'vt_zoo.images': ['vt_zoo.data.images'],
+    'vt_zoo.model_card': ['vt_zoo.weights.model_card'],
+    'vt_zoo.publish': ['vt_zoo.weights.publish'],
+    'vt_zoo.quantize': ['vt_zoo.export.int8'],
+    'vt_zoo.run_state': ['vt_zoo.training.run_state'],
+    'vt_zoo.seeding': ['vt_zoo.data.seeding'],
+    'vt_zoo.segmentation.composed_digits': ['vt_zoo.data.composed_digits'],
+    'vt_zoo.segmentation.evaluate': ['vt_zoo.segmentation.metrics', 'vt_zoo.data.images'],
+    'vt_zoo.segmentation.label_map': ['vt_zoo.data.label_map'],
+    'vt_zoo.segmentation.model_files': ['vt_zoo.weights.loading', 'vt_zoo.segmentation.train'],
 }
+NAMES = {
+    'Subject': 'Loaded', 'create_segmentation_model': 'create_segmenter', 'load_segmentation_model': 'load',
+    'load_subject': 'load'}
+LAYERS = {
+    'KMeans': 'kmeans', 'PixelLinear': 'linear', 'PositionCode': 'position_code', 'TokenLinear': 'linear',
+    'TokenNorm': 'linear', 'create_logit_norm': 'linear', 'merge_heads': 'attention', 'pixel_groups': 'linear',
+    'split_heads': 'attention', 'token_grid': 'tokenizer'}
+
+
+class _OldModule(ModuleType):
+
+    def __getattr__(self, name: str) -> Any:
+        new = NAMES.get(name, name)
+        for module in map(import_module, MODULES[self.__name__]):
+            if not name.startswith('__') and hasattr(module, new):
+                warnings.warn(
+                    f'{self.__name__}.{name} is {module.__name__}.{new} since vt_zoo 0.2', DeprecationWarning,
+                    stacklevel=2)
+                return getattr(module, new)
+        raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
 
 
 class _Finder(MetaPathFinder, Loader):
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
-        return spec_from_loader(fullname, self) if fullname in MOVED else None
+        return spec_from_loader(fullname, self) if fullname in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__
-        warnings.warn(f'{old} is {MOVED[old]} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
-        sys.modules[old] = import_module(MOVED[old])
+        """Nothing: its names are found when they are asked for."""
 
 
-def install() -> None:
-    """Let old paths be found."""
+def find_old_modules() -> None:
+    """Let `import` find the modules of 0.1."""
     sys.meta_path.append(_Finder())
+
+
+def find_old_layer(name: str) -> Any:
+    """What had a name in `vt_zoo.layers`."""
+    if name not in LAYERS:
+        raise AttributeError(f"module 'vt_zoo.layers' has no attribute {name!r}")
+    module = f'vt_zoo.layers.{LAYERS[name]}'
+    warnings.warn(f'{name} is in {module} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
+    return getattr(import_module(module), name)

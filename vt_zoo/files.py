@@ -3,20 +3,23 @@ import ast
 import errno
 import logging
 import os
+import shutil
 import stat
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
 
-from .errors import InputError, check_utf8
+from safetensors import SafetensorError
+
+from .errors import InputError, check_utf8, first_line
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ['check_regular', 'hold', 'read_docstring', 'run_folder', 'walk_files', 'without_same_files']
+__all__ = ['check_regular', 'hold', 'read_docstring', 'run_folder', 'walk_files', 'whole', 'without_same_files']
 
 _logger = logging.getLogger(__name__)
 
@@ -189,6 +192,67 @@ def hold(file: Path, place: Path) -> Iterator[None]:
             with suppress(OSError):
                 file.unlink()
             os.close(descriptor)
+
+
+@contextmanager
+def whole(path: Union[str, Path], replace: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file or folder to; it takes the name `path` when the block ends well.
+
+    Args:
+        path: Final name. What stood there is replaced, but not before the new is complete.
+        replace: Refuse a `path` that is there, also one that another process wrote since the caller looked.
+
+    Raises:
+        InputError: Another process writes `path`, or it is there and not to be replaced.
+        OSError: The disk is full or the place cannot be written. Nothing is left behind and `path` is as it was.
+    """
+    path = Path(path)
+    folder = path.parent / f'.{path.name}.tmp'
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder / '.lock', path):
+        try:
+            if not replace and path.exists():
+                raise InputError(f'{path} is there already: choose another --out')
+            with _named(path, folder):
+                yield from _write_whole(path, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_whole(path: Path, folder: Path) -> Iterator[Path]:
+    for left in set(folder.iterdir()) - {folder / '.lock'}:  # of a process that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    new = folder / path.name
+    new.touch()
+    mode = new.stat().st_mode  # what the umask leaves; safetensors writes files that their owner alone can read
+    new.unlink()
+    yield new
+    for file in (new, *new.rglob('*')):
+        if file.is_file():
+            file.chmod(mode)
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    old = path.rename(folder / '.old')
+    try:
+        os.replace(new, path)
+    except BaseException:
+        old.rename(path)
+        raise
+
+
+@contextmanager
+def _named(path: Path, folder: Path) -> Iterator[None]:
+    """Errors of writing in the folder that `whole` makes name the file as it would be called."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(errno.EIO, first_line(e), str(path)) from e
+    except OSError as e:
+        name = Path(str(e.filename2 or e.filename or folder))
+        if name.is_relative_to(folder):
+            e.filename, e.filename2 = str(path.joinpath(*name.relative_to(folder).parts[1:])), None
+        raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data.images import load_image
 from ..errors import InputError
-from ..weights.load import Subject
+from ..weights.loading import SEGMENTATION, Loaded
 from .figures import draw_token, overlay_tokens
 from .gate import Gate, is_uploaded
 from .metrics import attention_entropy, record_interaction
@@ -53,24 +53,24 @@ class Look:
 
 
 @torch.inference_mode()
-def look(subject: Subject, image: Image.Image) -> Look:
+def look(loaded: Loaded, image: Image.Image) -> Look:
     """Run a model on an image and keep what its tokens attend to.
 
     Args:
-        subject: The model.
+        loaded: The model.
         image: RGB image. A segmenter sees one of more than 1024 pixels a side shrunk to that.
 
     Raises:
         InputError: The model does not take images of this size.
         ValueError: The model has no tokens that attend to pixels.
     """
-    if subject.is_segmenter and max(image.size) > MAX_SIDE:
+    if loaded.task == SEGMENTATION and max(image.size) > MAX_SIDE:
         image = image.copy()
         image.thumbnail((MAX_SIDE, MAX_SIDE))
-    x = subject.prepare(image)
-    shown = subject.shown(x)
-    prediction = _segment(subject, x) if subject.is_segmenter else _classify(subject, x)
-    records = capture(subject.model, x[None])
+    x = loaded.prepare(image)
+    shown = loaded.shown(x)
+    prediction = _segment(loaded, x) if loaded.task == SEGMENTATION else _classify(loaded, x)
+    records = capture(loaded.model, x[None])
     attention = {i: r.attention[0] for i, r in enumerate(records, 1) if r.attention is not None}
     if not attention:
         raise ValueError('its tokenizers have no attention')
@@ -78,20 +78,20 @@ def look(subject: Subject, image: Image.Image) -> Look:
     return Look(shown, prediction, attention, {i: None if a is None else a[0] for i, a in interaction.items()})
 
 
-def _classify(subject: Subject, x: torch.Tensor) -> Dict[str, float]:
-    top = subject.model(x[None]).softmax(-1)[0].topk(min(CLASSES, len(subject.classes)))
-    names = [subject.classes[i] for i in top.indices]
+def _classify(loaded: Loaded, x: torch.Tensor) -> Dict[str, float]:
+    top = loaded.model(x[None]).softmax(-1)[0].topk(min(CLASSES, len(loaded.classes)))
+    names = [loaded.classes[i] for i in top.indices]
     unique = [name if names.count(name) == 1 else f'{name} ({i})' for name, i in zip(names, top.indices.tolist())]
     return dict(zip(unique, top.values.tolist()))
 
 
-def _segment(subject: Subject, x: torch.Tensor) -> Dict[str, np.ndarray]:
+def _segment(loaded: Loaded, x: torch.Tensor) -> Dict[str, np.ndarray]:
     from ..segmentation.metrics import segment
 
-    classes = segment(subject.model, x[None], tuple(x.shape[-2:])).argmax(1)[0]
-    counts = classes.flatten().bincount(minlength=len(subject.classes))
+    classes = segment(loaded.model, x[None], tuple(x.shape[-2:])).argmax(1)[0]
+    counts = classes.flatten().bincount(minlength=len(loaded.classes))
     present = [i for i in counts.argsort(descending=True) if counts[i] > 0]
-    return {subject.classes[i]: (classes == i).float().numpy() for i in present}
+    return {loaded.classes[i]: (classes == i).float().numpy() for i in present}
 
 
 def _colors(classes: List[str]) -> Dict[str, str]:
@@ -127,11 +127,11 @@ def _draw_all(seen: Optional[Look], module: int, token: int) -> Tuple:
     return (_draw_tokens(seen, module), *_draw_one(seen, module, token))
 
 
-def create_app(subject: Subject, title: str, folder: Path, port: int) -> Any:
+def create_app(loaded: Loaded, title: str, folder: Path, port: int) -> Any:
     """Build the page as an ASGI application, for uvicorn or another server on this machine.
 
     Args:
-        subject: The model to look into; one image at a time runs through it.
+        loaded: The model to look into; one image at a time runs through it.
         title: Heading of the page.
         folder: Of this page alone, for what is uploaded and drawn; kept small, but not deleted.
         port: That the server listens on; requests that name another Host or come from another Origin get 403.
@@ -148,7 +148,7 @@ def create_app(subject: Subject, title: str, folder: Path, port: int) -> Any:
     folder = folder.resolve()
     os.environ['GRADIO_TEMP_DIR'] = str(folder)  # read whenever a file is kept
     lock = threading.Lock()  # what `capture` hooks into the model is of one image
-    blank = look(subject, Image.new('RGB', (64, 64)))
+    blank = look(loaded, Image.new('RGB', (64, 64)))
     modules = list(blank.attention)
     overlay_tokens(blank.image, blank.attention[modules[0]])  # says now if matplotlib is missing
 
@@ -160,12 +160,12 @@ def create_app(subject: Subject, title: str, folder: Path, port: int) -> Any:
                 raise InputError('the image must be a file that was uploaded')
             image = load_image(path)
             with lock:
-                seen = look(subject, image)
+                seen = look(loaded, image)
         except InputError as e:
             gr.Warning(html.escape(str(e).replace(path, Path(path).name)), duration=None)
             return None, None, None
         predicted = seen.prediction
-        if subject.is_segmenter:
+        if loaded.task == SEGMENTATION:
             predicted = seen.image, [(mask, name) for name, mask in predicted.items()]
         return seen, seen.image, predicted
 
@@ -177,16 +177,16 @@ def create_app(subject: Subject, title: str, folder: Path, port: int) -> Any:
                 file = gr.File(label='Image', height=120, elem_id='file')
                 gr.Markdown('What the model sees')
                 image = gr.Image(show_label=False, height=220, elem_id='image', buttons=[])
-                if subject.is_segmenter:
+                if loaded.task == SEGMENTATION:
                     gr.Markdown('The mask')
                     prediction = gr.AnnotatedImage(
-                        show_label=False, color_map=_colors(subject.classes), elem_id='prediction', buttons=[])
+                        show_label=False, color_map=_colors(loaded.classes), elem_id='prediction', buttons=[])
                 else:
                     prediction = gr.Label(label='Prediction', elem_id='prediction')
             with gr.Column(scale=3, min_width=480):
                 module = gr.Radio(
                     modules, value=modules[0], elem_id='module',
-                    label='Level of VT-FPN, from fine to coarse' if subject.is_segmenter else 'VT module')
+                    label='Level of VT-FPN, from fine to coarse' if loaded.task == SEGMENTATION else 'VT module')
                 gr.Markdown('Where each token looks, with the entropy as a share of uniform attention. Click a token.')
                 gallery = gr.Gallery(
                     show_label=False, columns=8, height='auto', object_fit='contain', allow_preview=False, buttons=[],

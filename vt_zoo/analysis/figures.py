@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vt_zoo.errors import InputError
+from vt_zoo.files import whole
 from vt_zoo.fonts import find_font_file, warn_of
-from vt_zoo.weights.files import whole
 
 __all__ = ['draw_interaction', 'draw_locality', 'draw_token', 'draw_token_attention', 'overlay_tokens']
 

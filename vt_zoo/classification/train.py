@@ -29,8 +29,9 @@ from ..devices import find_device
 from ..errors import MAX_PIXELS, InputError
 from ..files import run_folder
 from ..training.run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
-from ..weights.files import check_input_size, check_name, load_model, read_tensors, write_model, write_tensors
+from ..weights.files import read_tensors, write_model, write_tensors
 from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
+from ..weights.loading import check_input_size, check_name, load_model
 
 __all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
 

@@ -16,7 +16,7 @@ from typing import Iterator
 
 from vt_zoo.analysis.explorer import create_app
 from vt_zoo.errors import InputError
-from vt_zoo.weights.load import load_subject
+from vt_zoo.weights import load
 
 from .arguments import port
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         tempfile.tempdir = str(folder)  # what a broken upload leaves is deleted with the rest
         port = listener.getsockname()[1]
         try:
-            app = create_app(load_subject(args.model), f'vt-zoo explore: {args.model}', folder, port)
+            app = create_app(load(args.model), f'vt-zoo explore: {args.model}', folder, port)
         except InputError:
             raise
         except ValueError as e:

@@ -16,7 +16,7 @@ from vt_zoo.analysis.metrics import locality, uniform_locality
 from vt_zoo.analysis.vit_attention import capture_self_attention, patch_grid
 from vt_zoo.data.images import image_transform, load_image
 from vt_zoo.errors import InputError
-from vt_zoo.weights.files import check_name, load_model
+from vt_zoo.weights.loading import check_name, load_model
 
 from .arguments import whole_number
 

@@ -17,8 +17,8 @@ from vt_zoo.classification.train import FinetuneResult, FinetuneSettings, finetu
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError
-from vt_zoo.files import run_folder
-from vt_zoo.weights.files import load_model, whole
+from vt_zoo.files import run_folder, whole
+from vt_zoo.weights.loading import load_model
 
 from .arguments import positive_int, whole_number
 from .finetune import print_result

@@ -26,6 +26,7 @@ from vt_zoo.segmentation.settings import (
     read_yaml,
 )
 from vt_zoo.training.run_state import RunFinishedError
+from vt_zoo.weights.loading import SEGMENTATION, load
 
 from .arguments import HelpFormatter, num_workers, positive_int, side, whole_number
 from .results import add_image_arguments, print_results
@@ -187,10 +188,11 @@ def _eval(args: argparse.Namespace) -> None:
     from vt_zoo.segmentation.label_counts import check_classes, count_labels
     from vt_zoo.segmentation.metrics import evaluate, read_batches
     from vt_zoo.segmentation.transforms import eval_transform
-    from vt_zoo.weights.segmenters import load_segmentation_model
 
-    loaded = load_segmentation_model(args.model)
-    dataset = load_dataset(args.format, args.data_dir, args.split, eval_transform(loaded.mean, loaded.std))
+    loaded = load(args.model, SEGMENTATION)
+    dataset = load_dataset(
+        args.format, args.data_dir, args.split,
+        eval_transform(loaded.preprocessing['mean'], loaded.preprocessing['std']))
     if dataset.classes != loaded.classes:
         ours, theirs = next((a, b) for a, b in zip_longest(loaded.classes, dataset.classes) if a != b)
         raise InputError(
@@ -223,10 +225,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     from vt_zoo.segmentation.predict import predict_files
-    from vt_zoo.weights.segmenters import load_segmentation_model
 
     device = find_device(args.device)
-    loaded = load_segmentation_model(args.model)
+    loaded = load(args.model, SEGMENTATION)
     loaded.model.to(device)
     segmented = predict_files(loaded, find_images(args.images), args.out, args.batch_size, args.workers)
     results = (

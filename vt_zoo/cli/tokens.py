@@ -30,8 +30,8 @@ from vt_zoo.analysis.records import VTRecord, capture
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError, printable
-from vt_zoo.weights.files import whole
-from vt_zoo.weights.load import load_subject
+from vt_zoo.files import whole
+from vt_zoo.weights import load
 
 from .arguments import positive_int
 
@@ -89,15 +89,15 @@ def describe(modules: Sequence[Dict[str, Any]], most: int) -> str:
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> None:
     """Draw and measure."""
-    subject = load_subject(args.model)
+    loaded = load(args.model)
     images = _open(args.images)
     names = _names(images)
     out = Path(args.out)
     drawn, written, similarities = [], [], []
     for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
-        x = subject.prepare(image)
+        x = loaded.prepare(image)
         try:
-            records = capture(subject.model, x[None])
+            records = capture(loaded.model, x[None])
         except ValueError as e:
             raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
         have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f'module must be one with an attention, {", ".join(have) or "none is"}, got {args.module}')
         attention = records[args.module - 1].attention
         interaction = record_interaction(records, args.module - 1)
-        shown = subject.shown(x)
+        shown = loaded.shown(x)
         if interaction is not None:
             draw_interaction(
                 shown, attention[0], interaction[0], f'{printable(path.name)}, module {args.module}',

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import MAX_SIDE, InputError, short
-from ..weights.files import whole
+from ..files import whole
 from .digits import read_digits
 
 __all__ = ['CLASSES', 'write_composed_digits']

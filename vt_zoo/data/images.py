@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 import torch.utils.data
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -26,7 +29,7 @@ from .seeding import seed_of, seeded
 
 __all__ = [
     'ImageFolder', 'Split', 'describe_split', 'find_split', 'image_mode', 'image_transform', 'load_image',
-    'load_upright']
+    'load_upright', 'prepare_image', 'to_eval_size']
 
 _logger = logging.getLogger(__name__)
 
@@ -153,6 +156,23 @@ def image_transform(data_config: Dict[str, Any], **kwargs) -> Callable[[Image.Im
     transform = create_transform(**data_config, **kwargs)
     transform.transforms.insert(0, to_mode)
     return transform
+
+
+def prepare_image(
+        image: Union[Image.Image, torch.Tensor], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """An RGB image, of PIL or a tensor (..., 3, H, W), as a model of this mean and std takes it, normalised."""
+    x = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
+    return v2.functional.normalize(x, mean, std).as_subclass(torch.Tensor)
+
+
+def to_eval_size(images: torch.Tensor, eval_size: Optional[Union[int, Tuple[int, int]]]) -> torch.Tensor:
+    """Images (B, C, H, W) at the size (height, width), or short side, of evaluation; None leaves them as they are."""
+    if eval_size is None:
+        return images
+    if isinstance(eval_size, int):
+        factor = eval_size / min(images.shape[-2:])
+        eval_size = (round(images.shape[-2] * factor), round(images.shape[-1] * factor))
+    return F.interpolate(images, size=eval_size, mode='bilinear', align_corners=False, antialias=True)
 
 
 @dataclass

@@ -15,8 +15,8 @@ from timm.utils import reparameterize_model
 
 from .._version import __version__
 from ..errors import InputError, check_utf8, first_line
-from ..weights.files import whole
-from ..weights.load import Subject, load_subject
+from ..files import whole
+from ..weights.loading import SEGMENTATION, Loaded, load
 
 __all__ = [
     'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'default_out',
@@ -32,7 +32,7 @@ EXAMPLE_SIZE = (224, 224)  # of a model for images of any size
 AOTI_STRIDE = 32  # VT-FPN compiled for free sizes computes other things at sizes that are no multiples (torch 2.15)
 SMALLEST_SIDE = 64  # of the images that a file is checked with: two pixels of the coarsest map
 
-Loaded = Callable[[torch.Tensor], torch.Tensor]
+Runs = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _name_dimensions(graph: Any, names: Dict[int, str]) -> None:
                 dim.dim_param = renamed[dim.dim_param]
 
 
-def _load_onnx(path: Path) -> Loaded:
+def _load_onnx(path: Path) -> Runs:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -122,7 +122,7 @@ def _write_pt2(job: _Job, path: Path) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def _load_pt2(path: Path) -> Loaded:
+def _load_pt2(path: Path) -> Runs:
     return torch.export.load(path).module()
 
 
@@ -133,7 +133,7 @@ def _write_aoti(job: _Job, path: Path) -> None:
     torch._inductor.aoti_compile_and_package(_trace(job), package_path=str(path), inductor_configs=configs)
 
 
-def _load_aoti(path: Path) -> Loaded:
+def _load_aoti(path: Path) -> Runs:
     return torch._inductor.aoti_load_package(str(path))
 
 
@@ -142,7 +142,7 @@ class Format:
     """A format: the end of its files' names, and how one is written and loaded."""
     suffix: str
     write: Callable[[_Job, Path], None]
-    load: Callable[[Path], Loaded]
+    load: Callable[[Path], Runs]
 
 
 FORMATS = {
@@ -167,12 +167,12 @@ def export(
     sizes and, where they are free, image sizes. Only if no output differs by more than `TOLERANCE` of the largest one
     does it get its name. The batch is free in every format.
 
-    Every file has the same metadata: architecture, preprocessing (of `Subject`), class names, inputs, outputs, and the
+    Every file has the same metadata: architecture, preprocessing (of `Loaded`), class names, inputs, outputs, and the
     versions of vt_zoo and torch, each as JSON. ONNX has it in metadata_props, AOTInductor in `get_metadata()`,
     TorchScript and torch.export in the extra file `METADATA_FILE`.
 
     Args:
-        name_or_dir: What `load_subject` takes.
+        name_or_dir: What `vt_zoo.load` takes.
         file_format: 'onnx'; 'torchscript'; 'pt2', of torch.export; or 'aoti', compiled by AOTInductor for this
             machine's CPU.
         out: File to write, in a folder that is there.
@@ -188,22 +188,22 @@ def export(
     out = Path(out)
     _check(file_format, out, dynamic_size, opset, overwrite)
     _check_installed(file_format)
-    subject = load_subject(name_or_dir)
+    loaded = load(name_or_dir)
     any_size = dynamic_size or file_format == 'torchscript'
-    channels, *size = subject.preprocessing['input_size']
+    channels, *size = loaded.preprocessing['input_size']
     if None in size:
         if not any_size:
             raise InputError(f'model {name_or_dir} is for images of any size: add --dynamic-size')
         size = EXAMPLE_SIZE
-    stride = AOTI_STRIDE if any_size and file_format == 'aoti' and subject.is_segmenter else 1
+    stride = AOTI_STRIDE if any_size and file_format == 'aoti' and loaded.task == SEGMENTATION else 1
     x = torch.randn(
         2, channels, *(_multiple(side, stride) for side in size), generator=torch.Generator().manual_seed(0))
     free = {0: 'batch'}
     if any_size:
         free.update({2: 'height', 3: 'width'} if stride == 1 else {2: f'{stride}*height', 3: f'{stride}*width'})
-    inputs, outputs = _describe(subject, x, free)
-    model = reparameterize_model(subject.model).requires_grad_(False)
-    metadata = _metadata(subject, inputs, outputs)
+    inputs, outputs = _describe(loaded, x, free)
+    model = reparameterize_model(loaded.model).requires_grad_(False)
+    metadata = _metadata(loaded, inputs, outputs)
     form = FORMATS[file_format]
     with whole(out, replace=overwrite) as new:
         _logger.info(f'writing {file_format}')
@@ -212,7 +212,7 @@ def export(
         shapes = _shapes(x.shape, any_size, stride)
         _logger.info(f'comparing it with PyTorch on {len(shapes)} batches')
         with quiet(), sentence(f'the file that {file_format} made of model {name_or_dir} does not run'):
-            difference = largest_difference(subject.model, form.load(new), shapes)
+            difference = largest_difference(loaded.model, form.load(new), shapes)
         if not difference <= TOLERANCE:  # nor NaN
             raise InputError(
                 f'the file that {file_format} made of model {name_or_dir} differs from PyTorch by {difference:.1e} of '
@@ -279,18 +279,18 @@ def _check_installed(file_format: str) -> None:
             raise InputError('format aoti needs a C++ compiler: install g++, or name one in CXX') from None
 
 
-def _describe(subject: Subject, x: torch.Tensor, free: Dict[int, str]) -> Tuple[Dict[str, List], Dict[str, List]]:
+def _describe(loaded: Loaded, x: torch.Tensor, free: Dict[int, str]) -> Tuple[Dict[str, List], Dict[str, List]]:
     """Names and shapes of the inputs and of the outputs."""
     image = [free.get(i, n) for i, n in enumerate(x.shape)]
-    logits = [image[0], len(subject.classes), *(image[2:] if subject.is_segmenter else [])]
+    logits = [image[0], len(loaded.classes), *(image[2:] if loaded.task == SEGMENTATION else [])]
     return {'image': image}, {'logits': logits}
 
 
-def _metadata(subject: Subject, inputs: Dict[str, List], outputs: Dict[str, List]) -> Dict[str, str]:
-    model = subject.model
+def _metadata(loaded: Loaded, inputs: Dict[str, List], outputs: Dict[str, List]) -> Dict[str, str]:
+    model = loaded.model
     return {name: json.dumps(value) for name, value in {
-        'architecture': model.name if subject.is_segmenter else model.pretrained_cfg['architecture'],
-        'preprocessing': subject.preprocessing, 'class_names': subject.classes, 'inputs': inputs, 'outputs': outputs,
+        'architecture': model.name if loaded.task == SEGMENTATION else model.pretrained_cfg['architecture'],
+        'preprocessing': loaded.preprocessing, 'class_names': loaded.classes, 'inputs': inputs, 'outputs': outputs,
         'vt_zoo_version': __version__, 'torch_version': torch.__version__}.items()}
 
 
@@ -310,7 +310,7 @@ def _shapes(shape: Tuple[int, ...], any_size: bool, stride: int) -> List[Tuple[i
 
 
 @torch.no_grad()
-def largest_difference(model: nn.Module, other: Loaded, shapes: List[Tuple[int, ...]]) -> float:
+def largest_difference(model: nn.Module, other: Runs, shapes: List[Tuple[int, ...]]) -> float:
     """Largest difference between the outputs of two models on noise, as a share of the largest output of the first."""
     generator = torch.Generator().manual_seed(1)
     differences = []

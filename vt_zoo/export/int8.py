@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ..data.folders import find_images
 from ..data.images import load_image
 from ..errors import InputError
-from ..weights.files import whole
-from ..weights.load import create_prepare
+from ..files import whole
+from ..weights.loading import create_prepare
 from .formats import check_out, check_packages, quiet, sentence
 
 __all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']

@@ -1,8 +1,5 @@
 """The equations of the paper as modules, one concept a file."""
-import importlib
-import warnings
-from typing import Any
-
+from .._moved import find_old_layer as __getattr__
 from .projector import Projector
 from .token_mixer import GraphMixer, LinearMixer
 from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer
@@ -14,16 +11,3 @@ from .vt_stage import VTStage
 __all__ = [
     'ClusteringTokenizer', 'DynamicVTModule', 'FilterTokenizer', 'GraphMixer', 'LinearMixer', 'PoolingTokenizer',
     'Projector', 'RecurrentTokenizer', 'TokenModule', 'TokenTransformer', 'VTModule', 'VTNeck', 'VTStage']
-
-_MOVED = {  # names of 0.1, and their modules
-    'KMeans': 'kmeans', 'PixelLinear': 'linear', 'PositionCode': 'position_code', 'TokenLinear': 'linear',
-    'TokenNorm': 'linear', 'create_logit_norm': 'linear', 'merge_heads': 'attention', 'pixel_groups': 'linear',
-    'split_heads': 'attention', 'token_grid': 'tokenizer'}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MOVED:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    module = f'{__name__}.{_MOVED[name]}'
-    warnings.warn(f'{name} is in {module} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(module), name)

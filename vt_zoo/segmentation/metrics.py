@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from ..data.images import to_eval_size
 from ..errors import InputError, first_line
 from .datasets import SegmentationDataset
 
-__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment', 'to_eval_size']
+__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment']
 
 
 @dataclass
@@ -28,16 +29,6 @@ class SegmentMetrics:
     miou: float
     iou: List[Optional[float]]
     pixel_accuracy: float
-
-
-def to_eval_size(images: torch.Tensor, eval_size: Optional[Union[int, Tuple[int, int]]]) -> torch.Tensor:
-    """Images (B, C, H, W) at the size (height, width), or short side, of evaluation; None leaves them as they are."""
-    if eval_size is None:
-        return images
-    if isinstance(eval_size, int):
-        factor = eval_size / min(images.shape[-2:])
-        eval_size = (round(images.shape[-2] * factor), round(images.shape[-1] * factor))
-    return F.interpolate(images, size=eval_size, mode='bilinear', align_corners=False, antialias=True)
 
 
 def segment(

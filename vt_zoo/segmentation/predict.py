@@ -12,13 +12,14 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
 
 from ..data.image_stream import OpenedImage, Source, open_images
+from ..data.images import prepare_image
 from ..errors import InputError
+from ..files import whole
 from ..fonts import drawable
-from ..weights.files import whole
-from ..weights.segmenters import LoadedModel
+from ..weights.loading import Loaded
 from .metrics import segment
 
-__all__ = ['Segmented', 'draw_overlay', 'palette', 'predict_classes', 'predict_files', 'prepare_image']
+__all__ = ['Segmented', 'draw_overlay', 'palette', 'predict_classes', 'predict_files']
 
 Color = Tuple[int, int, int]
 
@@ -49,22 +50,16 @@ def palette(num_classes: int) -> List[Color]:
     return colors
 
 
-def prepare_image(
-        image: Union[Image.Image, torch.Tensor], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """An RGB image, of PIL or a tensor (..., 3, H, W), as a model of this mean and std takes it, normalised."""
-    x = F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), mean, std)
-    return x.as_subclass(torch.Tensor)
-
-
-def predict_classes(loaded: LoadedModel, image: Image.Image) -> np.ndarray:
+def predict_classes(loaded: Loaded, image: Image.Image) -> np.ndarray:
     """Class of each pixel of an RGB image, uint8 (H, W)."""
     return _predict_same_size(loaded, F.pil_to_tensor(image)[None])[0]
 
 
 @torch.inference_mode()
-def _predict_same_size(loaded: LoadedModel, images: torch.Tensor) -> np.ndarray:
+def _predict_same_size(loaded: Loaded, images: torch.Tensor) -> np.ndarray:
     """Class of each pixel (B, H, W) of images (B, 3, H, W), both uint8."""
-    x = prepare_image(images.to(next(loaded.model.parameters()).device), loaded.mean, loaded.std)
+    mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
+    x = prepare_image(images.to(next(loaded.model.parameters()).device), mean, std)
     logits = segment(loaded.model, x, tuple(x.shape[-2:]), loaded.eval_size)
     return logits.argmax(1).to(torch.uint8).cpu().numpy()
 
@@ -93,7 +88,7 @@ def draw_overlay(image: Image.Image, classes: np.ndarray, names: Sequence[str]) 
 
 
 def predict_files(
-        loaded: LoadedModel,
+        loaded: Loaded,
         sources: Iterable[Optional[Source]],
         out: Union[str, Path],
         batch_size: int = 1,
@@ -152,7 +147,7 @@ def _target(out: Path, source: Source, kind: str) -> Path:
     return out / f'{_stem(source)}_{kind}.png'
 
 
-def _predict_batch(loaded: LoadedModel, batch: List[OpenedImage]) -> Dict[int, np.ndarray]:
+def _predict_batch(loaded: Loaded, batch: List[OpenedImage]) -> Dict[int, np.ndarray]:
     """Classes as of `predict_classes`, by the image's index; images of a size that cannot be used get an error."""
     by_size: Dict[torch.Size, List[int]] = {}
     for i, opened in enumerate(batch):

@@ -15,7 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import convert_sync_batchnorm
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
@@ -25,9 +27,10 @@ from ..data.seeding import seed_of
 from ..devices import find_device
 from ..errors import InputError, first_line
 from ..files import run_folder
+from ..models import segmenter_classes
 from ..training.run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
-from ..weights.files import check_input_size, read_tensors, write_tensors
-from ..weights.segmenters import LoadedModel, create_segmentation_model, encoder_statistics, save_segmentation_model
+from ..weights.files import read_tensors, write_segmenter, write_tensors
+from ..weights.loading import check_input_size
 from .datasets import SegmentationDataset, load_dataset
 from .label_counts import check_classes, count_labels, describe_absent, describe_counts
 from .metrics import SegmentMetrics, evaluate, read_batches
@@ -36,7 +39,7 @@ from .schedule import learning_rate
 from .settings import SegmentSettings
 from .transforms import eval_transform, train_transform
 
-__all__ = ['SegmentResult', 'train']
+__all__ = ['SegmentResult', 'create_segmenter', 'encoder_statistics', 'train']
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +60,35 @@ class SegmentResult:
     best_miou: float
     last: SegmentMetrics
     seconds: float
+
+
+def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
+    """Create the model that settings name.
+
+    Raises:
+        InputError: There is no such encoder, or its weights cannot be had.
+    """
+    kwargs: Dict[str, Any] = {'pyramid_channels': settings.pyramid_channels, 'head_channels': settings.head_channels}
+    if settings.arch == 'vt_fpn':
+        kwargs.update(num_tokens=settings.num_tokens, token_dim=settings.token_dim)
+    weights = None
+    if settings.encoder_weights:
+        weights = True if settings.encoder_name.startswith('tu-') else 'imagenet'
+    try:
+        return segmenter_classes()[settings.arch](
+            encoder_name=settings.encoder_name, encoder_weights=weights, classes=num_classes, **kwargs)
+    except InputError:
+        raise
+    except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
+        raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)[:200]}') from e
+
+
+def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+    """Mean and std that an encoder was trained with; ImageNet's where that is not known."""
+    cfg = get_pretrained_cfg(encoder_name[3:], allow_unregistered=True) if encoder_name.startswith('tu-') else None
+    if cfg is None:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return tuple(cfg.mean), tuple(cfg.std)
 
 
 def _segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
@@ -97,7 +129,7 @@ class _Run:
             raise InputError(f'data set {data_dir} has other classes in its training part than in its validation part')
 
         torch.manual_seed(settings.seed)
-        model = create_segmentation_model(settings, len(self.classes))
+        model = create_segmenter(settings, len(self.classes))
         if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
             model = convert_sync_batchnorm(model)
         try:
@@ -218,13 +250,13 @@ class _Run:
 
     def write_model(self, path: Path, metrics: SegmentMetrics) -> None:
         """Write the kept model."""
-        loaded = LoadedModel(
-            self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size, self.settings.label_map)
-        data = f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes'
-        save_segmentation_model(path, loaded, data, {
+        measures = {
             f'mIoU on {len(self.val_data)} validation images': f'{100 * metrics.miou:.2f} %',
-            'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %',
-            'iterations': self.iteration}, {'program': 'vt-zoo segment train', 'arguments': self.fingerprint})
+            'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %', 'iterations': self.iteration}
+        write_segmenter(
+            path, self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size, self.settings.label_map,
+            f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes',
+            measures, {'program': 'vt-zoo segment train', 'arguments': self.fingerprint})
 
     def _modules(self) -> Dict[str, nn.Module]:
         return {'model': self.model, **({} if self.ema is None else {'ema': self.ema.module})}

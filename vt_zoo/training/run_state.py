@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 
 from ..errors import InputError
-from ..files import check_regular
-from ..weights.files import whole, why_weights_do_not_fit
+from ..files import check_regular, whole
+from ..weights.loading import why_weights_do_not_fit
 
 __all__ = ['RunFinishedError', 'check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
 

@@ -20,8 +20,9 @@ from timm.models import create_model, get_pretrained_cfg
 from ..errors import InputError, check_utf8, first_line
 from ..files import check_regular
 from ..layers.linear import OF_0_1
-from .files import check_name, write_model
+from .files import write_model
 from .hub import find_hub_id
+from .loading import check_name
 
 __all__ = ['Converted', 'convert', 'read_checkpoint']
 

@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from .._version import __version__
 from ..errors import InputError
-from .files import check_input_size, drop_second_num_classes, load_model, whole
+from ..files import whole
+from .files import drop_second_num_classes
 from .hub import WEIGHTS, hub_reason
-from .load import is_segmenter
+from .loading import SEGMENTATION, check_input_size, find_model, load
 from .model_card import create_card
 
 __all__ = ['check_repo_id', 'upload', 'write_release']
@@ -45,20 +46,6 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError:
         pass
     raise InputError(f'repo-id must be org/name of letters, digits, "-", "_" and ".", got {repo_id!r}')
-
-
-def _find_model(checkpoint_dir: Path) -> Path:
-    for folder in (checkpoint_dir, checkpoint_dir / 'last', checkpoint_dir / 'model'):
-        if is_segmenter(folder):
-            raise InputError(
-                f'{folder} holds a segmenter, publish is for classifiers: its folder has a model card, upload it with '
-                f'`hf upload ORG/NAME {folder}`')
-    for folder in (checkpoint_dir, checkpoint_dir / 'model'):
-        if (folder / 'config.json').is_file():
-            if not (folder / WEIGHTS).is_file():
-                raise InputError(f'model folder {folder} holds no {WEIGHTS}, the one file of weights that timm reads')
-            return folder
-    raise InputError(f'{checkpoint_dir} holds no model: neither config.json nor model/config.json is there')
 
 
 def _dtype(weights: Path) -> str:
@@ -92,18 +79,23 @@ def write_release(
         OSError: `out` cannot be written.
     """
     check_repo_id(repo_id)
-    folder, out = _find_model(Path(checkpoint_dir)), Path(out)
+    folder, out = find_model(Path(checkpoint_dir)), Path(out)
     if out.exists():
         raise InputError(f'{out} is there already: choose another --out')
-    model = load_model(str(folder))
-    check_input_size(model, model.pretrained_cfg['input_size'], str(folder))
+    if not (folder / 'config.json').is_file():
+        raise InputError(f'{checkpoint_dir} holds no model: neither config.json nor model/config.json is there')
+    loaded = load(str(folder))
+    if loaded.task == SEGMENTATION:
+        raise InputError(
+            f'{folder} holds a segmenter, publish is for classifiers: its folder has a model card, upload it with '
+            f'`hf upload ORG/NAME {folder}`')
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f'model folder {folder} holds no {WEIGHTS}, the one file of weights that timm reads')
+    check_input_size(loaded.model, loaded.input_size, str(folder))
     config: Dict[str, Any] = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    names = config.get('label_names')
-    if names is not None and len(names) != model.num_classes:
-        raise InputError(f'model {folder} has {model.num_classes} classes, its config.json names {len(names)}')
     drop_second_num_classes(config)
     try:
-        card = create_card(repo_id, model, config, _dtype(folder / WEIGHTS), license_id, dataset)
+        card = create_card(repo_id, loaded.model, config, _dtype(folder / WEIGHTS), license_id, dataset)
     except Exception as e:  # `training` may hold anything where others wrote it
         raise InputError(f'model {folder} has no card: its config.json holds unusual entries ({e!r})') from e
     with whole(out, replace=False) as new:

@@ -14,28 +14,22 @@ from safetensors.torch import save_file
 
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 from vt_zoo.segmentation.settings import SegmentSettings
-from vt_zoo.weights.segmenters import (
-    LoadedModel,
-    create_segmentation_model,
-    encoder_statistics,
-    load_segmentation_model,
-    save_segmentation_model,
-)
+from vt_zoo.segmentation.train import create_segmenter, encoder_statistics
+from vt_zoo.weights import load
+from vt_zoo.weights.files import write_segmenter
 
 CLASSES = ['sky', 'sea', 'the shore, "wet"', 'Düne']
 TINY = {'encoder_name': 'tu-test_resnet', 'token_dim': 32, 'pyramid_channels': 32, 'head_channels': 64}
 
 
 def create(**changes):
-    return create_segmentation_model(SegmentSettings(**{**TINY, **changes}), len(CLASSES)).eval()
+    return create_segmenter(SegmentSettings(**{**TINY, **changes}), len(CLASSES)).eval()
 
 
-def save(path, model=None, **kwargs):
-    loaded = LoadedModel(model or create(), CLASSES, (0.1, 0.2, 0.3), (1., 0.5, 1 / 3), None)
-    for name, value in kwargs.items():
-        setattr(loaded, name, value)
-    save_segmentation_model(path, loaded, 'some images', {'mIoU': '12.34 %'})
-    return loaded
+def save(path, model=None, eval_size=None):
+    write_segmenter(
+        path, model or create(), CLASSES, (0.1, 0.2, 0.3), (1., 0.5, 1 / 3), eval_size, dataset='some images',
+        metrics={'mIoU': '12.34 %'})
 
 
 @pytest.fixture(scope='module')
@@ -55,16 +49,18 @@ def my_saved(saved, tmp_path):
 @pytest.mark.parametrize('arch, kind', [('vt_fpn', VTFPN), ('panoptic_fpn', PanopticFPN)])
 @pytest.mark.parametrize('eval_size', [None, 40, (40, 36)])
 def test_what_is_saved_is_loaded(tmp_path, arch, kind, eval_size):
-    given = save(tmp_path / 'model', create(arch=arch, num_tokens=3), eval_size=eval_size)
-    loaded = load_segmentation_model(tmp_path / 'model')
+    given = create(arch=arch, num_tokens=3)
+    save(tmp_path / 'model', given, eval_size=eval_size)
+    loaded = load(str(tmp_path / 'model'))
     assert type(loaded.model) is kind
     assert not loaded.model.training
-    assert (loaded.classes, loaded.mean, loaded.std, loaded.eval_size) == (
-        CLASSES, (0.1, 0.2, 0.3), (1., 0.5, 1 / 3), eval_size)
+    assert (loaded.task, loaded.classes, loaded.eval_size) == ('segmentation', CLASSES, eval_size)
+    assert (loaded.preprocessing['mean'], loaded.preprocessing['std']) == ((0.1, 0.2, 0.3), (1., 0.5, 1 / 3))
+    assert loaded.input_size == (3, *(eval_size if isinstance(eval_size, tuple) else (None, None)))
     state = loaded.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in given.model.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in given.state_dict().items())
     x = torch.randn(2, 3, 40, 50)
-    assert torch.equal(loaded.model(x), given.model(x))
+    assert torch.equal(loaded.model(x), given(x))
 
 
 def test_files(saved):
@@ -78,11 +74,11 @@ def test_folder_is_replaced(my_saved):
     save(my_saved, model)
     assert sorted(os.listdir(my_saved)) == ['README.md', 'config.json', 'model.safetensors']
     assert torch.equal(
-        load_segmentation_model(my_saved).model.decoder.neck.laterals[0].weight, model.decoder.neck.laterals[0].weight)
+        load(str(my_saved)).model.decoder.neck.laterals[0].weight, model.decoder.neck.laterals[0].weight)
 
 
 def test_loading_prints_nothing(saved, capfd):
-    load_segmentation_model(saved)
+    load(str(saved))
     assert capfd.readouterr() == ('', '')
 
 
@@ -96,8 +92,7 @@ def test_loading_never_fetches_weights_of_the_encoder(my_saved, tmp_path, monkey
         create(encoder_name='tu-test_resnet.r160_in1k', encoder_weights=True)
 
     change_config(my_saved, encoder_weights=stated)
-    loaded = load_segmentation_model(my_saved)
-    save_segmentation_model(tmp_path / 'again', loaded)
+    save(tmp_path / 'again', load(str(my_saved)).model)
     assert json.loads((tmp_path / 'again' / 'config.json').read_text())['encoder_weights'] is None
     VTFPN.from_pretrained(my_saved)
 
@@ -113,13 +108,14 @@ def test_card(saved):
 
 @pytest.mark.parametrize('arch', ['vt_fpn', 'panoptic_fpn'])
 def test_code_of_the_card_runs(tmp_path, arch):
-    given = save(tmp_path / 'model', create(arch=arch))
+    given = create(arch=arch)
+    save(tmp_path / 'model', given)
     code = re.search('```python\n(.*?)```', (tmp_path / 'model' / 'README.md').read_text(), re.DOTALL)[1]
     assert '<this repository or folder>' in code
     names = {}
     exec(code.replace('<this repository or folder>', str(tmp_path / 'model')), names)
     x = torch.randn(1, 3, 40, 40)
-    assert torch.equal(names['model'](x), given.model(x))
+    assert torch.equal(names['model'](x), given(x))
 
 
 def change_config(folder, **changes):
@@ -150,7 +146,7 @@ DAMAGES = {
     'config is a list': (change_file('config.json', b'[1]'), 'cannot be loaded'),
     'config is no text': (change_file('config.json', b'\xff\xfe'), 'cannot be loaded'),
     'config is empty': (change_file('config.json', b''), 'cannot be loaded'),
-    'another library\'s config': (change_file('config.json', b'{"architecture": "resnet18"}'), "no '_model_class'"),
+    'another library\'s config': (change_file('config.json', b'{"mean": 0.5}'), "no '_model_class'"),
     'no classes': (lambda f: change_config(f, _classes='remove'), "has no '_classes'"),
     'no mean': (lambda f: change_config(f, _mean='remove'), "has no '_mean'"),
     'mean in words': (lambda f: change_config(f, _mean='half'), 'cannot be loaded'),
@@ -180,17 +176,17 @@ DAMAGES = {
 def test_damaged_folder(my_saved, damage, words, input_error):
     damage(my_saved)
     with input_error(f'model folder {my_saved}.*({words})'):
-        load_segmentation_model(my_saved)
+        load(str(my_saved), 'segmentation')
 
 
 def test_missing_folder(tmp_path, input_error):
     with input_error('no_such_model does not exist'):
-        load_segmentation_model(tmp_path / 'no_such_model')
+        load(str(tmp_path / 'no_such_model'), 'segmentation')
 
 
 def test_file_in_place_of_a_folder(saved, input_error):
     with input_error(r'config\.json'):
-        load_segmentation_model(saved / 'config.json')
+        load(str(saved / 'config.json'), 'segmentation')
 
 
 @pytest.mark.parametrize('name', ['resnet50.a1_in1k', 'test_resnet', 'vt_resnet50'])

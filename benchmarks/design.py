@@ -33,7 +33,7 @@ from training import accuracy, cross_entropy
 from versions import versions
 
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.layers import RecurrentTokenizer, VTModule, VTStage
 
 RESULTS = Path(__file__).parent / 'results'
@@ -204,7 +204,7 @@ def how_alike(model: nn.Module, x: torch.Tensor) -> List[dict]:
     return [{
         'correlation': None if record.attention is None else attention_correlation(record.attention).mean().item(),
         'cosine': token_cosine(record.tokens).mean().item(), 'rank': effective_rank(record.tokens).mean().item(),
-    } for record in capture(model, x)]
+    } for record in capture_tokens(model, x)]
 
 
 def train(

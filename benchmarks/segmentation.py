@@ -38,7 +38,7 @@ from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.predict import palette, predict_classes
 from vt_zoo.segmentation.settings import ARCHITECTURES, read_settings
-from vt_zoo.segmentation.train import train
+from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform
 from vt_zoo.weights import load
 
@@ -79,7 +79,8 @@ def run(name: str, arch: str, seed: int, iterations: int, data_dir: Path, work_d
     start = time.process_time()
     unfinished = (out / 'checkpoint.safetensors').exists()
     reset_peak()
-    result = train(data_dir, out, settings, resume=unfinished, overwrite=not unfinished, device='cpu', progress=False)
+    result = train_segmenter(
+        data_dir, out, settings, resume=unfinished, overwrite=not unfinished, device='cpu', progress=False)
     peak, seconds = peak_bytes(), time.process_time() - start
     loaded = load(result.last_dir)
     mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']

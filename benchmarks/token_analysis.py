@@ -50,7 +50,7 @@ from vt_zoo.analysis.metrics import (
     resize_attention,
     token_similarity,
 )
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.data.composed_digits import CLASSES, INK
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
@@ -198,7 +198,7 @@ def take_statistics(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 def attention_maps(model: nn.Module, images: torch.Tensor) -> List[Maps]:
     """A and A-hat (N, L, H, W) of each module or level."""
-    batches = [capture(model, batch) for batch in images.split(BATCH)]
+    batches = [capture_tokens(model, batch) for batch in images.split(BATCH)]
     return [
         tuple(torch.cat(maps) for maps in zip(*(
             (records[i].attention, record_interaction(records, i)) for records in batches)))

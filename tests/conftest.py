@@ -353,9 +353,9 @@ def segment_arguments(segment_settings):
 def segment_run(composed, segment_settings, tmp_path_factory):
     """A finished run of segment_settings: `out`, `result`. Not to be changed."""
     from vt_zoo.segmentation.settings import read_settings
-    from vt_zoo.segmentation.train import train
+    from vt_zoo.segmentation.train import train_segmenter
     out = tmp_path_factory.mktemp('segment') / 'run'
-    result = train(composed, out, read_settings(None, segment_settings), device='cpu', progress=False)
+    result = train_segmenter(composed, out, read_settings(None, segment_settings), device='cpu', progress=False)
     return SimpleNamespace(out=out, result=result)
 
 

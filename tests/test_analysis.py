@@ -12,7 +12,7 @@ from timm.utils import AttentionExtract
 import vt_zoo  # noqa: F401
 from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.analysis.figures import draw_interaction, draw_locality, draw_token_attention
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.models.vt_fpn import VTFPN
 
 SIZES = [(64, 64), (32, 32), (48, 96), (100, 33)]
@@ -41,7 +41,7 @@ def hooks(model):
 
 @pytest.mark.parametrize('height, width', SIZES)
 def test_shapes(model, height, width):
-    first, last = capture(model, images(3, height, width))
+    first, last = capture_tokens(model, images(3, height, width))
     pixels = (-(-height // 16), -(-width // 16))
     for record in (first, last):
         assert record.attention.shape == (3, TOKENS, *pixels)
@@ -52,7 +52,7 @@ def test_shapes(model, height, width):
 
 
 def test_shares_sum_to_one(model):
-    for record in capture(model, images(2, 48, 96)):
+    for record in capture_tokens(model, images(2, 48, 96)):
         shares = [record.attention.flatten(2).sum(-1), record.relation.sum(-1)]
         if record.projection is not None:
             shares.append(record.projection.sum(1))
@@ -62,7 +62,7 @@ def test_shares_sum_to_one(model):
 
 
 def test_tokens_are_those_of_the_model(model):
-    records = capture(model, images())
+    records = capture_tokens(model, images())
     with torch.inference_mode():
         assert torch.equal(records[-1].tokens, model.forward_features(images()))
     assert not torch.equal(records[0].tokens, records[1].tokens)
@@ -71,7 +71,7 @@ def test_tokens_are_those_of_the_model(model):
 def test_attention_is_what_the_tokenizer_gathers_with(model):
     seen = []
     handles = [m.tokenizer.register_forward_hook(lambda m, x, y: seen.append((m, x[0], y))) for m in model.vt_stage]
-    records = capture(model, images(2, 48, 96))
+    records = capture_tokens(model, images(2, 48, 96))
     for handle in handles:
         handle.remove()
     with torch.inference_mode():
@@ -87,14 +87,14 @@ def test_attention_of_the_first_module_is_equation_1(model):
         pixels = model.forward_intermediates(x, indices=[3], intermediates_only=True)[0]
         logits = tokenizer.logit_norm(torch.einsum('lc,bchw->blhw', tokenizer.filters.weight[..., 0, 0], pixels))
     expected = logits.flatten(2).softmax(-1).view_as(logits)
-    torch.testing.assert_close(capture(model, x)[0].attention, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(capture_tokens(model, x)[0].attention, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_relation_is_what_the_transformer_mixes_with(model):
     transformer, seen = model.vt_stage[0].transformer, []
     handle = transformer.norm.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     other = transformer.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
-    record = capture(model, images())[0]
+    record = capture_tokens(model, images())[0]
     handle.remove()
     other.remove()
     tokens, mixed = seen
@@ -104,7 +104,7 @@ def test_relation_is_what_the_transformer_mixes_with(model):
 def test_projection_is_what_the_projector_writes_with(model):
     projector, seen = model.vt_stage[0].projector, []
     handle = projector.register_forward_hook(lambda m, x, y: seen.append((*x, y)))
-    record = capture(model, images(2, 48, 96))[0]
+    record = capture_tokens(model, images(2, 48, 96))[0]
     handle.remove()
     x, tokens, out = seen[0]
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def test_projection_is_what_the_projector_writes_with(model):
 def test_model_is_as_before(model):
     with torch.inference_mode():
         before = model(images())
-    capture(model, images())
+    capture_tokens(model, images())
     assert hooks(model) == []
     assert not model.training
     with torch.inference_mode():
@@ -124,38 +124,38 @@ def test_model_is_as_before(model):
 
 def test_mode_of_the_model_is_kept(model):
     model.train()
-    capture(model, images())
+    capture_tokens(model, images())
     assert model.training
 
 
 def test_records_hold_no_graph(model):
-    for record in capture(model, images()):
+    for record in capture_tokens(model, images()):
         assert not record.attention.requires_grad
         assert not record.tokens.requires_grad
 
 
 def test_hooks_are_gone_after_an_error(model):
     with pytest.raises(ValueError, match='at least 32'):
-        capture(model, torch.zeros(1, 3, 8, 8))
+        capture_tokens(model, torch.zeros(1, 3, 8, 8))
     assert hooks(model) == []
 
 
 def test_other_hooks_stay(model):
     calls = []
     model.vt_stage[0].tokenizer.softmax.register_forward_hook(lambda *args: calls.append(1))
-    capture(model, images())
+    capture_tokens(model, images())
     assert len(hooks(model)) == len(calls) == 1
 
 
 def test_backbone_has_a_projector_in_each_module():
     model = timm.create_model('test_vt_resnet', features_only=True).eval()
-    records = capture(model, images())
+    records = capture_tokens(model, images())
     assert len(records) == 2
     assert all(record.projection is not None for record in records)
 
 
 def test_twice_the_same(model):
-    for record, again in zip(capture(model, images()), capture(model, images())):
+    for record, again in zip(capture_tokens(model, images()), capture_tokens(model, images())):
         assert torch.equal(record.attention, again.attention)
 
 
@@ -172,7 +172,7 @@ def test_vt_fpn_has_a_record_a_level():
     model, x = vt_fpn(), images(2, 66, 97)
     with torch.no_grad():
         before = model(x)
-    records = capture(model, x)
+    records = capture_tokens(model, x)
     assert [record.attention.shape for record in records] == [
         (2, 4, -(-66 // n), -(-97 // n)) for n in (4, 8, 16, 32)]
     for record in records:
@@ -191,7 +191,7 @@ def test_vt_fpn_writes_with_what_is_captured():
     model, seen = vt_fpn(), []
     projector = model.decoder.neck.projectors[1]
     handle = projector.register_forward_hook(lambda m, x, y: seen.append((*x, y)))
-    record = capture(model, images(2, 64, 96))[1]
+    record = capture_tokens(model, images(2, 64, 96))[1]
     handle.remove()
     x, tokens, out = seen[0]
     assert torch.equal(tokens, record.tokens)
@@ -202,7 +202,7 @@ def test_vt_fpn_writes_with_what_is_captured():
 
 def test_encoder_and_neck_with_tokens():
     model = VTFPN('tu-test_vt_resnet', classes=3, num_tokens=4, token_dim=16).eval()
-    assert [record.tokens.shape[1] for record in capture(model, images())] == [TOKENS, TOKENS, 4, 4, 4, 4]
+    assert [record.tokens.shape[1] for record in capture_tokens(model, images())] == [TOKENS, TOKENS, 4, 4, 4, 4]
 
 
 def assert_same_records(records, expected):
@@ -214,13 +214,13 @@ def assert_same_records(records, expected):
 
 @pytest.mark.parametrize('in_place', [False, True])
 def test_compiled_model(model, in_place):
-    expected = capture(model, images())
+    expected = capture_tokens(model, images())
     compiled = model if in_place else torch.compile(model, backend='eager')
     if in_place:
         model.compile(backend='eager')
     with torch.no_grad():
         before = compiled(images())
-    assert_same_records(capture(compiled, images()), expected)
+    assert_same_records(capture_tokens(compiled, images()), expected)
     assert hooks(model) == []
     with torch.no_grad():
         assert torch.equal(compiled(images()), before)
@@ -229,26 +229,26 @@ def test_compiled_model(model, in_place):
 def test_reduced_model(model):
     model.double()
     x = images().double()
-    assert_same_records(capture(timm.utils.reparameterize_model(model), x), capture(model, x))
+    assert_same_records(capture_tokens(timm.utils.reparameterize_model(model), x), capture_tokens(model, x))
 
 
 def test_distributed_model(model, tmp_path):
-    expected = capture(model, images())
+    expected = capture_tokens(model, images())
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
-        assert_same_records(capture(nn.parallel.DistributedDataParallel(model), images()), expected)
+        assert_same_records(capture_tokens(nn.parallel.DistributedDataParallel(model), images()), expected)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_scripted_model(model):
     with pytest.raises(ValueError, match='scripted'):
-        capture(torch.jit.script(model), images())
+        capture_tokens(torch.jit.script(model), images())
 
 
 @pytest.mark.parametrize(('method', 'name'), [('hook', '*tokenizer.softmax'), ('fx', '*tokenizer.softmax*')])
 def test_attention_extract_of_timm(model, method, name):
-    expected = [record.attention.flatten(2) for record in capture(model, images())]
+    expected = [record.attention.flatten(2) for record in capture_tokens(model, images())]
     with torch.no_grad():
         extracted = AttentionExtract(model, names=[name], method=method)(images())
     assert len(extracted) == 2
@@ -258,7 +258,7 @@ def test_attention_extract_of_timm(model, method, name):
 
 def test_model_without_tokens():
     with pytest.raises(ValueError, match='ResNet has none'):
-        capture(timm.create_model('resnet18'), images())
+        capture_tokens(timm.create_model('resnet18'), images())
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_picture_of_images_that_are_not_square(tmp_path, size, batch):
 
 
 def test_picture_of_captured_attention(model, tmp_path):
-    records = capture(model, images(2, 48, 96))
+    records = capture_tokens(model, images(2, 48, 96))
     for i, record in enumerate(records):
         draw_token_attention(pictures(2, (96, 48)), record.attention, ['a', 'b'], tmp_path / f'{i}.png')
     assert len(list(tmp_path.iterdir())) == 2

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vt_zoo.analysis.explorer import look
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.data.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
 from vt_zoo.segmentation.predict import predict_classes
@@ -129,7 +129,7 @@ def seven(digits):
 def test_classifier(browser, classifier, seven):
     subject = load('test_vt_resnet')
     x = subject.prepare(load_image(seven))[None]
-    records = capture(subject.model, x)
+    records = capture_tokens(subject.model, x)
     with Page(browser, classifier) as page:
         page.upload(seven)
         page.wait_for('Token 0')

@@ -256,7 +256,7 @@ def test_gathering_large_pixels_in_half_precision(value):
 def test_names_of_version_0_1(old):
     import vt_zoo.layers
 
-    with pytest.warns(DeprecationWarning, match=f'{old} is in vt_zoo.layers.'):
+    with pytest.warns(DeprecationWarning, match=f'{old} is vt_zoo.layers.'):
         assert callable(getattr(vt_zoo.layers, old))
     with pytest.raises(ImportError):
         from vt_zoo.layers import nothing  # noqa: F401

@@ -16,7 +16,7 @@ from test_layers import array, assert_close, build, mapped, matrix, normed, pixe
 from torch.utils.flop_counter import FlopCounterMode
 
 import vt_zoo  # noqa: F401
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.layers import (
     ClusteringTokenizer,
     DynamicVTModule,
@@ -848,7 +848,7 @@ def test_the_papers_order_of_computation_gives_the_same(options):
 ], ids=str)
 def test_capture_of_every_option(options, missing):
     model = timm.create_model('test_vt_resnet', **options).eval()
-    records = capture(model, torch.randn(2, 3, 48, 64))
+    records = capture_tokens(model, torch.randn(2, 3, 48, 64))
     sizes = {'attention': (3, 4), 'relation': (16,), 'projection': (3, 4)}
     for name, size in sizes.items():
         maps = [m for m in (getattr(r, name) for r in records) if m is not None]

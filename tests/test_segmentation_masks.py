@@ -18,7 +18,7 @@ from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.label_counts import LabelCounts, check_classes, count_labels, describe_absent, describe_counts
 from vt_zoo.segmentation.settings import read_settings
-from vt_zoo.segmentation.train import train
+from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_tensors
 
@@ -66,7 +66,7 @@ def labels(root, label_map=None, split='train'):
 
 def run(root, out, segment_settings, resume=False, **changes):
     settings = read_settings(None, {**segment_settings, **SMALL, **changes})
-    return train(root, out, settings, resume, device='cpu', progress=False)
+    return train_segmenter(root, out, settings, resume, device='cpu', progress=False)
 
 
 # what a mask may hold

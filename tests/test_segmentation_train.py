@@ -24,7 +24,7 @@ from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import SegmentMetrics, evaluate
 from vt_zoo.segmentation.sampling import IterationBatches, SeededDataset
 from vt_zoo.segmentation.settings import read_settings
-from vt_zoo.segmentation.train import create_segmenter, train
+from vt_zoo.segmentation.train import create_segmenter, train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform, train_transform
 from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_tensors
@@ -34,7 +34,7 @@ WRITTEN = ['best', 'history.csv', 'last']
 
 def run(data_dir, out, settings, resume=False, overwrite=False, workers=0, **changes):
     settings = read_settings(None, {**settings, **changes})
-    return train(data_dir, out, settings, resume, overwrite, workers, device='cpu', progress=False)
+    return train_segmenter(data_dir, out, settings, resume, overwrite, workers, device='cpu', progress=False)
 
 
 def weights(folder):
@@ -486,7 +486,7 @@ def test_settings_that_cannot_be_used(composed, segment_settings, tmp_path, chan
 def test_no_gpu(composed, segment_settings, tmp_path, monkeypatch, input_error):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with input_error('cuda'):
-        train(composed, tmp_path / 'run', read_settings(None, segment_settings), device='cuda')
+        train_segmenter(composed, tmp_path / 'run', read_settings(None, segment_settings), device='cuda')
     assert not (tmp_path / 'run').exists()
 
 

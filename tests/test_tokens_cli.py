@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.data.images import load_image
 from vt_zoo.models.vt_fpn import VTFPN
 from vt_zoo.weights.files import write_model, write_segmenter
@@ -54,7 +54,7 @@ def test_tokens(command, pictures, tmp_path):
     model = timm.create_model('test_vt_resnet', pretrained=True).eval()
     transform = create_transform(**resolve_data_config({}, model=model))
     for entry in written['images']:
-        records = capture(model, transform(load_image(entry['image']))[None])
+        records = capture_tokens(model, transform(load_image(entry['image']))[None])
         assert len(records) == len(entry['modules'])
         for record, numbers in zip(records, entry['modules']):
             assert (numbers['height'], numbers['width']) == record.attention.shape[-2:]

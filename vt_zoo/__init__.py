@@ -1,4 +1,5 @@
 """Visual Transformers (Wu et al., arXiv 2006.03677) as timm models. Importing this package registers them."""
+from ._lazy import exports
 from ._moved import find_old_modules
 from ._requirements import check_timm
 from ._version import __version__
@@ -7,4 +8,6 @@ check_timm()
 find_old_modules()
 
 from . import layers, models  # noqa: E402
-from .weights import load  # noqa: E402
+
+__all__, __getattr__, __dir__ = exports(__name__, {'weights.loading': ['Loaded', 'load']}, [
+    'analysis', 'classification', 'data', 'export', 'inference', 'recipes', 'segmentation', 'training', 'weights'])

@@ -6,7 +6,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 MODULES = {  # and where their names are now
     'vt_zoo.analysis.capture': ['vt_zoo.analysis.records'],
@@ -31,12 +31,17 @@ MODULES = {  # and where their names are now
     'vt_zoo.segmentation.model_files': ['vt_zoo.weights.loading', 'vt_zoo.segmentation.train'],
 }
 NAMES = {
-    'Subject': 'Loaded', 'create_segmentation_model': 'create_segmenter', 'load_segmentation_model': 'load',
-    'load_subject': 'load'}
-LAYERS = {
-    'KMeans': 'kmeans', 'PixelLinear': 'linear', 'PositionCode': 'position_code', 'TokenLinear': 'linear',
-    'TokenNorm': 'linear', 'create_logit_norm': 'linear', 'merge_heads': 'attention', 'pixel_groups': 'linear',
-    'split_heads': 'attention', 'token_grid': 'tokenizer'}
+    'Subject': 'Loaded', 'capture': 'capture_tokens', 'create_segmentation_model': 'create_segmenter',
+    'load_segmentation_model': 'load', 'load_subject': 'load'}
+KEPT = {  # modules that stay: what each of their old names is now
+    'vt_zoo.layers': {
+        'KMeans': 'kmeans.KMeans', 'PixelLinear': 'linear.PixelLinear', 'PositionCode': 'position_code.PositionCode',
+        'TokenLinear': 'linear.TokenLinear', 'TokenNorm': 'linear.TokenNorm',
+        'create_logit_norm': 'linear.create_logit_norm', 'merge_heads': 'attention.merge_heads',
+        'pixel_groups': 'linear.pixel_groups', 'split_heads': 'attention.split_heads',
+        'token_grid': 'tokenizer.token_grid'},
+    'vt_zoo.segmentation.train': {'train': 'train_segmenter'},
+}
 
 
 class _OldModule(ModuleType):
@@ -69,10 +74,13 @@ def find_old_modules() -> None:
     sys.meta_path.append(_Finder())
 
 
-def find_old_layer(name: str) -> Any:
-    """What had a name in `vt_zoo.layers`."""
-    if name not in LAYERS:
-        raise AttributeError(f"module 'vt_zoo.layers' has no attribute {name!r}")
-    module = f'vt_zoo.layers.{LAYERS[name]}'
-    warnings.warn(f'{name} is in {module} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
-    return getattr(import_module(module), name)
+def old_names(module: str) -> Callable[[str], Any]:
+    """`__getattr__` of a module that stays, for its names of 0.1."""
+
+    def find(name: str) -> Any:
+        if name not in KEPT[module]:
+            raise AttributeError(f'module {module!r} has no attribute {name!r}')
+        where, _, new = f'{module}.{KEPT[module][name]}'.rpartition('.')
+        warnings.warn(f'{name} is {where}.{new} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
+        return getattr(import_module(where), new)
+    return find

@@ -5,8 +5,6 @@ import torch
 
 from .errors import InputError
 
-__all__ = ['DEVICES', 'find_device']
-
 DEVICES = ('cpu', 'cuda', 'mps')
 
 

@@ -3,7 +3,7 @@ import reprlib
 from pathlib import Path
 from typing import Any, Union
 
-__all__ = ['MAX_INT', 'MAX_PIXELS', 'MAX_SIDE', 'InputError', 'check_utf8', 'first_line', 'printable', 'short']
+__all__ = ['InputError']
 
 MAX_INT = 2 ** 31 - 1  # of a count
 MAX_SIDE = 4096  # pixels along a side of what a model is given: more is a slip, and takes the memory of a machine

@@ -19,8 +19,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ['check_regular', 'hold', 'read_docstring', 'run_folder', 'walk_files', 'whole', 'without_same_files']
-
 _logger = logging.getLogger(__name__)
 
 Sample = Tuple[str, int]

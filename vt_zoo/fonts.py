@@ -10,8 +10,6 @@ from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 from PIL import ImageFont, features
 
-__all__ = ['drawable', 'find_font_file', 'warn_of']
-
 _logger = logging.getLogger(__name__)
 
 SIZE = 10  # pixels, that of Pillow's own font

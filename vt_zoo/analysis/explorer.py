@@ -19,7 +19,7 @@ from ..weights.loading import SEGMENTATION, Loaded
 from .figures import draw_token, overlay_tokens
 from .gate import Gate, is_uploaded
 from .metrics import attention_entropy, record_interaction
-from .records import capture
+from .records import capture_tokens
 
 __all__ = ['Look', 'create_app', 'look']
 
@@ -70,7 +70,7 @@ def look(loaded: Loaded, image: Image.Image) -> Look:
     x = loaded.prepare(image)
     shown = loaded.shown(x)
     prediction = _segment(loaded, x) if loaded.task == SEGMENTATION else _classify(loaded, x)
-    records = capture(loaded.model, x[None])
+    records = capture_tokens(loaded.model, x[None])
     attention = {i: r.attention[0] for i, r in enumerate(records, 1) if r.attention is not None}
     if not attention:
         raise ValueError('its tokenizers have no attention')
@@ -147,7 +147,7 @@ def create_app(loaded: Loaded, title: str, folder: Path, port: int) -> Any:
         raise InputError("the explorer needs gradio: pip install 'vt_zoo[explore]'") from None
     folder = folder.resolve()
     os.environ['GRADIO_TEMP_DIR'] = str(folder)  # read whenever a file is kept
-    lock = threading.Lock()  # what `capture` hooks into the model is of one image
+    lock = threading.Lock()  # what `capture_tokens` hooks into the model is of one image
     blank = look(loaded, Image.new('RGB', (64, 64)))
     modules = list(blank.attention)
     overlay_tokens(blank.image, blank.attention[modules[0]])  # says now if matplotlib is missing

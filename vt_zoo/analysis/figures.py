@@ -31,7 +31,7 @@ def draw_token_attention(
 
     Args:
         images: B images as the model saw them.
-        attention: A of a tokenizer (B, L, H, W), as `capture` returns it. It is drawn as a multiple of uniform
+        attention: A of a tokenizer (B, L, H, W), as `capture_tokens` returns it. It is drawn as a multiple of uniform
             attention 1 / (H * W), on one square-root scale for all.
         titles: What to write beside each image.
         path: PNG or SVG file to write.

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
-__all__ = ['Gate', 'is_uploaded']
-
 MAX_UPLOAD = 24 * 2 ** 20  # bytes of a request: the largest file of the page and what is around it
 MAX_BODY = 2 ** 20  # bytes of any other request
 MAX_SECONDS = 60  # that a body may take

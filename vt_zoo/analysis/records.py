@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from vt_zoo.layers import TokenModule, VTModule, VTNeck
 
-__all__ = ['VTRecord', 'capture']
+__all__ = ['VTRecord', 'capture_tokens']
 
 
 @dataclass(eq=False)
@@ -34,7 +34,7 @@ class VTRecord:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
+def capture_tokens(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
     """Run a model on images and record the attention of its VT modules.
 
     Args:

@@ -1,1 +1,7 @@
 """Training classifiers on folders of pictures, and using them."""
+from .._lazy import exports
+
+__all__, __getattr__, __dir__ = exports(__name__, {
+    'train': ['FinetuneResult', 'FinetuneSettings', 'finetune'],
+    'predict': ['load_classifier', 'predict_images'],
+})

@@ -33,7 +33,7 @@ from ..weights.files import read_tensors, write_model, write_tensors
 from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
 from ..weights.loading import check_input_size, check_name, load_model
 
-__all__ = ['FinetuneResult', 'FinetuneSettings', 'evaluate', 'finetune']
+__all__ = ['FinetuneResult', 'FinetuneSettings', 'finetune']
 
 _logger = logging.getLogger(__name__)
 

@@ -7,10 +7,6 @@ from typing import Any, Optional, Tuple
 
 from vt_zoo.errors import MAX_INT, MAX_SIDE, short
 
-__all__ = [
-    'HelpFormatter', 'area', 'aspect_ratio', 'file_size', 'fraction', 'keyword', 'num_threads', 'num_workers', 'port',
-    'positive_float', 'positive_int', 'side', 'whole_number']
-
 MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
 
 

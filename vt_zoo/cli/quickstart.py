@@ -12,7 +12,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.figures import draw_token_attention
-from vt_zoo.analysis.records import capture
+from vt_zoo.analysis.records import capture_tokens
 from vt_zoo.classification.train import FinetuneResult, FinetuneSettings, finetune
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
@@ -80,4 +80,4 @@ def draw_tokens(result: FinetuneResult, path: Path) -> None:
     paths = [first[target] for target in sorted(first)][:6]
     batch = torch.stack([transform(load_image(p)) for p in paths])
     images = [load_image(p).resize(batch.shape[:1:-1]) for p in paths]
-    draw_token_attention(images, capture(model, batch)[0].attention, [Path(p).parent.name for p in paths], path)
+    draw_token_attention(images, capture_tokens(model, batch)[0].attention, [Path(p).parent.name for p in paths], path)

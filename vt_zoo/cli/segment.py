@@ -158,9 +158,9 @@ def _train(args: argparse.Namespace) -> None:
         f.name: _from_yaml(f.name, getattr(args, f'set_{f.name}'))
         for f in fields(SegmentSettings) if hasattr(args, f'set_{f.name}')}
     settings = read_settings(args.config, overrides)
-    from vt_zoo.segmentation.train import train
+    from vt_zoo.segmentation.train import train_segmenter
     try:
-        result = train(
+        result = train_segmenter(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, getattr(args, 'device', None))
     except RunFinishedError as e:
         if not int(os.environ.get('RANK', 0)):

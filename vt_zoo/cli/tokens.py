@@ -26,7 +26,7 @@ from vt_zoo.analysis.metrics import (
     token_cosine,
     token_similarity,
 )
-from vt_zoo.analysis.records import VTRecord, capture
+from vt_zoo.analysis.records import VTRecord, capture_tokens
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError, printable
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
         x = loaded.prepare(image)
         try:
-            records = capture(loaded.model, x[None])
+            records = capture_tokens(loaded.model, x[None])
         except ValueError as e:
             raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
         have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]

@@ -16,7 +16,7 @@ from ..errors import MAX_SIDE, InputError, short
 from ..files import whole
 from .digits import read_digits
 
-__all__ = ['CLASSES', 'write_composed_digits']
+__all__ = ['write_composed_digits']
 
 CLASSES = ['background', *'0123456789']
 MAX_IMAGES = 100_000  # of a part: names have five digits

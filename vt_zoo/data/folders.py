@@ -14,9 +14,6 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 from ..errors import InputError
 from ..files import walk_files
 
-__all__ = [
-    'check_classes', 'find_images', 'find_labels', 'find_parts', 'is_image', 'is_left_out', 'is_part', 'name_order']
-
 PARTS = {
     'train': ('train', 'training'),
     'val': ('val', 'valid', 'validation'),

@@ -27,9 +27,7 @@ from ..files import check_regular, without_same_files
 from .folders import check_classes, find_labels, find_parts, is_part, name_order
 from .seeding import seed_of, seeded
 
-__all__ = [
-    'ImageFolder', 'Split', 'describe_split', 'find_split', 'image_mode', 'image_transform', 'load_image',
-    'load_upright', 'prepare_image', 'to_eval_size']
+__all__ = ['ImageFolder', 'Split', 'find_split', 'image_transform', 'load_image', 'prepare_image']
 
 _logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import InputError
 
-__all__ = ['IGNORED', 'LabelMap', 'read_label_map']
+__all__ = ['LabelMap', 'read_label_map']
 
 IGNORED = 255
 NAMED = 8  # values that a sentence lists

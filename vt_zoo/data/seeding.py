@@ -6,8 +6,6 @@ from typing import Iterator
 import numpy as np
 import torch
 
-__all__ = ['seed_of', 'seeded']
-
 
 def seed_of(seed: int, count: int) -> int:
     """The seed of a run's sample number `count`."""

@@ -1,1 +1,7 @@
 """Files for other runtimes."""
+from .._lazy import exports
+
+__all__, __getattr__, __dir__ = exports(__name__, {
+    'formats': ['Exported', 'FORMATS', 'default_out', 'export'],
+    'int8': ['Quantized', 'quantize'],
+})

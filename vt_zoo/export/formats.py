@@ -18,9 +18,7 @@ from ..errors import InputError, check_utf8, first_line
 from ..files import whole
 from ..weights.loading import SEGMENTATION, Loaded, load
 
-__all__ = [
-    'DEFAULT_OPSET', 'FORMATS', 'METADATA_FILE', 'OPSETS', 'TOLERANCE', 'Exported', 'check_out', 'default_out',
-    'export', 'quiet', 'sentence']
+__all__ = ['FORMATS', 'Exported', 'default_out', 'export']
 
 _logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from ..files import whole
 from ..weights.loading import create_prepare
 from .formats import check_out, check_packages, quiet, sentence
 
-__all__ = ['DEFAULT_LIMIT', 'Quantized', 'choose_nodes', 'quantize', 'quantize_static_arguments']
+__all__ = ['Quantized', 'quantize']
 
 _logger = logging.getLogger(__name__)
 

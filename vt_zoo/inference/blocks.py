@@ -1,8 +1,6 @@
 """timm's own inference forms of blocks that have one, such as RepVGG's, MobileOne's and FastViT's."""
 import torch.nn as nn
 
-__all__ = ['reparameterize_blocks']
-
 
 def reparameterize_blocks(model: nn.Module) -> None:
     """Put timm's blocks in a model, in place, into their inference form.

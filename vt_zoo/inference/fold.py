@@ -10,7 +10,7 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.layers.norm_act import FrozenBatchNorm2d
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ['fixed_affine', 'fold_norm', 'fold_norms', 'in_float64', 'is_plain', 'new_parameter', 'runs_alone']
+__all__ = ['fold_norms']
 
 FOLDABLE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 

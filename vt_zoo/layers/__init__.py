@@ -1,5 +1,5 @@
 """The equations of the paper as modules, one concept a file."""
-from .._moved import find_old_layer as __getattr__
+from .._moved import old_names
 from .projector import Projector
 from .token_mixer import GraphMixer, LinearMixer
 from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer
@@ -11,3 +11,5 @@ from .vt_stage import VTStage
 __all__ = [
     'ClusteringTokenizer', 'DynamicVTModule', 'FilterTokenizer', 'GraphMixer', 'LinearMixer', 'PoolingTokenizer',
     'Projector', 'RecurrentTokenizer', 'TokenModule', 'TokenTransformer', 'VTModule', 'VTNeck', 'VTStage']
+
+__getattr__ = old_names(__name__)

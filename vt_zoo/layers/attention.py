@@ -10,7 +10,7 @@ module that calls them registers them with `torch.fx.wrap`.
 """
 import torch
 
-__all__ = ['add_mixed', 'apart', 'finite', 'gather', 'in_float32', 'merge_heads', 'pixel_products', 'split_heads']
+__all__ = ['merge_heads', 'split_heads']
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from ..errors import InputError
 from .vt_net import VTNet
 from .vt_resnet import VTResNet
 
+__all__ = ['VTNet', 'VTResNet', 'list_classifiers', 'segmenter_classes']
+
 
 def list_classifiers() -> List[str]:
     """Names of the package's classifiers, without tags."""

@@ -8,8 +8,6 @@ from timm.models._features import FeatureGetterNet
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 
-__all__ = ['count_levels', 'create_trunk', 'timms_modules']
-
 STRIDE = 16
 
 

@@ -1,1 +1,13 @@
-"""Semantic segmentation: data sets, training, evaluation and prediction with VT-FPN and the panoptic FPN."""
+"""Training segmenters, measuring and using them; needs the extra `segmentation`."""
+from .._lazy import exports
+
+__all__, __getattr__, __dir__ = exports(__name__, {
+    'settings': ['SegmentSettings', 'list_segmentation_recipes', 'read_settings'],
+    'train': ['SegmentResult', 'create_segmenter', 'train_segmenter'],
+    'datasets': ['CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset',
+        'load_dataset'],
+    'transforms': ['eval_transform', 'train_transform'],
+    'label_counts': ['LabelCounts', 'count_labels'],
+    'metrics': ['SegmentMetrics', 'evaluate', 'segment'],
+    'predict': ['Segmented', 'draw_overlay', 'palette', 'predict_classes', 'predict_files'],
+})

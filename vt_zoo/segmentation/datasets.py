@@ -19,9 +19,7 @@ from ..data.label_map import IGNORED, LabelMap
 from ..errors import InputError, first_line
 from ..files import check_regular
 
-__all__ = [
-    'FORMATS', 'CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset',
-    'load_dataset']
+__all__ = ['CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset', 'load_dataset']
 
 Sample = Tuple[Path, Path]
 

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..errors import InputError
 from .datasets import SegmentationDataset
 
-__all__ = ['LabelCounts', 'check_classes', 'count_labels', 'describe_absent', 'describe_counts']
+__all__ = ['LabelCounts', 'count_labels']
 
 SHOWN = 20  # classes that are listed
 RAREST = 5  # that are listed of more than those

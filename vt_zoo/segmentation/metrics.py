@@ -14,7 +14,7 @@ from ..data.images import to_eval_size
 from ..errors import InputError, first_line
 from .datasets import SegmentationDataset
 
-__all__ = ['SegmentMetrics', 'evaluate', 'read_batches', 'segment']
+__all__ = ['SegmentMetrics', 'evaluate', 'segment']
 
 
 @dataclass

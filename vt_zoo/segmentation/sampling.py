@@ -10,8 +10,6 @@ from torch.utils.data import Dataset
 
 from ..data.seeding import seed_of, seeded
 
-__all__ = ['IterationBatches', 'SeededDataset']
-
 
 class IterationBatches:
     """Batches of (index, seed) for `SeededDataset`, one an iteration, to be a DataLoader's `batch_sampler`.

@@ -3,8 +3,6 @@ import math
 
 from .settings import SegmentSettings
 
-__all__ = ['learning_rate']
-
 
 def learning_rate(settings: SegmentSettings, iteration: int) -> float:
     """Rate of an iteration, counted from 0.

@@ -11,9 +11,7 @@ from ..data.label_map import read_label_map
 from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, first_line, short
 from ..files import check_regular
 
-__all__ = [
-    'ARCHITECTURES', 'PRECISIONS', 'SCHEDULES', 'YAML_ERRORS', 'SegmentSettings', 'list_segmentation_recipes',
-    'read_settings', 'read_yaml']
+__all__ = ['SegmentSettings', 'list_segmentation_recipes', 'read_settings']
 
 ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')

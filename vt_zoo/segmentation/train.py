@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from .._moved import old_names
 from ..data.seeding import seed_of
 from ..devices import find_device
 from ..errors import InputError, first_line
@@ -39,7 +40,9 @@ from .schedule import learning_rate
 from .settings import SegmentSettings
 from .transforms import eval_transform, train_transform
 
-__all__ = ['SegmentResult', 'create_segmenter', 'encoder_statistics', 'train']
+__all__ = ['SegmentResult', 'create_segmenter', 'train_segmenter']
+
+__getattr__ = old_names(__name__)
 
 _logger = logging.getLogger(__name__)
 
@@ -303,7 +306,7 @@ class _Run:
         self.accelerator.end_training()
 
 
-def train(
+def train_segmenter(
         data_dir: Union[str, Path],
         out: Union[str, Path],
         settings: SegmentSettings,

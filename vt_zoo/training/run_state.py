@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import check_regular, whole
 from ..weights.loading import why_weights_do_not_fit
 
-__all__ = ['RunFinishedError', 'check_run_folder', 'check_same_run', 'load_state', 'state_tensors', 'write_history']
+__all__ = ['RunFinishedError']
 
 
 class RunFinishedError(InputError):

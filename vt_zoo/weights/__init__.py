@@ -1,4 +1,9 @@
 """Weights of models as files: written, loaded, converted, published."""
-from .loading import Loaded, load
+from .._lazy import exports
 
-__all__ = ['Loaded', 'load']
+__all__, __getattr__, __dir__ = exports(__name__, {
+    'loading': ['Loaded', 'load', 'load_model'],
+    'files': ['write_model', 'write_segmenter'],
+    'conversion': ['Converted', 'convert'],
+    'publish': ['upload', 'write_release'],
+})

@@ -24,7 +24,7 @@ from .files import write_model
 from .hub import find_hub_id
 from .loading import check_name
 
-__all__ = ['Converted', 'convert', 'read_checkpoint']
+__all__ = ['Converted', 'convert']
 
 # What decides the outcome of train.py; its other arguments are of the machine, or paths on it that concern nobody else.
 _ARGUMENTS = (

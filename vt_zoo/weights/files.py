@@ -13,8 +13,7 @@ from timm.models import save_for_hf
 from ..errors import InputError
 from ..files import check_regular, whole
 
-__all__ = [
-    'drop_second_num_classes', 'read_tensors', 'write_model', 'write_segmenter', 'write_tensors']
+__all__ = ['write_model', 'write_segmenter']
 
 
 def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:

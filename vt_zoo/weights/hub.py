@@ -10,8 +10,6 @@ from timm.models import get_pretrained_cfg, parse_model_name
 
 from ..errors import InputError, first_line
 
-__all__ = ['WEIGHTS', 'download_weights', 'find_hub_id', 'hub_reason']
-
 WEIGHTS = 'model.safetensors'
 
 _REASONS = {

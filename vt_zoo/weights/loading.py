@@ -26,9 +26,7 @@ from ..layers.linear import OF_0_1
 from ..models import segmenter_classes
 from .hub import WEIGHTS, download_weights, find_hub_id, hub_reason
 
-__all__ = [
-    'CLASSIFICATION', 'SEGMENTATION', 'Loaded', 'as_classifier', 'check_input_size', 'check_name', 'create_prepare',
-    'find_model', 'load', 'load_model', 'why_weights_do_not_fit']
+__all__ = ['Loaded', 'load', 'load_model']
 
 CLASSIFICATION, SEGMENTATION = 'classification', 'segmentation'
 KINDS = {CLASSIFICATION: 'a classifier', SEGMENTATION: 'a segmenter'}

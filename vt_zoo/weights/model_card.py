@@ -12,8 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import printable
 from ..models import list_classifiers
 
-__all__ = ['UNKNOWN', 'create_card']
-
 UNKNOWN = 'unknown'
 
 _TEXT = '''

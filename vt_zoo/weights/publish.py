@@ -20,7 +20,7 @@ from .hub import WEIGHTS, hub_reason
 from .loading import SEGMENTATION, check_input_size, find_model, load
 from .model_card import create_card
 
-__all__ = ['check_repo_id', 'upload', 'write_release']
+__all__ = ['upload', 'write_release']
 
 
 CARD = 'README.md'

@@ -6,3 +6,5 @@ from vt_zoo.layers import VTNeck
 
 from .decoder import FPNNeck, PanopticDecoder
 from .model import VTFPN, PanopticFPN
+
+__all__ = ['VTFPN', 'FPNNeck', 'PanopticDecoder', 'PanopticFPN', 'VTNeck']

@@ -1,0 +1,34 @@
+"""Packages that import what they export when it is asked for, so that `import vt_zoo` stays cheap."""
+import sys
+from importlib import import_module
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+
+def exports(
+        package: str,
+        names: Dict[str, Sequence[str]],
+        packages: Sequence[str] = (),
+) -> Tuple[List[str], Callable[[str], Any], Callable[[], List[str]]]:
+    """What a package needs to export names of its modules.
+
+    Args:
+        package: Its name.
+        names: What it exports, by the module that has it.
+        packages: Packages in it that it exports too.
+
+    Returns:
+        Its `__all__`, `__getattr__` and `__dir__`.
+    """
+    modules = {name: module for module, found in names.items() for name in found}
+
+    def find(name: str) -> Any:
+        if name in packages:
+            return import_module(f'{package}.{name}')
+        if name not in modules:
+            raise AttributeError(f'module {package!r} has no attribute {name!r}')
+        return getattr(import_module(f'{package}.{modules[name]}'), name)
+
+    def names_for_completion() -> List[str]:
+        return sorted({*vars(sys.modules[package]), *modules, *packages})
+
+    return sorted([*modules, *packages]), find, names_for_completion

@@ -4,13 +4,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from documents import blocks
 from PIL import Image
 
 from vt_zoo.cli import main
 from vt_zoo.export.formats import FORMATS
 
-DOCS = Path(__file__).parents[1] / 'docs'
-TEXT = (DOCS / 'analysis.md').read_text()
+ROOT = Path(__file__).parents[1]
 SHAPE = r'\([\d, ]+\)'
 
 
@@ -25,8 +25,8 @@ def shell_words(line, folder):
     return subprocess.run(['bash', '-c', shell], cwd=folder, capture_output=True, text=True).stdout.splitlines()
 
 
-def run_blocks(text, folder):
-    """Run the blocks of a document in a folder and in this process; the shapes that Python prints are those it shows.
+def run_blocks(document, folder, name=''):
+    """Run blocks of a document in a folder and in this process; the shapes that Python prints are those it shows.
 
     Returns:
         The variables that its Python leaves.
@@ -35,7 +35,7 @@ def run_blocks(text, folder):
     names['print'] = lambda *values: printed.append(' '.join(map(str, values)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for language, block in re.findall(r'^```(python|sh)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
+        for language, block in blocks(document, 'python', 'sh', name=name):
             if language == 'sh':
                 for line in block.splitlines():
                     assert main(shell_words(line, folder)) == 0, line
@@ -51,7 +51,7 @@ def run_blocks(text, folder):
 def folder(tmp_path_factory):
     """Where all blocks of docs/analysis.md ran."""
     folder = tmp_path_factory.mktemp('analysis')
-    run_blocks(TEXT, folder)
+    run_blocks('docs/analysis.md', folder)
     return folder
 
 
@@ -70,39 +70,37 @@ def test_pictures(folder, pattern, number):
 
 
 def test_each_command_is_shown():
-    assert set(re.findall(r'^vt-zoo (\w+)', TEXT, re.MULTILINE)) == {'tokens', 'segment', 'locality'}
+    lines = [line.split() for _, block in blocks('docs/analysis.md', 'sh') for line in block.splitlines()]
+    assert {words[1] for words in lines} == {'tokens', 'segment', 'locality'}
 
 
 def test_inference_form(capsys):
-    (block,) = re.findall(r'^```python\n(.*?)^```$', (DOCS / 'speed.md').read_text(), re.MULTILINE | re.DOTALL)
+    (_, block), = blocks('docs/speed.md', 'python')
     exec(compile(block, 'docs/speed.md', 'exec'), {})
     assert capsys.readouterr().out == block.splitlines()[-1].split('# ')[1] + '\n'
 
 
-EXPORT, COMPILED = (DOCS / 'export.md').read_text().split('## AOTInductor\n')
-
-
 @pytest.mark.slow
 def test_export(tmp_path):
-    run_blocks(EXPORT, tmp_path)
+    run_blocks('docs/export.md', tmp_path)
 
 
 def test_each_format_is_shown():
-    formats = set(re.findall(r'--format (\w+)', EXPORT + COMPILED))
-    assert formats == set(FORMATS) == set(re.findall(r'^\| `(\w+)`', EXPORT, re.MULTILINE))
+    text = (ROOT / 'docs' / 'export.md').read_text()
+    assert set(re.findall(r'--format (\w+)', text)) == set(FORMATS)
+    assert set(re.findall(r'^\| `(\w+)`', text, re.MULTILINE)) == set(FORMATS)
 
 
 @pytest.mark.slow
 def test_compiled_export(tmp_path):
-    run_blocks(COMPILED, tmp_path)
+    run_blocks('docs/export.md', tmp_path, name='aoti')
 
 
 @pytest.mark.slow
 def test_libraries(tmp_path):
     """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
     pytest.importorskip('transformers')
-    sections = re.split('^(?=## )', (DOCS / 'libraries.md').read_text(), flags=re.MULTILINE)
-    names = run_blocks(''.join(s for s in sections if not s.startswith('## torch.hub')), tmp_path)
+    names = run_blocks('docs/libraries.md', tmp_path)
     assert names['answers'][0]['label'] == '3'
     of_new, pixels, of_known = sorted(names['accuracy'].values())
     assert [names['accuracy'][k] for k in ('pixels', 'embeddings, trained on 0 to 4')] == [pixels, of_new]
@@ -111,4 +109,4 @@ def test_libraries(tmp_path):
 
 @pytest.mark.slow
 def test_int8(tmp_path):
-    run_blocks((DOCS / 'int8.md').read_text(), tmp_path)
+    run_blocks('docs/int8.md', tmp_path)

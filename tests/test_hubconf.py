@@ -2,7 +2,6 @@
 import functools
 import json
 import os
-import re
 import shutil
 import site
 import subprocess
@@ -15,13 +14,13 @@ from threading import Thread
 import pytest
 import timm
 import torch
+from documents import blocks
 from timm_plugin import registered_models
 
 import vt_zoo
 
 ROOT = Path(__file__).parents[1]
-SECTION = (ROOT / 'docs' / 'libraries.md').read_text().split('## torch.hub\n')[1].split('\n## ')[0]
-FROM_CLONE, FROM_GITHUB = re.findall('^```python\n(.*?)^```$', SECTION, re.MULTILINE | re.DOTALL)
+(_, FROM_CLONE), (_, FROM_GITHUB) = blocks('docs/libraries.md', 'python', name='hub')
 
 # Begins each program: the packages of this environment without vt_zoo are all that there is.
 START = '''

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there, and its numbers are those of the models."""
+"""What README and the first pages show runs as it stands there, and their numbers are those of the models."""
 import json
 import os
 import re
@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import Forks
+from documents import blocks
 from paper_order import in_paper_order
 from test_docs import shell_words
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,16 +20,11 @@ from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
-DOCUMENTS = ['README.md', 'MODEL_CARDS.md']
-GUIDES = ['training', 'segmentation', 'analysis', 'speed', 'stage', 'design', 'export', 'int8', 'libraries', 'serving']
-LINKING = DOCUMENTS + [f'docs/{name}.md' for name in GUIDES]
-
-
-def blocks(language):
-    return re.findall(rf'^```{language}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
-
-
-COMMANDS = [line for block in blocks('sh') for line in block.splitlines() if line.startswith('vt-zoo ')]
+PAGES = ['README.md', 'docs/getting_started.md', 'docs/models.md']
+LINKING = ['README.md', 'MODEL_CARDS.md', *(f'docs/{path.name}' for path in sorted((ROOT / 'docs').glob('*.md')))]
+SHELL = [*(block for page in PAGES for block in blocks(page, 'sh')), *blocks('docs/segmentation.md', name='digits')]
+COMMANDS = list(dict.fromkeys(
+    line for _, block in SHELL for line in block.splitlines() if line.startswith('vt-zoo ')))
 
 
 @pytest.fixture(scope='module')
@@ -38,9 +34,9 @@ def python(tmp_path_factory):
         yield forks
 
 
-@pytest.mark.parametrize('block', blocks('python'), ids=lambda block: block.splitlines()[-1][:30])
-def test_python_block(python, checkout, block):
-    result = python.run(block, cwd=checkout)
+@pytest.mark.parametrize('block', [block for page in PAGES for _, block in blocks(page, 'python')])
+def test_python_block(python, checkout, folder, block):
+    result = python.run(block, cwd=folder if 'vt_zoo_quickstart' in block else checkout)
     assert result.code == 0, result.stderr
     shown = [line.split('#')[1] for line in block.splitlines() if line.lstrip().startswith('print(') and '#' in line]
     printed = result.stdout.replace('torch.Size([', '(').replace('])', ')').splitlines()
@@ -109,16 +105,23 @@ def test_each_command_is_shown():
     assert {line.split()[1] for line in COMMANDS} == {
         'finetune', 'predict', 'publish', 'models', 'segment', 'tokens', 'locality', 'export'}
     assert 'vt-zoo quickstart' in README
-    assert 'vt-zoo explore --model test_vt_resnet' in README  # serves until Ctrl-C, as test_explorer.py runs it
+    # serves until Ctrl-C, as test_explorer.py runs it
+    assert 'vt-zoo explore --model test_vt_resnet' in (ROOT / 'docs' / 'getting_started.md').read_text()
 
 
-@pytest.mark.parametrize('name', DOCUMENTS)
-def test_table_of_the_models(name, models):
-    rows = re.findall(
-        r'^\| `?(\w*vt_resnet\w*)`? \| ([\d.]+) M \| (\d+) M \| (\d+) M \|', (ROOT / name).read_text(), re.MULTILINE)
+@pytest.mark.parametrize('document, both_orders', [('README.md', False), ('MODEL_CARDS.md', True)])
+def test_table_of_the_models(document, both_orders, models):
+    pattern = r'^\| `?(\w*vt_resnet\w*)`? \| ([\d.]+) M \| (\d+) M \|' + both_orders * r' (\d+) M \|'
+    rows = re.findall(pattern, (ROOT / document).read_text(), re.MULTILINE)
     assert {model: counts for model, *counts in rows} == {
-        name: [f'{entry["parameters"] / 1e6:.2f}', *(f'{n / 1e6:.0f}' for n in multiply_adds(name, entry))]
+        name: [
+            f'{entry["parameters"] / 1e6:.2f}',
+            *(f'{n / 1e6:.0f}' for n in multiply_adds(name, entry)[:1 + both_orders])]
         for name, entry in models.items() if name in timm.list_models(module='vt_resnet')}
+
+
+def test_length():
+    assert len(README.splitlines()) <= 150
 
 
 def test_table_of_models_on_other_trunks(models):
@@ -160,6 +163,5 @@ def test_table_of_the_necks():
 def test_files_that_are_linked(name):
     document = ROOT / name
     targets = re.findall(r'\]\(([^)]+)\)', document.read_text())
-    files = [target for target in targets if '://' not in target]
-    assert files
+    files = [target.split('#')[0] for target in targets if '://' not in target]  # tests/test_site.py follows the rest
     assert [file for file in files if not (document.parent / file).exists()] == []

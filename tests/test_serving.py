@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from documents import blocks
 from PIL import Image
 from timm.data import create_transform
 
@@ -28,9 +29,8 @@ from vt_zoo.weights import load
 for package in ('fastapi', 'onnx', 'onnxruntime', 'uvicorn'):
     pytest.importorskip(package)
 
-DOCUMENT = (Path(__file__).parents[1] / 'docs' / 'serving.md').read_text()
-(PROGRAM,) = re.findall(r'^```python\n(.*?)^```$', DOCUMENT, re.MULTILINE | re.DOTALL)
-EXPORT, SERVE, *ASK = ''.join(re.findall(r'^```sh\n(.*?)^```$', DOCUMENT, re.MULTILINE | re.DOTALL)).splitlines()
+(_, PROGRAM), = blocks('docs/serving.md', 'python')
+EXPORT, SERVE, *ASK = ''.join(block for _, block in blocks('docs/serving.md', 'sh')).splitlines()
 MAX_BYTES = 10_000_000
 SECONDS = 60
 MEGABYTES = 1100  # that the server may ever need: two images of 25 million pixels, each of 16 bytes for a while
@@ -147,7 +147,8 @@ def test_commands(server, folder, scans, expected):
         json.loads(subprocess.run(
             shlex.split(line.replace(':8000', f':{server.port}')), cwd=folder, capture_output=True, check=True).stdout)
         for line in ASK]
-    shown = [json.loads(line) for line in re.search(r'^```json\n(.*?)^```$', DOCUMENT, re.M | re.S)[1].splitlines()]
+    (_, block), = blocks('docs/serving.md', 'json')
+    shown = [json.loads(line) for line in block.splitlines()]
     check_answer((200, answers[0]), expected(scans[7]))
     assert answers[0][0]['label'] == shown[0][0]['label'] == '7'
     assert answers[1] == shown[1]

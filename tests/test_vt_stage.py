@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_docs import DOCS, run_blocks
+from test_docs import run_blocks
 from test_layers import stir
 from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
 from test_reparameterize import assert_equal
@@ -30,7 +30,7 @@ SMALL = {'token_dim': 32, 'num_tokens': 4}
 
 
 def test_document(tmp_path):
-    names = run_blocks((DOCS / 'stage.md').read_text(), tmp_path)
+    names = run_blocks('docs/stage.md', tmp_path)
     x = images(2, 64, 64)
     model, trained = names['model'], names['Classifier'](10)
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -311,8 +311,8 @@ def test_weights_of_the_encoder_are_not_fetched_unless_asked_for(monkeypatch):
 
 BAD = [
     ('in_channels', 0), ('in_channels', 2.5), ('classes', 0), ('classes', -1), ('classes', True),
-    ('pyramid_channels', 0), ('pyramid_channels', '256'), ('head_channels', 0), ('head_channels', 48), ('depth', 4),
-    ('activation', 'sigmiod')]
+    ('pyramid_channels', 0), ('pyramid_channels', '256'), ('head_channels', 0), ('head_channels', 48),
+    ('encoder_depth', 4), ('activation', 'sigmiod')]
 BAD_OF_TOKENS = [
     ('num_tokens', 0), ('num_tokens', 1.5), ('token_dim', 0), ('token_dim', None), ('norm_layer', 'batchnrom'),
     ('norm_layer', None)]

@@ -54,20 +54,9 @@ class GraphMixer(LinearMixer):
     G is the same for every image: node l stands for one concept. It starts as the identity.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            num_tokens: int,
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            drop_path: float = 0.,
-            num_heads: int = 1,
-            attention_values: bool = False,
-            device=None,
-            dtype=None,
-    ) -> None:
-        super().__init__(
-            dim, num_tokens, act_layer, norm_layer, drop_path, num_heads, attention_values, device=device, dtype=dtype)
+    def __init__(self, dim: int, num_tokens: int, *args, device=None, dtype=None, **kwargs) -> None:
+        """Arguments are those of `LinearMixer`."""
+        super().__init__(dim, num_tokens, *args, device=device, dtype=dtype, **kwargs)
         self.adjacency = nn.Parameter(torch.eye(num_tokens, device=device, dtype=dtype))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,11 @@ class AttentionTokenizer(nn.Module):
         self.softmax = nn.Softmax(dim=-1)
         self.position_code = PositionCode(norm_layer=norm_layer, **dd) if position_code else None
         self.out_chs = in_chs + (PositionCode.DIM if position_code else 0)
+        self.create_filters(in_chs, token_dim, num_tokens, norm_layer, **dd)
+
+    def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
+        """Make what gives the filters of the tokens, in which tokenizers differ."""
+        raise NotImplementedError
 
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Gather pixels (B, C, H, W) into tokens (B, L, C) by logits (B, L, H*W)."""
@@ -81,19 +86,7 @@ class FilterTokenizer(AttentionTokenizer):
     W_A is a point-wise convolution to L channels, one learned filter a token.
     """
 
-    def __init__(
-            self,
-            in_chs: int,
-            token_dim: int,
-            num_tokens: int = 16,
-            position_code: bool = False,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            value_map: bool = True,
-            device=None,
-            dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, **dd)
+    def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
         self.filters = nn.Conv2d(in_chs, num_tokens, 1, bias=False, **dd)
         nn.init.normal_(self.filters.weight, std=in_chs ** -0.5)
 
@@ -138,19 +131,7 @@ class RecurrentTokenizer(AttentionTokenizer):
     (X W_K) W_R^T = X (W_R W_K^T)^T. The logits are divided by sqrt(C), or they overflow float16.
     """
 
-    def __init__(
-            self,
-            in_chs: int,
-            token_dim: int,
-            num_tokens: int = 16,
-            position_code: bool = False,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            value_map: bool = True,
-            device=None,
-            dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, **dd)
+    def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
         self.scale = in_chs ** -0.5
         self.query = TokenLinear(token_dim, in_chs, norm_layer, **dd)
         self.filters = LearnedFilters(num_tokens, in_chs, **dd)
@@ -188,19 +169,7 @@ class ClusteringTokenizer(AttentionTokenizer):
     not divided by sqrt(C).
     """
 
-    def __init__(
-            self,
-            in_chs: int,
-            token_dim: int,
-            num_tokens: int = 16,
-            position_code: bool = False,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            value_map: bool = True,
-            device=None,
-            dtype=None,
-    ) -> None:
-        super().__init__(
-            in_chs, token_dim, num_tokens, position_code, norm_layer, value_map, device=device, dtype=dtype)
+    def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
         self.kmeans = KMeans(num_tokens)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> torch.Tensor:

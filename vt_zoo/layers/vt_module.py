@@ -66,17 +66,16 @@ class VTModule(nn.Module):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        heads = {'num_heads': num_heads, 'attention_values': attention_values}
+        shared = dict(
+            norm_layer=norm_layer, drop_path=drop_path, num_heads=num_heads, attention_values=attention_values, **dd)
         self.tokenizer = tokenizer(
-            in_chs, token_dim, self.new_tokens(num_tokens), position_code, norm_layer=norm_layer, **dd)
+            in_chs, token_dim, self.new_tokens(num_tokens), position_code=position_code, norm_layer=norm_layer, **dd)
         if self.tokenizer.out_chs != token_dim:
             self.embed = TokenLinear(self.tokenizer.out_chs, token_dim, norm_layer=norm_layer, **dd)
         else:
             self.embed = TokenNorm(token_dim, norm_layer, **dd)
-        self.transformer = token_mixer(token_dim, num_tokens, act_layer, norm_layer, drop_path, **heads, **dd)
-        self.projector = None
-        if projector:
-            self.projector = Projector(in_chs, out_chs, token_dim, norm_layer, drop_path, **heads, **dd)
+        self.transformer = token_mixer(token_dim, num_tokens, act_layer=act_layer, **shared)
+        self.projector = Projector(in_chs, out_chs, token_dim, **shared) if projector else None
         if zero_init_last:
             _start_at_zero(self)
 

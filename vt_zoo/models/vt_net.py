@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType, create_classifier
+from timm.layers import create_classifier
 from timm.models import (
     adapt_input_conv,
     build_model_with_cfg,
@@ -30,21 +30,17 @@ from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._classifier import TokenClassifier, creation_args
+from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args
 from .trunk import count_levels, create_trunk, timms_modules
-from .vt_resnet import HUB_FILE, PixelTokens, _check_input
 
 __all__ = ['VTNet']
 
-torch.fx.wrap('_check_input')
+torch.fx.wrap('check_images')
 
 _logger = logging.getLogger(__name__)
 
 PREPROCESSING = 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std'
-CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
-    'trunk', 'trunk_args', 'in_chans', 'output_stride', 'global_pool', 'depth', 'feature_dim', 'token_dim',
-    'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
-    'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
+CREATION_ARGS = 'trunk', 'trunk_args', 'depth'
 
 
 class VTNet(TokenClassifier):
@@ -68,27 +64,15 @@ class VTNet(TokenClassifier):
             depth: int = 2,
             feature_dim: Optional[int] = None,
             token_dim: int = 512,
-            num_tokens: int = 16,
-            tokenizer: str = 'filter',
-            recurrent: bool = True,
-            token_mixer: str = 'transformer',
             projector: bool = True,
             last_projector: bool = False,
-            dynamic_tokens: bool = False,
-            position_code: bool = False,
-            num_heads: int = 1,
-            attention_values: bool = False,
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            zero_init_last: bool = True,
             device=None,
             dtype=None,
+            **stage_args,
     ) -> None:
         """
-        Arguments that are not listed are those of `vt_zoo.layers.VTStage`.
-
         Args:
             trunk: Name of a convolutional model of timm, with a tag for other weights than its default ones.
             trunk_pretrained: Load the trunk's weights.
@@ -100,11 +84,11 @@ class VTNet(TokenClassifier):
             depth: VT modules.
             feature_dim: Channels C_out of the map that the VT modules refine; None for those of the trunk's map.
             token_dim: Channels CT of a token.
-            num_tokens: Tokens L.
-            act_layer: Activation of the token transformers.
-            norm_layer: Norm of the VT modules.
+            projector: Write the tokens back to the map; False for modules after the first that work on tokens only.
+            last_projector: Give the last module a projector too; `features_only=True` sets it.
             drop_rate: Dropout before the classifier.
             drop_path_rate: Stochastic depth rate, rising over the whole model of the trunk; the VT modules have it all.
+            **stage_args: Other arguments of `vt_zoo.layers.VTStage`.
 
         Raises:
             ValueError: An argument is outside what is allowed.
@@ -124,20 +108,10 @@ class VTNet(TokenClassifier):
             feature_dim or in_chs,
             depth,
             token_dim=token_dim,
-            num_tokens=num_tokens,
-            tokenizer=tokenizer,
-            recurrent=recurrent,
-            token_mixer=token_mixer,
             projector=projector,
             last_projector=last_projector,
-            dynamic_tokens=dynamic_tokens,
-            position_code=position_code,
-            num_heads=num_heads,
-            attention_values=attention_values,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
             drop_path=drop_path_rate,
-            zero_init_last=zero_init_last,
+            **stage_args,
             **dd,
         )
         self.in_chans = in_chans
@@ -229,7 +203,7 @@ class VTNet(TokenClassifier):
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        maps = list(self.trunk(_check_input(x, self.in_chans)))
+        maps = list(self.trunk(check_images(x, self.in_chans)))
         x = maps[-1]
         tokens = x.flatten(2).transpose(1, 2)
         if not stop_early or max_index == len(maps):
@@ -263,7 +237,7 @@ class VTNet(TokenClassifier):
         Raises:
             ValueError: H or W is under 32, or the channels are not in_chans.
         """
-        return self.vt_stage(self.trunk(_check_input(x, self.in_chans))[-1])[1]
+        return self.vt_stage(self.trunk(check_images(x, self.in_chans))[-1])[1]
 
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
     """The trunk of timm's model; the VT stage and the classifier are the model's own, which are new.

@@ -25,44 +25,22 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from vt_zoo._requirements import timm_is_at_least
 from vt_zoo.inference import InferenceStage, fold_norms
 from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._classifier import TokenClassifier, creation_args
+from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args
 
 __all__ = ['VTResNet']
 
 _logger = logging.getLogger(__name__)
 
-# timm before 1.0.31 unpickles a file that is named, and takes model.safetensors where none is
-HUB_FILE = 'model.safetensors' if timm_is_at_least('1.0.31') else None
+CREATION_ARGS = (  # of timm's ResNet: what a model must be created with for its weights to fit
+    'layers', 'channels', 'cardinality', 'base_width', 'stem_width', 'stem_type', 'replace_stem_pool',
+    'block_reduce_first', 'down_kernel_size', 'avg_down', 'block_args')
 
-CREATION_ARGS = (  # what a model must be created with for its weights to fit, where JSON can hold it
-    'in_chans', 'output_stride', 'global_pool', 'layers', 'channels', 'cardinality', 'base_width', 'stem_width',
-    'stem_type', 'replace_stem_pool', 'block_reduce_first', 'down_kernel_size', 'avg_down', 'block_args', 'feature_dim',
-    'token_dim', 'num_tokens', 'tokenizer', 'recurrent', 'token_mixer', 'projector', 'last_projector', 'dynamic_tokens',
-    'position_code', 'num_heads', 'attention_values', 'act_layer', 'norm_layer')
-
-
-def _check_input(x: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return x, or raise ValueError where it is not (B, in_chans, H, W) with H, W >= 32."""
-    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] < 32 or x.shape[3] < 32:
-        raise ValueError(f'x must have the shape (B, {in_chans}, H, W) with H and W at least 32, got {list(x.shape)}')
-    return x
-
-
-torch.fx.wrap('_check_input')
-
-
-class PixelTokens(nn.Module):
-    """What stands in place of a VT stage that was pruned: the map as it came, and its pixels for the tokens."""
-
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return a feature map (B, C, H, W) and tokens (B, H*W, C)."""
-        return x, x.flatten(2).transpose(1, 2)
+torch.fx.wrap('check_images')
 
 
 class VTResNet(TokenClassifier, ResNet):
@@ -100,16 +78,8 @@ class VTResNet(TokenClassifier, ResNet):
             channels: Tuple[int, ...] = (64, 128, 256),
             feature_dim: int = 512,
             token_dim: int = 1024,
-            num_tokens: int = 16,
-            tokenizer: str = 'filter',
-            recurrent: bool = True,
-            token_mixer: str = 'transformer',
             projector: bool = True,
             last_projector: bool = False,
-            dynamic_tokens: bool = False,
-            position_code: bool = False,
-            num_heads: int = 1,
-            attention_values: bool = False,
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             aa_layer: Optional[Type[nn.Module]] = None,
@@ -120,9 +90,10 @@ class VTResNet(TokenClassifier, ResNet):
             block_args: Optional[Dict[str, Any]] = None,
             device=None,
             dtype=None,
+            **stage_args,
     ) -> None:
         """
-        Arguments that are not listed are timm's ResNet's and act on the trunk.
+        Arguments that are not explained are timm's ResNet's and act on the trunk.
 
         Args:
             block: Residual block of the trunk, timm's BasicBlock or Bottleneck.
@@ -134,27 +105,16 @@ class VTResNet(TokenClassifier, ResNet):
             channels: Widths of the three stages of the trunk, before the expansion of the block.
             feature_dim: Channels C_out of the feature map that the VT modules refine.
             token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6). With 1 or 2 a batch of equal
-                images cannot be trained on, and `forward` raises ValueError.
-            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, `RecurrentTokenizer` after it;
-                or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
-            recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
-            token_mixer: 'transformer' (equations 3 and 4), 'graph' (a learned L x L adjacency and a linear map) or
-                'none' (a linear map) (Table 5).
             projector: Write the tokens back to the map; False for modules after the first that work on tokens only
                 (Table 7).
             last_projector: Give the last module a projector too; `features_only=True` sets it.
-            dynamic_tokens: Modules after the first make half of the tokens anew and keep the other half (first version
-                of the paper, as the next three).
-            position_code: Append a code of the token coefficients A to the tokens.
-            num_heads: Heads of the transformer and the projector.
-            attention_values: Value maps W_V in the transformer and the projector. (Tokenizers have one without it, but
-                for pooling.)
             act_layer: Activation of the trunk and of the token transformers.
             norm_layer: Norm of the trunk and of the VT modules.
             drop_rate: Dropout before the classifier.
             drop_path_rate: Stochastic depth rate, rising linearly from 0 over the trunk's blocks and the VT modules.
             zero_init_last: Start residual branches of trunk and VT modules, and the filters that tokens make, at zero.
+            **stage_args: Other arguments of `vt_zoo.layers.VTStage`: `num_tokens`, `tokenizer`, `recurrent`,
+                `token_mixer`, and those of the paper's first version.
 
         Raises:
             ValueError: An argument is outside what is allowed.
@@ -205,20 +165,13 @@ class VTResNet(TokenClassifier, ResNet):
             feature_dim,
             num_modules,
             token_dim=token_dim,
-            num_tokens=num_tokens,
-            tokenizer=tokenizer,
-            recurrent=recurrent,
-            token_mixer=token_mixer,
             projector=projector,
             last_projector=last_projector,
-            dynamic_tokens=dynamic_tokens,
-            position_code=position_code,
-            num_heads=num_heads,
-            attention_values=attention_values,
             act_layer=act_layer,
             norm_layer=norm_layer,
             drop_path=[last_rate * (num_blocks + i) for i in range(num_modules)],
             zero_init_last=zero_init_last,
+            **stage_args,
             **dd,
         )
         self.feature_info.append(dict(num_chs=self.vt_stage.out_chs, reduction=output_stride, module='vt_stage'))
@@ -286,7 +239,7 @@ class VTResNet(TokenClassifier, ResNet):
         take_indices, max_index = feature_take_indices(5, indices)
         last_index = max_index if stop_early else 4
 
-        x = self.act1(self.bn1(self.conv1(_check_input(x, self.in_chans))))
+        x = self.act1(self.bn1(self.conv1(check_images(x, self.in_chans))))
         maps = [x]
         if last_index > 0:
             x = self.maxpool(x)
@@ -342,7 +295,7 @@ class VTResNet(TokenClassifier, ResNet):
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the map of stage 3 (B, C, H, W)."""
-        x = _check_input(x, self.in_chans)
+        x = check_images(x, self.in_chans)
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.act1(x)

@@ -46,6 +46,7 @@ class PyramidModel(AsksModel, SegmentationModel):
     def __init__(
             self,
             encoder_name: str,
+            encoder_depth: int,
             encoder_weights: Optional[Union[str, bool]],
             in_channels: int,
             classes: int,
@@ -68,10 +69,11 @@ class PyramidModel(AsksModel, SegmentationModel):
         check_positive('classes', classes)
         check_positive('pyramid_channels', pyramid_channels)
         check_positive('head_channels', head_channels, multiple_of=32)  # groups of the group norm
-        depth = encoder_args.get('depth', 5)
-        if depth != 5:
-            raise ValueError(f'depth must be 5, which gives maps of stride 4, 8, 16 and 32, got {depth!r}')
-        self.encoder = get_encoder(encoder_name, in_channels=in_channels, weights=encoder_weights, **encoder_args)
+        if encoder_depth != 5:
+            raise ValueError(
+                f'encoder_depth must be 5, which gives maps of stride 4, 8, 16 and 32, got {encoder_depth!r}')
+        self.encoder = get_encoder(
+            encoder_name, in_channels=in_channels, depth=encoder_depth, weights=encoder_weights, **encoder_args)
         in_chs = self.encoder.out_channels[-self.num_levels:]
         self.decoder = PanopticDecoder(
             neck(in_chs, pyramid_channels, **neck_args), self.num_levels, pyramid_channels, head_channels)
@@ -154,6 +156,7 @@ class VTFPN(PyramidModel):
     def __init__(
             self,
             encoder_name: str = 'tu-resnet50',
+            encoder_depth: int = 5,
             encoder_weights: Optional[Union[str, bool]] = None,
             in_channels: int = 3,
             classes: int = 1,
@@ -169,6 +172,7 @@ class VTFPN(PyramidModel):
         Args:
             encoder_name: An encoder of segmentation_models_pytorch, 'tu-NAME' for one of timm. The paper's are
                 ResNet-50 and ResNet-101.
+            encoder_depth: Stages of the encoder; 5, the number that gives the levels.
             encoder_weights: None for random weights. As in segmentation_models_pytorch, True (or any string) fetches
                 the pretrained weights of a 'tu-' encoder; unlike there none are fetched unless asked for.
             in_channels: Channels of the image.
@@ -188,8 +192,8 @@ class VTFPN(PyramidModel):
         check_positive('token_dim', token_dim)
         check_norm(norm_layer)
         super().__init__(
-            encoder_name, encoder_weights, in_channels, classes, activation, pyramid_channels, head_channels, VTNeck,
-            {'num_tokens': num_tokens, 'token_dim': token_dim, 'norm_layer': norm_layer}, kwargs)
+            encoder_name, encoder_depth, encoder_weights, in_channels, classes, activation, pyramid_channels,
+            head_channels, VTNeck, {'num_tokens': num_tokens, 'token_dim': token_dim, 'norm_layer': norm_layer}, kwargs)
 
 
 class PanopticFPN(PyramidModel):
@@ -199,6 +203,7 @@ class PanopticFPN(PyramidModel):
     def __init__(
             self,
             encoder_name: str = 'tu-resnet50',
+            encoder_depth: int = 5,
             encoder_weights: Optional[Union[str, bool]] = None,
             in_channels: int = 3,
             classes: int = 1,
@@ -209,5 +214,5 @@ class PanopticFPN(PyramidModel):
     ) -> None:
         """Arguments are those of `VTFPN`; there are no tokens, and no norm in the neck."""
         super().__init__(
-            encoder_name, encoder_weights, in_channels, classes, activation, pyramid_channels, head_channels, FPNNeck,
-            {}, kwargs)
+            encoder_name, encoder_depth, encoder_weights, in_channels, classes, activation, pyramid_channels,
+            head_channels, FPNNeck, {}, kwargs)

@@ -23,7 +23,8 @@ from runs import read_runs, run_all
 from timm.data import create_loader, resolve_data_config
 from versions import versions
 
-from vt_zoo.classification.train import FinetuneSettings, evaluate, finetune
+from vt_zoo.classification.settings import FinetuneSettings
+from vt_zoo.classification.train import evaluate, finetune
 from vt_zoo.data.images import ImageFolder, find_split
 from vt_zoo.files import whole
 
@@ -72,7 +73,10 @@ def train(seed: int, data: Path, work_dir: Path) -> dict:
 
 def count(data: Path) -> int:
     """How many of the test pictures the shipped file finds right."""
-    model = timm.create_model('test_vt_resnet.cifar10', pretrained=True)
+    size = (3, *2 * [max(STEPS)])
+    model = timm.create_model(
+        'test_vt_resnet.untrained', pretrained=True, num_classes=len(CLASSES),
+        pretrained_cfg_overlay={'file': str(WEIGHTS), 'num_classes': len(CLASSES), 'input_size': size})
     config = resolve_data_config({}, model=model)
     loader = create_loader(
         ImageFolder(find_split(data).val), config['input_size'], 100, interpolation=config['interpolation'],

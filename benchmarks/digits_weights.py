@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 from versions import versions
 
-from vt_zoo.classification.train import FinetuneResult, FinetuneSettings, finetune
+from vt_zoo.classification.settings import FinetuneSettings
+from vt_zoo.classification.train import FinetuneResult, finetune
 from vt_zoo.data.digits import write_digits
 from vt_zoo.files import whole
 

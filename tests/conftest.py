@@ -3,8 +3,10 @@ import gc
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vt_zoo.classification.train import FinetuneSettings, finetune
+from vt_zoo.classification.settings import FinetuneSettings
+from vt_zoo.classification.train import finetune
 from vt_zoo.data.composed_digits import write_composed_digits
 from vt_zoo.data.digits import write_digits
 from vt_zoo.errors import InputError
@@ -369,3 +372,29 @@ def segment_model(segment_run):
 def my_segment_model(segment_model, tmp_path):
     """A copy of segment_model to change."""
     return Path(shutil.copytree(segment_model, tmp_path / 'my_segment_model'))
+
+
+@pytest.fixture(scope='session')
+def two_command_lines(segment_command, tmp_path_factory):
+    with closing(Forks(tmp_path_factory.mktemp('other_command'), 'vt_zoo.cli', *SEGMENT_MODULES)) as other:
+        yield [segment_command, other.command]
+
+
+@pytest.fixture
+def two_processes(two_command_lines):
+    """Runs a command in two processes at once, in the environment that `accelerate launch` gives them."""
+    def run_both(*words, before=''):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+
+        def one(rank):
+            environment = {
+                'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': 2, 'LOCAL_WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1',
+                'MASTER_PORT': port, 'ACCELERATE_USE_CPU': 'true'}
+            environment = {name: str(value) for name, value in environment.items()}
+            return two_command_lines[rank](*words, before=before, environment=environment, timeout=120)
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(one, range(2)))
+    return run_both

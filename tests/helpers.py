@@ -1,5 +1,7 @@
 """Helpers that several test files import."""
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -39,3 +41,16 @@ def with_eval_size(loaded, eval_size):
     fixed = isinstance(eval_size, tuple)
     size = {'input_size': (3, *(eval_size if fixed else (None, None))), 'short_side': None if fixed else eval_size}
     return replace(loaded, preprocessing={**loaded.preprocessing, **size})
+
+
+def words_of(settings):
+    return [word for name, value in settings.items() for word in (f'--{name.replace("_", "-")}', str(value))]
+
+
+def accelerate_launch(*words):
+    """Runs a command in two processes; gives what they print."""
+    process = subprocess.run(
+        [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '-m', 'vt_zoo',
+         *words], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout

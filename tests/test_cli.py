@@ -506,7 +506,7 @@ def test_ctrl_c_in_a_real_process(command, few_digits, tiny_arguments, tmp_path)
     ('timm.utils.ModelEmaV3.update', STEPS + 2, ['checkpoint.safetensors']),
     ('os.replace', 1, []),
     ('os.replace', 2, ['checkpoint.safetensors']),
-    ('os.replace', 4, ['checkpoint.safetensors', 'model']),
+    ('os.replace', 6, ['checkpoint.safetensors', 'model']),
 ])
 def test_ctrl_c_in_finetune(command, signal_at, few_digits, tiny_arguments, tiny_run, tmp_path, function, call, left):
     out = tmp_path / 'run'

@@ -1,15 +1,15 @@
 """A run of `finetune` is the same to the bit however many processes load its images, and keeps its order of classes."""
-import random
+import csv
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from helpers import accelerate_launch, words_of
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 from vt_zoo.classification.train import finetune
-from vt_zoo.data.images import ImageFolder, find_split
 from vt_zoo.weights.files import read_tensors, write_tensors
 from vt_zoo.weights.loading import load_model
 
@@ -55,22 +55,6 @@ def test_number_of_workers(few_digits, settings, whole, tmp_path, workers):
     assert train(few_digits, tmp_path / 'run', settings, workers=workers) == whole
 
 
-def test_augmentation_is_of_seed_epoch_and_index(few_digits):
-    images = ImageFolder(
-        find_split(few_digits).train, lambda image: (random.random(), np.random.rand(), torch.rand(()).item()), seed=3)
-    drawn = {}
-    for epoch in (0, 1):
-        images.epoch = epoch
-        drawn.update({(epoch, index): images[index][0] for index in range(len(images))})
-    assert len(set(drawn.values())) == len(drawn) == 72
-    images.epoch = 0
-    torch.manual_seed(5)
-    assert images[7][0] == drawn[0, 7]
-    after = torch.rand(())
-    torch.manual_seed(5)
-    assert torch.rand(()) == after
-
-
 @pytest.mark.parametrize('before, after', [(0, 2), (2, 0)])
 def test_going_on_with_another_number_of_workers(few_digits, settings, whole, tmp_path, before, after):
     interrupt(few_digits, tmp_path / 'run', settings, workers=before)
@@ -89,3 +73,24 @@ def test_run_goes_on_in_its_own_order_of_classes(my_digits, tiny_settings, tmp_p
     write_tensors(checkpoint, tensors, metadata)
     train(data, tmp_path / 'run', replace(tiny_settings, batch_size=4), resume=True)
     assert list(load_model(str(tmp_path / 'run' / 'model')).pretrained_cfg['label_names']) == ['a', 'A']
+
+
+@pytest.mark.parametrize('launcher', ['forks', pytest.param('accelerate', marks=pytest.mark.slow)])
+def test_two_processes(two_processes, few_digits, tiny_arguments, tiny_settings, tmp_path, launcher):
+    """Batches of 7 are shared as 4 and 3, and loss and weights are those of one process, but for rounding."""
+    changes = {'model': 'test_efficientnet_gn', 'batch_size': 7, 'smoothing': 0.1, 'epochs': 3}
+    words = ['finetune', few_digits, *tiny_arguments, *words_of(changes), '--out', tmp_path / 'two']
+    if launcher == 'accelerate':
+        printed = accelerate_launch(*words)
+    else:
+        results = two_processes(*words)
+        assert [r.code for r in results] == [0, 0], results[0].stderr
+        printed = ''.join(r.stdout for r in results)
+    finetune(few_digits, tmp_path / 'one', replace(tiny_settings, **changes), device='cpu', progress=False)
+    one, two = (load_file(tmp_path / name / 'model' / 'model.safetensors') for name in ('one', 'two'))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)
+    one, two = (list(csv.DictReader((tmp_path / name / 'history.csv').open())) for name in ('one', 'two'))
+    for row, expected in zip(two, one, strict=True):
+        assert {k: float(v) for k, v in row.items()} == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-3)
+    assert printed.count('model      ') == printed.count('epoch   3:') == 1

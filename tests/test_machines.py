@@ -334,7 +334,7 @@ def test_digits_of_slips(command, tmp_path, words):
 
 
 def test_memory_that_does_not_suffice(command, picture_of_noise, tiny_model):
-    before = "import vt_zoo.cli.predict as p, torch; p.load_model = lambda *a: torch.empty(2 ** 60)"
+    before = "import vt_zoo.cli.predict as p, torch; p.load_classifier = lambda *a: torch.empty(2 ** 60)"
     check_refused(command('predict', picture_of_noise, '--model', tiny_model, before=before), 'memory')
 
 

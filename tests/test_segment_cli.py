@@ -204,7 +204,7 @@ def test_disk_that_is_full_in_the_middle(
     """Space for best/, but not for the checkpoint that comes before it."""
     out = tmp_path / 'run'
     size = (segment_run.out / 'best' / 'model.safetensors').stat().st_size + 10_000
-    before = signal_at('vt_zoo.segmentation.train.learning_rate', 4, signal.SIGINT)
+    before = signal_at('vt_zoo.training.loop.seed_of', 4, signal.SIGINT)
     check_interrupted(segment_command(*train_words, '--out', out, before=before))
     checkpoint = (out / 'checkpoint.safetensors').read_bytes()
     check_refused(segment_command(*train_words, '--out', out, '--resume', before=limit_file_size(size)))
@@ -216,7 +216,7 @@ def test_disk_that_is_full_in_the_middle(
 
 @pytest.mark.parametrize('function, call, left', [
     ('os.replace', 1, []),
-    ('vt_zoo.segmentation.train.learning_rate', 3, ['checkpoint.safetensors']),
+    ('vt_zoo.training.loop.seed_of', 3, ['checkpoint.safetensors']),
     ('os.replace', 3, ['checkpoint.safetensors']),
     ('os.replace', 4, ['best', 'checkpoint.safetensors']),
     ('vt_zoo.segmentation.train.write_history', 1, ['best', 'checkpoint.safetensors', 'last']),
@@ -232,7 +232,7 @@ def test_ctrl_c(segment_command, signal_at, train_words, segment_run, tmp_path, 
 
 
 def test_ctrl_c_with_workers(segment_command, signal_at, train_words, tmp_path):
-    before = signal_at('vt_zoo.segmentation.train.learning_rate', 5, signal.SIGINT)
+    before = signal_at('vt_zoo.training.loop.seed_of', 5, signal.SIGINT)
     check_interrupted(segment_command(*train_words, '--workers', 2, '--out', tmp_path / 'run', before=before))
 
 
@@ -367,7 +367,7 @@ def test_no_action(command):
 
 
 @pytest.mark.parametrize('action, package', [
-    ('train', 'segmentation_models_pytorch'), ('train', 'accelerate'), ('eval', 'torchmetrics'),
+    ('train', 'segmentation_models_pytorch'), ('eval', 'torchmetrics'),
     ('predict', 'segmentation_models_pytorch')])
 def test_missing_package(command, composed, picture, segment_model, segment_arguments, tmp_path, package, action):
     words = {

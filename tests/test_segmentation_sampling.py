@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vt_zoo.segmentation.sampling import IterationBatches, SeededDataset
+from vt_zoo.training.sampling import IterationBatches, SeededDataset
 
 
 def batches(num_samples, batch_size, stop, start=0, seed=0, **kwargs):

@@ -4,17 +4,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEGMENT_MODULES, Forks
+from helpers import accelerate_launch, words_of
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -22,10 +18,11 @@ from torch.utils.data import DataLoader
 from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import SegmentMetrics, evaluate
-from vt_zoo.segmentation.sampling import IterationBatches, SeededDataset
 from vt_zoo.segmentation.settings import read_settings
 from vt_zoo.segmentation.train import create_segmenter, train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform, train_transform
+from vt_zoo.training.loop import Loop
+from vt_zoo.training.sampling import IterationBatches, SeededDataset
 from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_tensors
 
@@ -66,14 +63,14 @@ def measure(model_dir, data_dir):
 @contextmanager
 def interrupted_in(iteration):
     """Ctrl-C as an iteration, counted from 0, begins."""
-    def interrupt(settings, i):
-        if i == iteration:
+    def interrupt(self, *args):
+        if self.iteration == iteration:
             raise KeyboardInterrupt
-        return rate(settings, i)
+        return step(self, *args)
 
-    rate = train_module.learning_rate
+    step = Loop.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, 'learning_rate', interrupt)
+        patch.setattr(Loop, 'step', interrupt)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -269,7 +266,7 @@ def test_resumed_again_and_again(composed, segment_settings, segment_run, tmp_pa
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ('os.replace', 3, True),  # best/ is there, its measures are not in the checkpoint
         ('vt_zoo.segmentation.train.evaluate', 1, False),  # the checkpoint before it is there
-        ('vt_zoo.segmentation.train.learning_rate', 6, False),
+        ('vt_zoo.training.loop.seed_of', 6, False),
         ('vt_zoo.segmentation.train.write_segmenter', -1, True),  # last/ is there, the history is not
     ])
 ])
@@ -473,7 +470,7 @@ def test_label_out_of_range(my_composed, segment_settings, tmp_path, workers, in
     ({'encoder_name': 'no_such_encoder'}, "encoder 'no_such_encoder' cannot be made"),
     ({'encoder_name': 'tu-test_vit'}, "encoder 'tu-test_vit' cannot be made"),
     ({'encoder_name': 'tu-coatnet_pico_rw_224'}, 'tu-coatnet_pico_rw_224 does not take images of 3x32x32'),
-    ({'batch_size': 1}, 'a batch of 1 crops of 32x32 cannot be trained'),
+    ({'batch_size': 1}, 'a batch of 1 images of 32x32 cannot be trained'),
     ({'format': 'voc'}, "'voc'"),
     ({'format': 'lip'}, 'TrainVal_images'),
 ])
@@ -533,49 +530,10 @@ def test_mixed_precision(segment_command, composed, segment_arguments, segment_r
     assert outcome(tmp_path / 'other') == outcome(tmp_path / 'run')
 
 
-@pytest.fixture(scope='module')
-def two_command_lines(segment_command, tmp_path_factory):
-    with closing(Forks(tmp_path_factory.mktemp('other_command'), 'vt_zoo.cli', *SEGMENT_MODULES)) as other:
-        yield [segment_command, other.command]
-
-
-@pytest.fixture
-def two_processes(two_command_lines):
-    """Runs a command in two processes at once, in the environment that `accelerate launch` gives them."""
-    def run_both(*words, before=''):
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-
-        def one(rank):
-            environment = {
-                'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': 2, 'LOCAL_WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1',
-                'MASTER_PORT': port, 'ACCELERATE_USE_CPU': 'true'}
-            environment = {name: str(value) for name, value in environment.items()}
-            return two_command_lines[rank](*words, before=before, environment=environment, timeout=120)
-
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(one, range(2)))
-    return run_both
-
-
 # without batch statistics, so that two processes compute what one computes, but for rounding; the crop is larger than
 # the images, so that processes have other numbers of ignored pixels
 WITHOUT_BATCH_NORM = {
     'arch': 'panoptic_fpn', 'encoder_name': 'tu-test_efficientnet_gn', 'crop_size': [64, 64], 'ema_decay': 0.}
-
-
-def words_of(settings):
-    return [word for name, value in settings.items() for word in (f'--{name.replace("_", "-")}', str(value))]
-
-
-def accelerate_launch(*words):
-    """Runs a command in two processes; gives what they print."""
-    process = subprocess.run(
-        [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '-m', 'vt_zoo',
-         *words], capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 @pytest.mark.parametrize('launcher', ['forks', pytest.param('accelerate', marks=pytest.mark.slow)])
@@ -618,7 +576,7 @@ def distributed_run(two_processes, distributed_words, tmp_path):
 def test_two_processes_that_are_killed_and_resumed(
         two_processes, signal_at, distributed_words, distributed_run, tmp_path):
     out = tmp_path / 'run'
-    before = signal_at('vt_zoo.segmentation.train.learning_rate', 6, signal.SIGKILL)
+    before = signal_at('vt_zoo.training.loop.seed_of', 6, signal.SIGKILL)
     assert [r.code for r in two_processes(*distributed_words, '--out', out, before=before)] == 2 * [-signal.SIGKILL]
     assert sorted(os.listdir(out)) == ['.lock', 'best', 'checkpoint.safetensors']
     results = two_processes(*distributed_words, '--out', out, '--resume')

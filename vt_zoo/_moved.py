@@ -15,7 +15,7 @@ MODULES = {  # and where their names are now
     'vt_zoo.checkpoint': ['vt_zoo.weights.files', 'vt_zoo.weights.loading', 'vt_zoo.files'],
     'vt_zoo.convert': ['vt_zoo.weights.conversion'],
     'vt_zoo.digits': ['vt_zoo.data.digits'],
-    'vt_zoo.finetune': ['vt_zoo.classification.train'],
+    'vt_zoo.finetune': ['vt_zoo.classification.train', 'vt_zoo.classification.settings'],
     'vt_zoo.folders': ['vt_zoo.data.folders'],
     'vt_zoo.hub': ['vt_zoo.weights.hub'],
     'vt_zoo.image_stream': ['vt_zoo.data.image_stream'],

@@ -1,4 +1,5 @@
-"""Devices that models run on."""
+"""Devices that models run on, and processes that train one together."""
+import os
 from typing import Optional
 
 import torch
@@ -27,3 +28,8 @@ def find_device(name: Optional[str] = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):  # each kind its own
         pass
     raise InputError(f'device must be {", ".join(DEVICES[:-1])} or {DEVICES[-1]} and be on this machine, got {name}')
+
+
+def is_main_process() -> bool:
+    """Whether this is the first, or the only one, of the processes of a launcher: the one that writes and speaks."""
+    return os.environ.get('RANK', '0') == '0'

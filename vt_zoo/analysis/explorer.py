@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..data.images import load_image
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..weights.loading import SEGMENTATION, Loaded
 from .figures import draw_token, overlay_tokens
 from .gate import Gate, is_uploaded
@@ -80,7 +80,7 @@ def look(loaded: Loaded, image: Image.Image) -> Look:
 
 def _classify(loaded: Loaded, x: torch.Tensor) -> Dict[str, float]:
     top = loaded.model(x[None]).softmax(-1)[0].topk(min(CLASSES, len(loaded.classes)))
-    names = [loaded.classes[i] for i in top.indices]
+    names = [printable(loaded.classes[i]) for i in top.indices]
     unique = [name if names.count(name) == 1 else f'{name} ({i})' for name, i in zip(names, top.indices.tolist())]
     return dict(zip(unique, top.values.tolist()))
 

@@ -2,6 +2,7 @@
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {
-    'train': ['FinetuneResult', 'FinetuneSettings', 'finetune'],
+    'settings': ['FinetuneSettings'],
+    'train': ['FinetuneResult', 'finetune'],
     'predict': ['load_classifier', 'predict_images'],
 })

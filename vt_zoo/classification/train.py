@@ -6,34 +6,41 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from timm.data import create_loader, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.data.auto_augment import auto_augment_policy
 from timm.models import create_model, get_arch_pretrained_cfgs, list_pretrained
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import random_seed
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from .._version import __version__
 from ..data.images import ImageFolder, Split, describe_split, find_split, image_mode
-from ..devices import find_device
+from ..devices import find_device, is_main_process
 from ..errors import MAX_PIXELS, InputError
 from ..files import run_folder
-from ..training.run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
-from ..weights.files import read_tensors, write_model, write_tensors
+from ..training.loop import Loop, accelerator_of, read_state
+from ..training.run_state import check_run_folder, write_history
+from ..weights.files import write_model
 from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
 from ..weights.loading import check_input_size, check_name, load_model
+from .settings import FinetuneSettings
 
-__all__ = ['FinetuneResult', 'FinetuneSettings', 'finetune']
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['FinetuneResult', 'finetune']
+
+PROGRAM = 'vt-zoo finetune'
 
 _logger = logging.getLogger(__name__)
 
@@ -41,36 +48,6 @@ _logger = logging.getLogger(__name__)
 DECIDED = {  # arguments of a model that are not for `model_kwargs`
     'num_classes', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path', 'features_only', 'pretrained_cfg',
     'pretrained_cfg_overlay'}
-
-
-@dataclass
-class FinetuneSettings:
-    """What decides the outcome of a run. Names are those of timm's train.py; `vt-zoo finetune --help` explains them.
-
-    The defaults are section 5.1 of the paper (SGD with momentum 0.9, weight decay 4e-5) with a learning rate for small
-    batches, and a cosine instead of steps, since runs here are short.
-    """
-    model: str = 'vt_resnet18'
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)  # arguments of timm.create_model
-    epochs: int = 30
-    batch_size: int = 32
-    img_size: Optional[int] = None  # the model's own
-    opt: str = 'momentum'
-    lr: float = 0.05
-    weight_decay: float = 4e-5
-    warmup_epochs: int = 2
-    smoothing: float = 0.1
-    drop: float = 0.
-    drop_path: float = 0.
-    model_ema_decay: float = 0.998
-    scale: Tuple[float, float] = (0.35, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.4
-    aa: Optional[str] = None
-    val_fraction: float = 0.2
-    seed: int = 0
-    precision: str = 'auto'
 
 
 @dataclass
@@ -86,22 +63,28 @@ class FinetuneResult:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any, device: torch.device) -> Tuple[Dict[str, float], torch.Tensor]:
-    """Run a model over a loader, in float32.
+def evaluate(
+        model: nn.Module,
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        device: torch.device,
+) -> Tuple[Dict[str, float], torch.Tensor]:
+    """Run a model over batches of images and classes, in float32.
 
     Returns:
-        The mean `loss` and the accuracy `top1` in percent; and the predicted class of each image (N,).
+        The mean `loss` and the accuracy `top1` in percent, 0 where there are no images; and the predicted class of each
+        image (N,).
     """
     model.eval()
-    losses, targets, predictions = [], [], []
-    for x, target in loader:
+    losses, right, predictions = [], [], []
+    for x, target in batches:
         output, target = model(x.to(device)), target.to(device)
         losses.append(F.cross_entropy(output, target, reduction='none'))
-        targets.append(target)
         predictions.append(output.argmax(-1))
-    predicted = torch.cat(predictions)
-    top1 = (predicted == torch.cat(targets)).double().mean()
-    return {'loss': torch.cat(losses).double().mean().item(), 'top1': 100 * top1.item()}, predicted.cpu()
+        right.append(predictions[-1] == target)
+    if not predictions:
+        return {'loss': 0., 'top1': 0.}, torch.empty(0, dtype=torch.long)
+    loss, top1 = (torch.cat(values).double().mean().item() for values in (losses, right))
+    return {'loss': loss, 'top1': 100 * top1}, torch.cat(predictions).cpu()
 
 
 def _has_weights(name_or_dir: str) -> bool:
@@ -154,38 +137,34 @@ def _check_policy(name: Optional[str]) -> None:
         raise ValueError(name)
 
 
-def _create_loaders(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any], workers: int, device):
+def _create_datasets(split: Split, settings: FinetuneSettings, data_config: Dict[str, Any]) -> Tuple[Dataset, Dataset]:
     mode = image_mode(data_config['input_size'][0])
-    common = {
-        'input_size': data_config['input_size'], 'mean': data_config['mean'], 'std': data_config['std'],
-        'interpolation': data_config['interpolation'], 'num_workers': workers, 'device': device,
-        'pin_memory': device.type == 'cuda', 'persistent_workers': False,  # which would not learn of the epoch
-    }
+    common = {name: data_config[name] for name in ('input_size', 'mean', 'std', 'interpolation')}
     try:
         _check_policy(settings.aa)
-        train = create_loader(
-            ImageFolder(split.train, mode=mode, seed=settings.seed),
-            batch_size=min(settings.batch_size, len(split.train)), is_training=True, scale=settings.scale,
-            ratio=settings.ratio, hflip=settings.hflip, color_jitter=settings.color_jitter,
-            auto_augment=settings.aa, **common)
+        augment = create_transform(
+            **common, is_training=True, scale=settings.scale, ratio=settings.ratio, hflip=settings.hflip,
+            color_jitter=settings.color_jitter, auto_augment=settings.aa)
     except (AssertionError, ValueError) as e:
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
-    val = create_loader(
-        ImageFolder(split.val, mode=mode), batch_size=min(settings.batch_size, len(split.val)),
-        crop_pct=data_config['crop_pct'], **common)
-    return train, val
+    return (
+        ImageFolder(split.train, augment, mode),
+        ImageFolder(split.val, create_transform(**common, crop_pct=data_config['crop_pct']), mode))
 
 
-def _amp_dtype(precision: str, device: torch.device) -> Optional[torch.dtype]:
-    if precision == 'auto':
+def _precision(name: str, device: torch.device) -> str:
+    """accelerate's name of a precision."""
+    if name == 'float16' and device.type == 'cpu':  # accelerate would go on in float32
+        raise InputError('precision float16 is for GPUs, on a CPU allowed are float32 and bfloat16')
+    if name == 'auto':
         if device.type != 'cuda':
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}[precision]
+            return 'no'
+        return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
+    return {'float32': 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}[name]
 
 
 class _Run:
-    """The state of a run: what a checkpoint holds."""
+    """What a run trains, on which images."""
 
     def __init__(
             self,
@@ -194,83 +173,61 @@ class _Run:
             pretrained: bool,
             split: Split,
             workers: int,
-            device: torch.device,
+            accelerator: 'Accelerator',
     ) -> None:
         random_seed(settings.seed)
-        self.settings, self.start, self.device = settings, start, device
+        self.settings, self.start, self.workers, self.accelerator = settings, start, workers, accelerator
         model = _create_model(start, settings, len(split.classes), pretrained)
-        model.to(device, memory_format=torch.channels_last)  # a training step on CPU is a third faster
+        model.to(accelerator.device, memory_format=torch.channels_last)  # a training step on CPU is a third faster
         size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
         self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
         logits = check_input_size(model, self.data_config['input_size'], settings.model)
         if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):  # as without pooling
             raise InputError(f'model {settings.model} with these model_kwargs does not give one logit a class')
         pixels = math.prod(self.data_config['input_size'][1:])
-        if min(settings.batch_size, len(split.train)) * pixels > MAX_PIXELS:
+        batch_size = min(settings.batch_size, len(split.train))
+        if batch_size * pixels > MAX_PIXELS:
             raise InputError(
                 f'batch_size must be at most {MAX_PIXELS // pixels} for images of this size, got {settings.batch_size}')
-        self.train_loader, self.val_loader = _create_loaders(split, settings, self.data_config, workers, device)
-        self.model = model
-        self.ema = ModelEmaV3(model, decay=settings.model_ema_decay, use_warmup=True)
-        self.optimizer = create_optimizer_v2(
-            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=0.9)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
-            warmup_lr=settings.lr / 100, step_on_epochs=False, updates_per_epoch=len(self.train_loader))
-        self.amp_dtype = _amp_dtype(settings.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
-        self.history: List[Dict[str, float]] = []
+        self.train_data, self.val_data = _create_datasets(split, settings, self.data_config)
+        steps = len(split.train) // batch_size
+        self.loop = Loop(
+            model, accelerator,
+            {'opt': settings.opt, 'lr': settings.lr, 'weight_decay': settings.weight_decay, 'momentum': 0.9},
+            {'sched': 'cosine', 'warmup_epochs': settings.warmup_epochs, 'warmup_lr': settings.lr / 100},
+            settings.epochs * steps, batch_size, settings.seed, settings.model_ema_decay, 'epoch', steps)
         self.fingerprint = {
             **json.loads(json.dumps(asdict(settings))), 'classes': split.classes, 'train_images': len(split.train),
             'val_images': len(split.val)}
 
-    @property
-    def ema_model(self) -> nn.Module:
-        return self.ema.module
+    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of a process, whose mean over the processes is that over the whole batch."""
+        total = F.cross_entropy(logits, targets, label_smoothing=self.settings.smoothing, reduction='sum')
+        return total * self.accelerator.num_processes / self.loop.batch_size
 
-    def train_epoch(self, epoch: int, progress: bool) -> float:
-        """Train for one epoch and return the mean loss."""
-        random_seed(self.settings.seed, epoch + 1)
-        self.train_loader.dataset.epoch = epoch
-        self.model.train()
-        update = epoch * len(self.train_loader)
-        losses = []
-        bar = tqdm(
-            self.train_loader, desc=f'epoch {epoch + 1}/{self.settings.epochs}', disable=None if progress else True,
-            leave=False)
-        for x, target in bar:
-            self.scheduler.step_update(update)
-            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                loss = F.cross_entropy(self.model(x), target, label_smoothing=self.settings.smoothing)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            update += 1
-            self.ema.update(self.model, step=update)
-            losses.append(loss.detach())
-        mean = torch.stack(losses).mean().item()
-        if not mean < float('inf'):
-            raise InputError(f'the loss became {mean} in epoch {epoch + 1}: try a lower lr than {self.settings.lr}')
-        return mean
+    def val_loader(self, indices: Sequence[int]) -> DataLoader:
+        """Batches of these held-out images."""
+        return DataLoader(Subset(self.val_data, indices), self.loop.batch_size, num_workers=self.workers)
 
-    def save(self, path: Path) -> None:
-        """Write the state after an epoch."""
-        tensors, scalars = state_tensors({'model': self.model, 'ema': self.ema_model}, self.optimizer)
-        write_tensors(path, tensors, {
-            'fingerprint': self.fingerprint, 'start': self.start, 'history': self.history, 'optimizer': scalars,
-            'scaler': self.scaler.state_dict()})
+    def evaluate(self) -> Dict[str, float]:
+        """Measure the kept model on the held-out images, each process on its share."""
+        indices = self.loop.share(len(self.val_data))
+        metrics, _ = evaluate(self.loop.kept_model, self.val_loader(indices), self.loop.device)
+        sums = torch.tensor([metrics['loss'], metrics['top1']], dtype=torch.float64) * len(indices)
+        loss, top1 = (self.accelerator.reduce(sums.to(self.loop.device), 'sum') / len(self.val_data)).tolist()
+        return {'val_loss': loss, 'val_top1': top1}
 
-    def load(self, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any], out: Path) -> None:
-        """Take over a state that `save` wrote in the folder `out`.
+    def train(self, checkpoint: Path, progress: bool) -> None:
+        """Train to the end."""
+        def describe(line: Dict[str, float]) -> str:
+            return (
+                f'epoch {line["epoch"]:3d}: training loss {line["train_loss"]:.3f}, held-out accuracy '
+                f'{line["val_top1"]:.2f} %')
 
-        Raises:
-            InputError: It belongs to a run with other settings or data.
-        """
-        check_same_run(out, metadata['fingerprint'], self.fingerprint)
-        load_state(tensors, metadata['optimizer'], {'model': self.model, 'ema': self.ema_model}, self.optimizer)
-        self.scaler.load_state_dict(metadata['scaler'])
-        self.history = metadata['history']
+        self.loop.run(
+            self.loop.batches(self.train_data, self.workers), self.loss_of, self.evaluate, lambda line: None,
+            lambda: self.loop.save(checkpoint, PROGRAM, self.fingerprint, start=self.start),
+            self.loop.unit_iterations, self.loop.unit_iterations, describe, progress)
 
 
 def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
@@ -278,7 +235,7 @@ def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
     is_folder = Path(name.removeprefix('local-dir:')).is_dir()
     pretrained = _has_weights(name)
     return {
-        'program': 'vt-zoo finetune',
+        'program': PROGRAM,
         'versions': {'vt_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         'arguments': {**asdict(settings), 'model': 'a local folder' if is_folder else name},
         'pretrained': pretrained, 'base_model': find_hub_id(name) if pretrained and not is_folder else None,
@@ -325,7 +282,7 @@ def finetune(
             into `out`.
         OSError: `out` cannot be written.
     """
-    with run_folder(Path(out)):
+    with run_folder(Path(out)) if is_main_process() else nullcontext():
         return _finetune(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
 
 
@@ -344,53 +301,43 @@ def _finetune(
         check_run_folder(checkpoint, model_dir, resume, {**asdict(settings), 'model': None})
     device = find_device(device)
     start = time.monotonic()
-
     goes_on = resume and not overwrite and checkpoint.exists()
-    tensors, metadata = read_tensors(checkpoint) if goes_on else ({}, {})
-    if goes_on and 'start' not in metadata:
-        raise InputError(f'checkpoint {checkpoint} is not one of `vt-zoo finetune`')
-    classes = metadata['fingerprint']['classes'] if goes_on else ()
-    split = find_split(data_dir, settings.val_fraction, settings.seed, progress, classes)
-    if goes_on:
-        run = _Run(settings, metadata['start'], False, split, workers, device)
-        run.load(tensors, metadata, out)
-        _logger.info(f'resuming after epoch {len(run.history)} of {settings.epochs}')
-    else:
-        run = _Run(settings, _starting_point(settings.model), True, split, workers, device)
-    training = _describe_start(settings, run.start)
-    if overwrite:
-        checkpoint.unlink(missing_ok=True)
-
-    if progress:
-        tqdm.write('\n'.join(describe_split(split)))
-    for epoch in range(len(run.history), settings.epochs):
-        loss = run.train_epoch(epoch, progress)
-        metrics, _ = evaluate(run.ema_model, run.val_loader, device)
-        run.history.append({
-            'epoch': epoch + 1, 'train_loss': loss, 'val_loss': metrics['loss'], 'val_top1': metrics['top1']})
-        run.save(checkpoint)
+    tensors, metadata = read_state(checkpoint, PROGRAM) if goes_on else ({}, {})
+    with accelerator_of(device.type, _precision(settings.precision, device)) as accelerator:
+        main = accelerator.is_main_process
+        progress = progress and main
+        classes = metadata['fingerprint']['classes'] if goes_on else ()
+        split = find_split(data_dir, settings.val_fraction, settings.seed, progress, classes)
+        if goes_on:
+            run = _Run(settings, metadata['start'], False, split, workers, accelerator)
+            run.loop.load(tensors, metadata, out, run.fingerprint)
+            _logger.info(f'resuming after epoch {len(run.loop.history)} of {settings.epochs}')
+        else:
+            run = _Run(settings, _starting_point(settings.model), True, split, workers, accelerator)
+        training = _describe_start(settings, run.start)
+        accelerator.wait_for_everyone()
+        if main and overwrite:
+            checkpoint.unlink(missing_ok=True)
         if progress:
-            tqdm.write(f'epoch {epoch + 1:3d}: training loss {loss:.3f}, held-out accuracy {metrics["top1"]:.2f} %')
-
-    _, predictions = evaluate(run.ema_model, run.val_loader, device)
-    targets = torch.tensor([t for _, t in split.val])
-    correct = int((predictions == targets).sum())
-    training.update(
-        epochs=settings.epochs, weights='moving average', train_images=len(split.train), val_images=len(targets),
-        val_correct=correct)
-    run.ema_model.to(memory_format=torch.contiguous_format)  # as safetensors wants it
-    write_model(model_dir, run.ema_model, split.classes, run.data_config, training)
-    reloaded = load_model(str(model_dir)).to(device, memory_format=torch.channels_last)
-    _, reloaded_predictions = evaluate(reloaded, run.val_loader, device)
-    write_history(out / 'history.csv', run.history)
-    checkpoint.unlink()
-
+            tqdm.write('\n'.join(describe_split(split)))
+        run.train(checkpoint, progress)
+        correct, reloaded_correct, same_predictions = 0, 0, True
+        if main:
+            targets = torch.tensor([target for _, target in split.val])
+            loader = run.val_loader(range(len(split.val)))
+            _, predictions = evaluate(run.loop.kept_model, loader, device)
+            correct = int((predictions == targets).sum())
+            training.update(
+                epochs=settings.epochs, weights='moving average', train_images=len(split.train),
+                val_images=len(targets), val_correct=correct)
+            kept = run.loop.kept_model.to(memory_format=torch.contiguous_format)  # as safetensors wants it
+            write_model(model_dir, kept, split.classes, run.data_config, training)
+            reloaded = load_model(str(model_dir)).to(device, memory_format=torch.channels_last)
+            _, reloaded_predictions = evaluate(reloaded, loader, device)
+            reloaded_correct = int((reloaded_predictions == targets).sum())
+            same_predictions = bool(torch.equal(predictions, reloaded_predictions))
+            write_history(out / 'history.csv', run.loop.history)
+            checkpoint.unlink()
+        run.loop.end()
     return FinetuneResult(
-        model_dir=model_dir,
-        correct=correct,
-        total=len(targets),
-        reloaded_correct=int((reloaded_predictions == targets).sum()),
-        same_predictions=bool(torch.equal(predictions, reloaded_predictions)),
-        seconds=time.monotonic() - start,
-        val_samples=split.val,
-    )
+        model_dir, correct, len(split.val), reloaded_correct, same_predictions, time.monotonic() - start, split.val)

@@ -14,8 +14,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from vt_zoo.classification.train import FinetuneSettings, finetune
-from vt_zoo.devices import DEVICES
+from vt_zoo.classification.settings import FinetuneSettings
+from vt_zoo.classification.train import finetune
+from vt_zoo.devices import DEVICES, is_main_process
 from vt_zoo.training.run_state import RunFinishedError
 
 from .arguments import (
@@ -88,12 +89,15 @@ def run(args: argparse.Namespace) -> None:
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers,
             getattr(args, 'device', None))
     except RunFinishedError as e:
-        print(f'finished   {e}')
+        if is_main_process():
+            print(f'finished   {e}')
         return
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last complete epoch is kept in {args.out}, go on with --resume', file=sys.stderr)
         raise
+    if not is_main_process():
+        return
     print_result(result)
     print(f'use        vt-zoo predict IMAGE --model {result.model_dir}')
 

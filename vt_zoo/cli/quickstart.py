@@ -13,7 +13,8 @@ from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.figures import draw_token_attention
 from vt_zoo.analysis.records import capture_tokens
-from vt_zoo.classification.train import FinetuneResult, FinetuneSettings, finetune
+from vt_zoo.classification.settings import FinetuneSettings
+from vt_zoo.classification.train import FinetuneResult, finetune
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError

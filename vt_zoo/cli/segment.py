@@ -13,7 +13,7 @@ from typing import Any, List, Optional, Union
 
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.label_map import read_label_map
-from vt_zoo.devices import DEVICES, find_device
+from vt_zoo.devices import DEVICES, find_device, is_main_process
 from vt_zoo.errors import InputError, short
 from vt_zoo.segmentation.settings import (
     ARCHITECTURES,
@@ -163,14 +163,14 @@ def _train(args: argparse.Namespace) -> None:
         result = train_segmenter(
             args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, getattr(args, 'device', None))
     except RunFinishedError as e:
-        if not int(os.environ.get('RANK', 0)):
+        if is_main_process():
             print(f'finished   {e}')
         return
     except KeyboardInterrupt:
         if (Path(args.out) / 'checkpoint.safetensors').exists():
             print(f'the last checkpoint is kept in {args.out}, go on with --resume', file=sys.stderr)
         raise
-    if int(os.environ.get('RANK', 0)):  # of several processes one speaks
+    if not is_main_process():
         return
     print(
         f'mIoU       {100 * result.last.miou:.2f} % after the last iteration, pixel accuracy '

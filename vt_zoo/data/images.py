@@ -25,7 +25,6 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import check_regular, without_same_files
 from .folders import check_classes, find_labels, find_parts, is_part, name_order
-from .seeding import seed_of, seeded
 
 __all__ = ['ImageFolder', 'Split', 'find_split', 'image_transform', 'load_image', 'prepare_image']
 
@@ -192,16 +191,10 @@ class Split:
 class ImageFolder(torch.utils.data.Dataset):
     """Dataset of (image, class index) from a list of files, for `timm.data.create_loader`.
 
-    What a transform draws is a function of seed, epoch and index, whichever process draws it.
-
     Args:
         samples: The files and their classes.
         transform: Called with each image. May be set later.
         mode: Of the images, as of `image_mode`.
-        seed: Of what the transform draws.
-
-    Attributes:
-        epoch: Which pass over the images this is. To be set before each.
     """
 
     def __init__(
@@ -209,13 +202,10 @@ class ImageFolder(torch.utils.data.Dataset):
             samples: List[Sample],
             transform: Optional[Callable] = None,
             mode: str = 'RGB',
-            seed: int = 0,
     ) -> None:
         self.samples = samples
         self.transform = transform
         self.mode = mode
-        self.seed = seed
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -223,10 +213,7 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
         image = _convert(load_image(path), self.mode)
-        if self.transform is None:
-            return image, target
-        with seeded(seed_of(self.seed, self.epoch * len(self) + index)):
-            return self.transform(image), target
+        return image if self.transform is None else self.transform(image), target
 
 
 def _split_by_class(samples: List[Sample], fraction: float, seed: int) -> Tuple[List[Sample], List[Sample]]:

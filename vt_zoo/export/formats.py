@@ -14,7 +14,7 @@ import torch.nn as nn
 from timm.utils import reparameterize_model
 
 from .._version import __version__
-from ..errors import InputError, check_utf8, first_line
+from ..errors import InputError, check_utf8, first_line, printable
 from ..files import whole
 from ..weights.loading import SEGMENTATION, Loaded, load
 
@@ -288,7 +288,8 @@ def _metadata(loaded: Loaded, inputs: Dict[str, List], outputs: Dict[str, List])
     model = loaded.model
     return {name: json.dumps(value) for name, value in {
         'architecture': model.name if loaded.task == SEGMENTATION else model.pretrained_cfg['architecture'],
-        'preprocessing': loaded.preprocessing, 'class_names': loaded.classes, 'inputs': inputs, 'outputs': outputs,
+        'preprocessing': loaded.preprocessing, 'class_names': [printable(name) for name in loaded.classes],
+        'inputs': inputs, 'outputs': outputs,
         'vt_zoo_version': __version__, 'torch_version': torch.__version__}.items()}
 
 

@@ -1,50 +1,46 @@
-"""Training a segmentation model: plain torch, with accelerate for devices, mixed precision and several processes."""
-import gc
+"""Training a segmenter."""
 import json
 import logging
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import convert_sync_batchnorm
 from timm.models import get_pretrained_cfg
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .._moved import old_names
-from ..data.seeding import seed_of
-from ..devices import find_device
+from ..devices import is_main_process
 from ..errors import InputError, first_line
 from ..files import run_folder
 from ..models import segmenter_classes
-from ..training.run_state import check_run_folder, check_same_run, load_state, state_tensors, write_history
-from ..weights.files import read_tensors, write_segmenter, write_tensors
+from ..training.loop import Loop, accelerator_of, read_state
+from ..training.run_state import check_run_folder, write_history
+from ..weights.files import write_segmenter
 from ..weights.loading import check_input_size
 from .datasets import SegmentationDataset, load_dataset
 from .label_counts import check_classes, count_labels, describe_absent, describe_counts
 from .metrics import SegmentMetrics, evaluate, read_batches
-from .sampling import IterationBatches, SeededDataset
-from .schedule import learning_rate
 from .settings import SegmentSettings
 from .transforms import eval_transform, train_transform
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ['SegmentResult', 'create_segmenter', 'train_segmenter']
 
 __getattr__ = old_names(__name__)
 
 _logger = logging.getLogger(__name__)
+
+PROGRAM = 'vt-zoo segment train'
 
 
 @dataclass
@@ -94,31 +90,35 @@ def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[floa
     return tuple(cfg.mean), tuple(cfg.std)
 
 
-def _segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Cross entropy of a process, whose mean over the processes is that over all their pixels that are not ignored.
+def schedule_arguments(settings: SegmentSettings) -> Dict[str, Any]:
+    """Arguments of timm's `create_scheduler_v2`, whose epochs are iterations here.
 
-    Args:
-        logits: (B, classes, H, W).
-        masks: Classes (B, H, W), 255 where a pixel is ignored. Where all are, the loss is 0.
-        accelerator: Of the processes.
+    'multistep' falls to a tenth at each of `steps`, as Detectron2's; 'poly' and 'cosine' end at 0. In the first
+    `warmup` iterations the rate rises from a thousandth of `lr`.
     """
-    ignored = SegmentationDataset.ignore_index
-    total = F.cross_entropy(logits.float(), masks, ignore_index=ignored, reduction='sum')
-    count = accelerator.reduce((masks != ignored).sum(), 'sum')
-    return total * accelerator.num_processes / count.clamp(min=1)
+    schedule = {'sched': settings.schedule, 'warmup_epochs': settings.warmup, 'warmup_lr': settings.lr / 1000}
+    if settings.schedule == 'multistep':
+        # timm's falls an update before a milestone
+        schedule.update(decay_milestones=[step + 1 for step in settings.steps], decay_rate=0.1)
+    elif settings.schedule == 'poly':
+        schedule.update(decay_rate=settings.power)
+    return schedule
 
 
 class _Run:
-    """The state of a run: what a checkpoint holds."""
+    """What a run trains, on which images, and what it writes."""
 
     def __init__(
             self,
             data_dir: Union[str, Path],
+            out: Path,
             settings: SegmentSettings,
             workers: int,
-            accelerator: Accelerator,
+            accelerator: 'Accelerator',
+            progress: bool,
     ) -> None:
-        self.settings, self.workers, self.accelerator = settings, workers, accelerator
+        self.out, self.settings, self.workers, self.accelerator = out, settings, workers, accelerator
+        self.progress = progress
         mean, std = encoder_statistics(settings.encoder_name)
         self.mean, self.std = settings.mean or mean, settings.std or std
         self.train_data = load_dataset(settings.format, data_dir, 'train')
@@ -133,41 +133,30 @@ class _Run:
 
         torch.manual_seed(settings.seed)
         model = create_segmenter(settings, len(self.classes))
-        if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
-            model = convert_sync_batchnorm(model)
-        try:
-            optimizer = create_optimizer_v2(
-                model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
-        except (TypeError, ValueError, AssertionError) as e:
-            raise InputError(f'opt must be an optimizer of timm, got {settings.opt!r}: {first_line(e)}') from e
-        self.ema = None
-        if settings.ema_decay:
-            self.ema = ModelEmaV3(model.to(accelerator.device), settings.ema_decay, use_warmup=True)
-        self.trained, self.optimizer = accelerator.prepare(model, optimizer)
-        check_input_size(self.model, (3, *settings.crop_size), settings.encoder_name)
-        self.iteration = 0
-        self.history: List[Dict[str, float]] = []
-        self.losses: List[float] = []  # since the last evaluation
+        self.loop = Loop(
+            model, accelerator,
+            {'opt': settings.opt, 'lr': settings.lr, 'weight_decay': settings.weight_decay,
+             'momentum': settings.momentum},
+            schedule_arguments(settings), settings.iterations, settings.batch_size, settings.seed, settings.ema_decay)
+        check_input_size(self.loop.model, (3, *settings.crop_size), settings.encoder_name)
         self.fingerprint = {
             **asdict(settings), 'crop_size': list(settings.crop_size), 'scale': list(settings.scale),
             'mean': list(self.mean), 'std': list(self.std), 'classes': self.classes,
             'label_map': settings.label_map and {str(key): label for key, label in settings.label_map.items()},
             'train_images': len(self.train_data)}
         self.validation: Dict[str, Any] = {}  # what the validation part is, once it was looked at
+        self.metrics: Optional[SegmentMetrics] = None  # of the last evaluation
         if isinstance(settings.eval_size, tuple):
             self.fingerprint['eval_size'] = list(settings.eval_size)
 
-    def check_data(self, progress: bool) -> None:
+    def check_data(self) -> None:
         """Look at all images and masks, and say how often each class occurs.
-
-        Args:
-            progress: Print it, with a progress bar before; else warn of classes that do not occur.
 
         Raises:
             InputError: One cannot be used, or all masks of a set of two classes are of one.
         """
         parts = {'train': self.train_data, 'val': self.val_data}
-        counts = {name: count_labels(data, progress) for name, data in parts.items()}
+        counts = {name: count_labels(data, self.progress) for name, data in parts.items()}
         for name, data in parts.items():
             check_classes(data, counts[name], name)
         names = [image.name for image, _ in self.val_data.samples]
@@ -175,135 +164,73 @@ class _Run:
             'images': len(names), 'names': sha256(json.dumps(names).encode()).hexdigest(),
             'pixels': counts['val'].pixels}
         absent = describe_absent(self.classes, counts['train'])
-        if progress:
+        if self.progress:
             tqdm.write('\n'.join([*describe_counts(self.classes, counts), *filter(None, [absent])]))
         elif absent and self.accelerator.is_main_process:
             _logger.warning(absent)
 
-    @property
-    def model(self) -> nn.Module:
-        """The model that is trained, without what distributes it."""
-        return self.accelerator.unwrap_model(self.trained)
+    def loss_of(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of a process, whose mean over the processes is that over all pixels that are not ignored.
 
-    @property
-    def kept_model(self) -> nn.Module:
-        """The model that is evaluated and kept: the moving average, where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        Args:
+            logits: (B, classes, H, W).
+            masks: Classes (B, H, W), 255 where a pixel is ignored. Where all are, the loss is 0.
+        """
+        ignored = SegmentationDataset.ignore_index
+        total = F.cross_entropy(logits.float(), masks, ignore_index=ignored, reduction='sum')
+        count = self.accelerator.reduce((masks != ignored).sum(), 'sum')
+        return total * self.accelerator.num_processes / count.clamp(min=1)
 
-    def train_batches(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of this process, from the iteration at which the run is."""
-        sampler = IterationBatches(
-            len(self.train_data), self.settings.batch_size, self.iteration, self.settings.iterations,
-            self.settings.seed, self.accelerator.process_index, self.accelerator.num_processes)
-        return read_batches(DataLoader(
-            SeededDataset(self.train_data), batch_sampler=sampler, num_workers=self.workers,
-            pin_memory=self.accelerator.device.type == 'cuda'))
-
-    def step(self, images: torch.Tensor, masks: torch.Tensor) -> float:
-        """One iteration; gives the loss."""
-        rate = learning_rate(self.settings, self.iteration)
-        for group in self.optimizer.param_groups:
-            group['lr'] = rate
-        # of dropout in an encoder: another in each process, and the same in a run that goes on
-        torch.manual_seed(seed_of(
-            self.settings.seed, self.iteration * self.settings.batch_size + self.accelerator.process_index))
-        self.trained.train()
-        try:
-            logits = self.trained(images.to(self.accelerator.device))
-        except ValueError as e:  # batch norm of a single value a channel
-            size = '{}x{}'.format(*self.settings.crop_size)
-            raise InputError(f'a batch of {len(images)} crops of {size} cannot be trained: {first_line(e)}') from e
-        loss = _segmentation_loss(logits, masks.to(self.accelerator.device), self.accelerator)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.iteration += 1
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.iteration)
-        value = self.accelerator.reduce(loss.detach(), 'mean').item()
-        if not value < float('inf'):
-            raise InputError(
-                f'the loss became {value} in iteration {self.iteration}: try a lower lr than {self.settings.lr}')
-        self.losses.append(value)
-        return value
-
-    def evaluation_is_due(self) -> bool:
-        """Whether the run is at an iteration at which it is evaluated, and was not yet."""
-        measured = self.history[-1]['iteration'] if self.history else 0
-        at_end = self.iteration == self.settings.iterations
-        return self.iteration > measured and (at_end or self.iteration % self.settings.eval_every == 0)
-
-    def evaluate(self, progress: bool) -> SegmentMetrics:
+    def evaluate(self) -> Dict[str, float]:
         """Measure the kept model on the validation images, each process on its share."""
-        broadcast(list(self.kept_model.buffers()))  # batch statistics, which are the processes' own on CPU
-        indices = range(self.accelerator.process_index, len(self.val_data), self.accelerator.num_processes)
+        indices = self.loop.share(len(self.val_data))
         loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
         bar = tqdm(
-            read_batches(loader), desc='evaluating', total=len(indices), disable=None if progress else True,
+            read_batches(loader), desc='evaluating', total=len(indices), disable=None if self.progress else True,
             leave=False, position=0)
-        return evaluate(self.kept_model, bar, len(self.classes), self.settings.eval_size)
+        self.metrics = evaluate(self.loop.kept_model, bar, len(self.classes), self.settings.eval_size)
+        return {'miou': self.metrics.miou, 'pixel_accuracy': self.metrics.pixel_accuracy}
 
-    def record(self, metrics: SegmentMetrics) -> Dict[str, float]:
-        """Add a line to the history."""
-        self.history.append({
-            'iteration': self.iteration, 'train_loss': sum(self.losses) / max(len(self.losses), 1),
-            'miou': metrics.miou, 'pixel_accuracy': metrics.pixel_accuracy})
-        self.losses = []
-        return self.history[-1]
+    def keep(self, line: Dict[str, float]) -> None:
+        """Write the kept model where it is better than any before."""
+        if line['miou'] > max((before['miou'] for before in self.loop.history[:-1]), default=-1.):
+            self.write_model(self.out / 'best')
 
-    def write_model(self, path: Path, metrics: SegmentMetrics) -> None:
-        """Write the kept model."""
+    def write_model(self, path: Path) -> None:
+        """Write the kept model, with the measures of the last evaluation."""
         measures = {
-            f'mIoU on {len(self.val_data)} validation images': f'{100 * metrics.miou:.2f} %',
-            'pixel accuracy': f'{100 * metrics.pixel_accuracy:.2f} %', 'iterations': self.iteration}
+            f'mIoU on {len(self.val_data)} validation images': f'{100 * self.metrics.miou:.2f} %',
+            'pixel accuracy': f'{100 * self.metrics.pixel_accuracy:.2f} %', 'iterations': self.loop.iteration}
         write_segmenter(
-            path, self.kept_model, self.classes, self.mean, self.std, self.settings.eval_size, self.settings.label_map,
+            path, self.loop.kept_model, self.classes, self.mean, self.std, self.settings.eval_size,
+            self.settings.label_map,
             f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes',
-            measures, {'program': 'vt-zoo segment train', 'arguments': self.fingerprint})
+            measures, {'program': PROGRAM, 'arguments': self.fingerprint})
 
-    def _modules(self) -> Dict[str, nn.Module]:
-        return {'model': self.model, **({} if self.ema is None else {'ema': self.ema.module})}
-
-    def save(self, path: Path) -> None:
-        """Write the state after an iteration."""
-        tensors, scalars = state_tensors(self._modules(), self.optimizer)
-        scaler = self.accelerator.scaler
-        write_tensors(path, tensors, {
-            'segmentation': self.fingerprint, 'validation': self.validation, 'iteration': self.iteration,
-            'history': self.history,
-            'losses': self.losses, 'optimizer': scalars, 'scaler': scaler and scaler.state_dict()})
-
-    def load(self, path: Path) -> None:
-        """Read a state that `save` wrote. Another validation part is no hindrance, a warning says so.
-
-        Raises:
-            InputError: It belongs to a run with other settings or training data.
-        """
-        tensors, metadata = read_tensors(path)
-        if 'segmentation' not in metadata:
-            raise InputError(f'checkpoint {path} is not one of `vt-zoo segment train`')
-        theirs = {'label_map': None, **metadata['segmentation']}
-        validation = metadata.get('validation') or {'images': theirs.pop('val_images', None)}
-        check_same_run(path.parent, theirs, self.fingerprint)
-        load_state(tensors, metadata['optimizer'], self._modules(), self.optimizer)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(metadata['scaler'])
-        self.iteration, self.history, self.losses = metadata['iteration'], metadata['history'], metadata['losses']
-        if any(self.validation[name] != value for name, value in validation.items()):
+    def load(self, checkpoint: Path) -> None:
+        """Go on with a run. Another validation part is no hindrance, a warning says so."""
+        tensors, metadata = read_state(checkpoint, PROGRAM)
+        self.loop.load(tensors, metadata, self.out, self.fingerprint)
+        before = metadata['validation']
+        if before != self.validation:
             _logger.warning(
-                f'the validation part is another than in the run so far ({validation["images"]} images then, '
-                f'{self.validation["images"]} now): measures up to iteration {self.iteration} and best/ are of the old '
-                'one')
+                f'the validation part is another than in the run so far ({before["images"]} images then, '
+                f'{self.validation["images"]} now): measures up to iteration {self.loop.iteration} and best/ are of '
+                'the old one')
 
-    def end(self) -> None:
-        """Free what distributes the model, then part from the other processes.
+    def train(self, checkpoint: Path) -> None:
+        """Train to the end."""
+        def describe(line: Dict[str, float]) -> str:
+            return (
+                f'iteration {line["iteration"]}: training loss {line["train_loss"]:.3f}, mIoU {100 * line["miou"]:.2f} '
+                f'%, pixel accuracy {100 * line["pixel_accuracy"]:.2f} %')
 
-        The other way round it is the model that frees gloo, and waits for its threads while they wait for Python.
-        """
-        del self.trained, self.optimizer
-        self.accelerator.free_memory()
-        gc.collect()
-        self.accelerator.end_training()
+        self.loop.run(
+            read_batches(self.loop.batches(self.train_data, self.workers)), self.loss_of, self.evaluate, self.keep,
+            lambda: self.loop.save(checkpoint, PROGRAM, self.fingerprint, validation=self.validation),
+            self.settings.eval_every, self.settings.checkpoint_every, describe, self.progress)
+        if self.metrics is None:  # resumed after the last evaluation
+            self.evaluate()
 
 
 def train_segmenter(
@@ -339,8 +266,7 @@ def train_segmenter(
         InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
         OSError: `out` cannot be written.
     """
-    is_main = os.environ.get('RANK', '0') == '0'
-    with run_folder(Path(out)) if is_main else nullcontext():
+    with run_folder(Path(out)) if is_main_process() else nullcontext():
         return _train(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
 
 
@@ -357,72 +283,24 @@ def _train(
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
         check_run_folder(checkpoint, last_dir, resume, asdict(settings))
-    if device is not None:
-        device = find_device(device).type
     start = time.monotonic()
-    try:
-        accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=settings.precision)
-    except ValueError as e:
-        raise InputError(f'precision {settings.precision} cannot be had here: {first_line(e)}') from e
-    if device not in (None, accelerator.device.type):
-        raise InputError(f'device {device} cannot be had here, accelerate gives {accelerator.device.type}')
-    if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32
-        raise InputError('precision fp16 is for GPUs, on a CPU allowed are no and bf16')
-    main = accelerator.is_main_process
-    progress = progress and main
-
-    run = _Run(data_dir, settings, workers, accelerator)
-    if settings.batch_size < accelerator.num_processes:
-        raise InputError(
-            f'batch_size must be at least the number of processes, {accelerator.num_processes}, '
-            f'got {settings.batch_size}')
-    run.check_data(progress)
-    if main and overwrite:
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    if resume and checkpoint.exists():
-        run.load(checkpoint)
-        _logger.info(f'resuming after iteration {run.iteration} of {settings.iterations}')
-
-    bar = tqdm(
-        total=settings.iterations, initial=run.iteration, desc='training', unit='iteration',
-        disable=None if progress else True, leave=False)
-    metrics = None
-
-    def evaluate_and_record() -> SegmentMetrics:
-        bar.clear()  # whose line the evaluation's takes
-        metrics = run.evaluate(progress)
-        before = max((line['miou'] for line in run.history), default=-1.)
-        line = run.record(metrics)
-        if main and metrics.miou > before:
-            run.write_model(best_dir, metrics)
+    with accelerator_of(device, settings.precision) as accelerator:
+        if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32
+            raise InputError('precision fp16 is for GPUs, on a CPU allowed are no and bf16')
+        main = accelerator.is_main_process
+        run = _Run(data_dir, out, settings, workers, accelerator, progress and main)
+        run.check_data()
+        if main and overwrite:
+            checkpoint.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        if resume and checkpoint.exists():
+            run.load(checkpoint)
+            _logger.info(f'resuming after iteration {run.loop.iteration} of {settings.iterations}')
+        run.train(checkpoint)
         if main:
-            run.save(checkpoint)
-        if progress:
-            tqdm.write(
-                f'iteration {run.iteration}: training loss {line["train_loss"]:.3f}, '
-                f'mIoU {100 * metrics.miou:.2f} %, pixel accuracy {100 * metrics.pixel_accuracy:.2f} %')
-        return metrics
-
-    with bar:
-        if run.evaluation_is_due():  # which did not end well before
-            metrics = evaluate_and_record()
-        for images, masks in run.train_batches():
-            loss = run.step(images, masks)
-            bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
-            bar.update()
-            due = run.evaluation_is_due()
-            if main and (due or run.iteration % settings.checkpoint_every == 0):
-                run.save(checkpoint)
-            if due:
-                metrics = evaluate_and_record()
-
-    if metrics is None:  # resumed after the last iteration
-        metrics = run.evaluate(progress)
-    if main:
-        run.write_model(last_dir, metrics)
-        write_history(out / 'history.csv', run.history)
-        checkpoint.unlink()
-    run.end()
+            run.write_model(last_dir)
+            write_history(out / 'history.csv', run.loop.history)
+            checkpoint.unlink()
+        run.loop.end()
     return SegmentResult(
-        best_dir, last_dir, max(line['miou'] for line in run.history), metrics, time.monotonic() - start)
+        best_dir, last_dir, max(line['miou'] for line in run.loop.history), run.metrics, time.monotonic() - start)

@@ -20,7 +20,7 @@ from timm.models import create_model, get_pretrained_cfg, is_model
 from .._requirements import timm_is_at_least
 from ..data.images import image_transform, prepare_image, to_eval_size
 from ..data.label_map import read_label_map
-from ..errors import InputError, first_line, printable
+from ..errors import InputError, first_line
 from ..files import check_regular
 from ..layers.linear import OF_0_1
 from ..models import segmenter_classes
@@ -126,7 +126,7 @@ def as_classifier(model: nn.Module, name: str) -> Loaded:
         InputError: It has not as many classes as names for them.
     """
     names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
-    classes = [printable(str(n)) for n in names]
+    classes = [str(n) for n in names]
     if len(classes) != model.num_classes:
         raise InputError(f'model {name} has {model.num_classes} classes, its config.json names {len(classes)}')
     return Loaded(model, CLASSIFICATION, classes, resolve_data_config({}, model=model))

@@ -1,6 +1,6 @@
-"""Training on a folder of images on one machine, from timm's own parts.
+"""Training a classifier on a folder of images, from timm's own parts.
 
-For ImageNet, several GPUs and all of timm's options there is timm's train.py.
+For ImageNet and all of timm's options there is timm's train.py.
 """
 import json
 import logging
@@ -259,6 +259,9 @@ def finetune(
     that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
     machine, with any number of workers.
 
+    One process of `accelerate launch`, or the only one. Batch norms of several take their statistics over all of them
+    on GPUs; on CPUs each has its own, and those of the first are kept.
+
     A bare name of a model that has a trunk (`vt_resnet18`) starts from it; a name with a tag (`vt_resnet18.untrained`)
     is what it says. A run that goes on needs no hub.
 
@@ -274,7 +277,8 @@ def finetune(
         progress: Say what each epoch gave, with a progress bar where standard error is a terminal.
 
     Returns:
-        The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files.
+        The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files. Of
+        several processes the first counts them, the others return 0.
 
     Raises:
         RunFinishedError: `resume`, and the run is finished.

@@ -1,4 +1,4 @@
-"""Train a model on a folder of images, on CPU or one GPU.
+"""Train a model on a folder of images.
 
 DATA_DIR holds train/ and val/ (or training/, valid/, validation/, in any case) with a subfolder a class, or the class
 folders themselves, which are then split; test/ beside them is left alone. Pictures in subfolders of a class folder
@@ -6,7 +6,7 @@ belong to the class. The classes are printed before training begins. A file that
 a warning and left out. A run that was interrupted goes on with --resume, to the same result with any number of workers;
 one that is finished stays as it is, with exit code 0. Two runs at a time in one DIR are refused.
 Models with a trunk_* tag, as vt_resnet18 and vt_regnety_016, start from its weights, which come from the Hugging Face
-Hub; NAME.untrained starts from random ones.
+Hub; NAME.untrained starts from random ones. On several GPUs: accelerate launch -m vt_zoo finetune DATA_DIR ...
 """
 import argparse
 import os
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--resume', action='store_true', help='continue the run in the output folder')
     add('--overwrite', action='store_true', help='replace the run in the output folder')
     add('--epochs', type=positive_int, default=DEFAULTS.epochs, metavar='N', help='number of epochs to train')
-    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, metavar='N', help='batch size in images')
+    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, metavar='N', help='batch size in images, of all processes together')
     add('--img-size', type=side, default=argparse.SUPPRESS, metavar='PIXELS',
         help="height and width of the input (default: the model's own)")
     add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt,

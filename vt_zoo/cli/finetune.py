@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--resume', action='store_true', help='continue the run in the output folder')
     add('--overwrite', action='store_true', help='replace the run in the output folder')
     add('--epochs', type=positive_int, default=DEFAULTS.epochs, metavar='N', help='number of epochs to train')
-    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, metavar='N', help='batch size in images, of all processes together')
+    add('--batch-size', type=positive_int, default=DEFAULTS.batch_size, metavar='N',
+        help='batch size in images, of all processes together')
     add('--img-size', type=side, default=argparse.SUPPRESS, metavar='PIXELS',
         help="height and width of the input (default: the model's own)")
     add('--opt', choices=['momentum', 'sgd', 'rmsproptf', 'adamw'], default=DEFAULTS.opt,

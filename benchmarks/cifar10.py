@@ -43,6 +43,7 @@ from vt_zoo.weights.files import read_tensors, write_tensors
 
 RESULTS = Path(__file__).parent / 'results'
 BATCH, LR, WEIGHT_DECAY = 128, 0.1, 5e-4
+EPOCHS, PRECISION = 20, 'bfloat16'
 BASE, RESNET, TEACHER = 'VT', ablations.BASELINE, 'teacher'
 ABLATIONS = {name: variant for name, variant in ablations.VARIANTS.items() if variant[2]}  # that the paper has
 GROUPS = {'models': [BASE, RESNET], 'ablations': [*ABLATIONS]}
@@ -82,6 +83,13 @@ class Training:
     pick: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
     loss_of: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
     average: Optional[ModelEmaV3] = None
+
+
+def trained_weights(
+        work_dir: Path, name: str, recipe: str, seed: int, epochs: int = EPOCHS, precision: str = PRECISION) -> Path:
+    """File of the weights of a run."""
+    words = name.replace(' ', '_').replace(',', '')
+    return work_dir / f'{words}_{recipe}_{seed}_{epochs}_{precision}.safetensors'
 
 
 def plain(name: str, x: torch.Tensor, autocast: Optional[torch.dtype]) -> Training:
@@ -125,11 +133,11 @@ def train(
     torch.manual_seed(seed)
     training = plain(name, x, autocast) if recipe == 'plain' else advanced(name, x, autocast, teacher)
     model = training.model
-    state = work_dir / f'{name}_{recipe}_{seed}_{epochs}_{precision}.safetensors'.replace(' ', '_').replace(',', '')
+    trained = teacher if name == TEACHER else trained_weights(work_dir, name, recipe, seed, epochs, precision)
+    state = trained.with_name(f'{trained.stem}_unfinished.safetensors')
     history = fit(
         model, training.pick, y, training.optimizer, epochs, BATCH, seed, state, training.loss_of, training.average)
     measured = model if training.average is None else training.average.module
-    trained = teacher if name == TEACHER else state.with_name(f'{state.stem}_trained.safetensors')
     write_tensors(trained, measured.state_dict(), {})
     result = {
         'variant': name, 'recipe': recipe, 'seed': seed, 'epochs': epochs, 'precision': precision,
@@ -197,8 +205,8 @@ def main() -> None:
     parser.add_argument('--recipe', default='plain', choices=['plain', 'advanced'])
     parser.add_argument('--teacher', type=Path, help='its weights (default: teacher.safetensors in --work-dir)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--epochs', type=int, default=20)
-    parser.add_argument('--precision', default='bfloat16', choices=['float32', 'bfloat16'])
+    parser.add_argument('--epochs', type=int, default=EPOCHS)
+    parser.add_argument('--precision', default=PRECISION, choices=['float32', 'bfloat16'])
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()

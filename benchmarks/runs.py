@@ -40,11 +40,21 @@ def run_all(
         futures = [pool.submit(work, *job) for job in jobs]
         for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
             runs.append(future.result())
-            with whole(log) as new:
-                new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
-            if report is not None:
-                with whole(log.with_suffix('.md')) as new:
-                    new.write_text(report(runs, environment))
+            write_runs(log, runs, environment, report)
+
+
+def write_runs(
+        log: Path,
+        runs: List[dict],
+        environment: str,
+        report: Optional[Callable[[List[dict], str], str]] = None,
+) -> None:
+    """Write runs to a log, and what `report` makes of them beside it."""
+    with whole(log) as new:
+        new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
+    if report is not None:
+        with whole(log.with_suffix('.md')) as new:
+            new.write_text(report(runs, environment))
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:

@@ -9,7 +9,7 @@ from ..errors import InputError
 from .vt_net import VTNet
 from .vt_resnet import VTResNet
 
-__all__ = ['VTNet', 'VTResNet', 'list_classifiers', 'segmenter_classes']
+__all__ = ['VTNet', 'VTResNet', 'list_classifiers']
 
 
 def list_classifiers() -> List[str]:

@@ -59,7 +59,7 @@ class Loaded:
 
     @property
     def eval_size(self) -> Optional[Union[int, Tuple[int, int]]]:
-        """Of a segmenter: short side, or height and width, to which images are resized; None for as they are."""
+        """Short side, or height and width, to which a segmenter's images are resized; None for as they are."""
         return self.preprocessing['short_side'] if None in self.input_size else self.input_size[1:]
 
     @cached_property

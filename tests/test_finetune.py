@@ -178,7 +178,7 @@ def test_interrupted_and_resumed(few_digits, tiny_settings, tmp_path, steps):
     ({'opt': 'adamw', 'lr': 1e-3}, 2),
     *(pytest.param(*values, marks=pytest.mark.slow) for values in [
         ({'opt': 'sgd'}, 0), ({'opt': 'rmsproptf', 'lr': 1e-3}, 0), ({'opt': 'adamw', 'lr': 1e-3}, 0),
-        ({}, 2), ({'precision': 'float16'}, 0)]),
+        ({}, 2)]),
 ])
 def test_interrupted_and_resumed_with(few_digits, tiny_settings, tmp_path, changes, workers):
     settings = replace(tiny_settings, **RESTLESS, **changes)
@@ -433,6 +433,7 @@ def test_model_of_timm(few_digits, tiny_settings, tmp_path):
     ({'model': 'vit_tiny_patch16_224'}, '224'),  # takes no other size
     ({'img_size': 16}, '32'),
     ({'aa': 'nosuchpolicy'}, 'nosuchpolicy'),
+    ({'precision': 'float16'}, 'is for GPUs, on a CPU allowed are float32 and bfloat16'),
 ])
 def test_settings_that_cannot_be_used(few_digits, tiny_settings, tmp_path, changes, match, input_error):
     with input_error(match):

@@ -206,15 +206,22 @@ def whole(path: Union[str, Path], replace: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     folder = path.parent / f'.{path.name}.tmp'
-    folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder / '.lock', path):
-        try:
-            if not replace and path.exists():
-                raise InputError(f'{path} is there already: choose another --out')
-            with _named(path, folder):
-                yield from _write_whole(path, folder)
-        finally:
+    is_ours = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with hold(folder / '.lock', path):
+            is_ours = True
+            try:
+                if not replace and path.exists():
+                    raise InputError(f'{path} is there already: choose another --out')
+                with _named(path, folder):
+                    yield from _write_whole(path, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:  # which may come while the folder is made or removed
+        if is_ours:
             shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _write_whole(path: Path, folder: Path) -> Iterator[Path]:

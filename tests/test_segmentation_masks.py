@@ -20,7 +20,7 @@ from vt_zoo.segmentation.label_counts import LabelCounts, check_classes, count_l
 from vt_zoo.segmentation.settings import read_settings
 from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.weights import load
-from vt_zoo.weights.files import read_tensors, write_tensors
+from vt_zoo.weights.files import read_tensors
 
 CLASSES = ['background', 'crack']
 SMALL = {'crop_size': [32, 32], 'iterations': 2, 'eval_every': 2, 'batch_size': 2}
@@ -347,22 +347,6 @@ def test_validation_part_may_change(tmp_path, segment_settings, monkeypatch, cap
     sentence = f'the validation part is another than in the run so far (2 images then, {now} now)'
     assert (sentence in caplog.text) == (change != 'nothing')
     assert sorted(os.listdir(tmp_path / 'run')) == ['best', 'history.csv', 'last']
-
-
-def test_checkpoint_of_an_older_version(tmp_path, segment_settings, monkeypatch, caplog):
-    """Which knew neither label_map nor more of the validation part than its size."""
-    root = make(tmp_path / 'data', [binary(1)] * 2)
-    monkeypatch.setattr(train_module, 'evaluate', lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(root, tmp_path / 'run', segment_settings)
-    monkeypatch.undo()
-    tensors, metadata = read_tensors(tmp_path / 'run' / 'checkpoint.safetensors')
-    del metadata['validation'], metadata['segmentation']['label_map']
-    metadata['segmentation']['val_images'] = 2
-    write_tensors(tmp_path / 'run' / 'checkpoint.safetensors', tensors, metadata)
-    with caplog.at_level(logging.WARNING, 'vt_zoo'):
-        run(root, tmp_path / 'run', segment_settings, resume=True)
-    assert 'validation' not in caplog.text
 
 
 def test_label_map_may_not_change(tmp_path, segment_settings, monkeypatch, input_error):

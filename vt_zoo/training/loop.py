@@ -302,5 +302,6 @@ def read_state(path: Path, program: str) -> Tuple[Dict[str, torch.Tensor], Dict[
     """
     tensors, metadata = read_tensors(path)
     if metadata.get('program') != program:
-        raise InputError(f'checkpoint {path} is not one of `{program}`')
+        raise InputError(
+            f'checkpoint {path} is not one of `{program}` of this version: add --overwrite to begin anew')
     return tensors, metadata

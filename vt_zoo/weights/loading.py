@@ -125,11 +125,22 @@ def as_classifier(model: nn.Module, name: str) -> Loaded:
     Raises:
         InputError: It has not as many classes as names for them.
     """
-    names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
-    classes = [str(n) for n in names]
+    classes = [str(n) for n in _label_names(model) or range(model.num_classes)]
     if len(classes) != model.num_classes:
         raise InputError(f'model {name} has {model.num_classes} classes, its config.json names {len(classes)}')
     return Loaded(model, CLASSIFICATION, classes, resolve_data_config({}, model=model))
+
+
+def _label_names(model: nn.Module) -> Optional[Sequence[str]]:
+    """Names of the classes in a model's config, but for those of registered weights that have other classes.
+
+    timm before 1.0.31 leaves them in the config of a model that was made from such weights.
+    """
+    names = model.pretrained_cfg.get('label_names')
+    registered = get_pretrained_cfg(model.pretrained_cfg.get('architecture', ''))
+    if names and len(names) != model.num_classes and registered and tuple(names) == registered.label_names:
+        return None
+    return names
 
 
 def find_model(folder: Path) -> Path:

@@ -10,8 +10,6 @@ hour on two cores; an interrupted benchmark goes on after the last complete run.
 """
 import argparse
 import math
-import os
-import platform
 import statistics
 import time
 from functools import lru_cache
@@ -22,12 +20,10 @@ from typing import Dict, List, Tuple
 import numpy as np
 import timm
 import torch
+from harness import accuracy, environment, mean_and_spread, read_runs, run_all, train_epochs
 from PIL import Image, ImageDraw
-from runs import mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from training import accuracy, train_epochs
-from versions import versions
 
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import find_split, load_image
@@ -218,12 +214,12 @@ def main() -> None:
     args = parser.parse_args()
     log = args.out / 'ablations.json'
     runs = [r for r in read_runs(log) if r['epochs'] == args.epochs and r['seed'] < args.seeds]
-    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+    machine = environment()
     missing = [
         (name, seed, args.epochs) for seed in range(args.seeds) for name in (*VARIANTS, BASELINE)
         if not any((r['variant'], r['seed']) == (name, seed) for r in runs)]
-    run_all(train, missing, runs, log, environment, JOBS)
-    text = report(runs, environment)
+    run_all(train, missing, runs, log, machine, JOBS)
+    text = report(runs, machine)
     with whole(args.out / 'ablations.md') as new:
         new.write_text(text)
     draw(runs, load_data()['test'][0], args.out / 'ablations.png')

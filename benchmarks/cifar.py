@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from harness import cross_entropy, train_epochs
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from training import cross_entropy, train_epochs
 
 from vt_zoo.data.images import load_image
 from vt_zoo.files import whole

@@ -16,8 +16,6 @@ A run is recorded when it ends and goes on after its last epoch when it was kill
 an epoch, and the trained weights. An epoch takes about 2.1 minutes on one thread in bfloat16, 3.9 in float32.
 """
 import argparse
-import os
-import platform
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +28,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar import crop_and_flip, fit, give_small_stem, load_cifar, normalise
-from runs import mean_and_spread, read_runs, run_all
+from harness import accuracy, cross_entropy, environment, mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
-from training import accuracy, cross_entropy
-from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.weights.files import read_tensors, write_tensors
@@ -226,9 +222,9 @@ def main() -> None:
         (name, args.recipe, seed, args.epochs, args.precision, args.data_dir, args.work_dir, teacher)
         for seed in args.seeds for name in variants
         if (name, seed, args.recipe, args.epochs, args.precision) not in done]
-    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
-    run_all(train, jobs, runs, log, environment, args.jobs, report)
-    print(report(runs, environment))
+    machine = environment()
+    run_all(train, jobs, runs, log, machine, args.jobs, report)
+    print(report(runs, machine))
 
 
 if __name__ == '__main__':

@@ -10,8 +10,6 @@ counted anew each time, and goes on where it was interrupted. A seed takes about
 """
 import argparse
 import json
-import os
-import platform
 import shutil
 from pathlib import Path
 from typing import List
@@ -19,9 +17,8 @@ from typing import List
 import timm
 import torch
 from cifar import CLASSES
-from runs import read_runs, run_all
+from harness import environment, read_runs, run_all
 from timm.data import create_loader, resolve_data_config
-from versions import versions
 
 from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import evaluate, finetune
@@ -115,10 +112,10 @@ def main() -> None:
     log = RESULTS / 'cifar10_weights.json'
     runs = read_runs(log)
     done = {r['seed'] for r in runs}
-    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+    machine = environment()
     jobs = [(seed, data, args.work_dir) for seed in args.seeds if seed not in done]
-    run_all(train, jobs, runs, log, environment, args.jobs)
-    text = report(data, runs, environment)
+    run_all(train, jobs, runs, log, machine, args.jobs)
+    text = report(data, runs, machine)
     with whole(log.with_suffix('.md')) as new:
         new.write_text(text)
     print(text)

@@ -13,8 +13,6 @@ A variant is a change of the modules of a created model, so that nothing of it s
 `A+B` makes both changes. Runs of `0.1's module` were made by this script at commit d7dbd5c, before the module changed.
 """
 import argparse
-import os
-import platform
 import statistics
 import time
 from functools import partial
@@ -26,11 +24,9 @@ import timm
 import torch
 import torch.nn as nn
 from cifar import crop_and_flip, fit, give_small_stem, load_cifar, normalise
-from runs import read_runs, run_all
+from harness import accuracy, cross_entropy, environment, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
-from training import accuracy, cross_entropy
-from versions import versions
 
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine
 from vt_zoo.analysis.records import capture_tokens
@@ -288,7 +284,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'design.json'
     runs = read_runs(log)
-    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+    machine = environment()
     done = {(r['task'], r['variant'], r['seed'], *_schedule(r)[1:]) for r in runs}
     if 'photographs' in args.tasks:
         load_cifar(args.data_dir)  # before processes do so at the same time
@@ -299,8 +295,8 @@ def main() -> None:
             (task, variant, seed, args.epochs, pictures, args.precision, args.data_dir, args.work_dir)
             for seed in args.seeds for variant in args.variants
             if (task, variant, seed, args.epochs, pictures, args.precision) not in done]
-    run_all(train, jobs, runs, log, environment, args.jobs, report)
-    print(report(runs, environment))
+    run_all(train, jobs, runs, log, machine, args.jobs, report)
+    print(report(runs, machine))
 
 
 if __name__ == '__main__':

@@ -16,12 +16,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import timm
 import torch
+from harness import accuracy, train_epochs, versions
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
-from training import accuracy, train_epochs
-from versions import versions
 
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import find_split, load_image

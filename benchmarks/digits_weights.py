@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from versions import versions
+from harness import versions
 
 from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import FinetuneResult, finetune

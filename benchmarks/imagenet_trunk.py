@@ -9,8 +9,6 @@ them. It writes benchmarks/results/imagenet_trunk.md and .json. CIFAR-10 are JPE
 that was killed goes on after its last epoch; `--work-dir` keeps a log with a line an epoch.
 """
 import argparse
-import os
-import platform
 import statistics
 import time
 from functools import partial
@@ -22,12 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar import crop_and_flip, fit, load_cifar
-from runs import mean_and_spread, read_runs, run_all
+from harness import accuracy, cross_entropy, environment, mean_and_spread, read_runs, run_all
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
-from training import accuracy, cross_entropy
-from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.files import whole
@@ -198,10 +194,10 @@ def main() -> None:
         (name, pictures, seed, epochs, lr, weights, args.data_dir, args.work_dir)
         for pictures, epochs in zip(args.pictures, args.epochs) for lr in args.lr for seed in args.seeds
         for name in MODELS if (name, pictures, seed, epochs, lr) not in done]
-    environment = f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+    machine = environment()
     words = partial(report, costs(weights))
-    run_all(train, jobs, runs, log, environment, args.jobs, words)
-    print(words(runs, environment))
+    run_all(train, jobs, runs, log, machine, args.jobs, words)
+    print(words(runs, machine))
 
 
 if __name__ == '__main__':

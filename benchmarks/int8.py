@@ -22,12 +22,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import timm
+from harness import versions
 from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from speed import create, machine
 from timm.data import resolve_data_config
 from tqdm import tqdm
-from versions import versions
 
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image

@@ -19,9 +19,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Dict, List, Tuple
 
+from harness import versions
 from PIL import Image
 from tqdm import tqdm
-from versions import versions
 
 import vt_zoo
 from vt_zoo.data.digits import write_digits

@@ -24,13 +24,11 @@ from typing import Dict, List, Tuple
 import numpy as np
 import segmentation_models_pytorch
 import torch
+from harness import mean_and_spread, peak_bytes, read_runs, reset_peak, run_all, versions
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from peak_memory import peak_bytes, reset_peak
 from PIL import Image
-from runs import mean_and_spread, read_runs, run_all
 from torch.utils.data import DataLoader
-from versions import versions
 
 from vt_zoo.data.composed_digits import write_composed_digits
 from vt_zoo.files import whole

@@ -15,10 +15,9 @@ from typing import Dict, List, Tuple
 
 import torch
 import torch.nn as nn
-from peak_memory import peak_bytes, reset_peak
+from harness import peak_bytes, reset_peak, versions
 from timm.utils import reparameterize_model
 from tqdm import tqdm
-from versions import versions
 
 from vt_zoo.files import whole
 from vt_zoo.models.vt_fpn import FPNNeck, VTNeck

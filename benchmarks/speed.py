@@ -31,12 +31,11 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from peak_memory import peak_bytes, reset_peak
+from harness import peak_bytes, reset_peak, versions
 from speed_report import REFERENCE, twin, write_report
 from timm.utils import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.files import whole

@@ -30,10 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from cifar import load_cifar, normalise
 from cifar10 import BASE, create, trained_weights
+from harness import mean_and_spread, read_runs, versions, write_runs
 from matplotlib.figure import Figure
-from runs import mean_and_spread, read_runs, write_runs
 from tqdm import tqdm
-from versions import versions
 
 from vt_zoo import load
 from vt_zoo.analysis import (

@@ -19,11 +19,11 @@ from typing import List
 import timm
 import torch
 import yaml
+from harness import versions
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from tqdm import tqdm
-from versions import versions
 
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.files import whole

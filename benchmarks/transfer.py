@@ -18,12 +18,11 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import timm
 import torch
 from digits import SIZE, load_digits
+from harness import accuracy, train_epochs, versions
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
-from training import accuracy, train_epochs
-from versions import versions
 
 import vt_zoo  # noqa: F401  registers the models
 from vt_zoo.files import whole

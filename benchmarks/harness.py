@@ -1,0 +1,157 @@
+"""What benchmarks share: the machine, resumable runs side by side, training on tensors, the peak of memory."""
+import json
+import os
+import platform
+import re
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.scheduler import create_scheduler_v2
+from tqdm import tqdm
+
+import vt_zoo
+from vt_zoo.files import whole
+
+
+def versions() -> str:
+    """Of Python and the libraries that decide a result."""
+    return (
+        f'Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, vt_zoo '
+        f'{vt_zoo.__version__}')
+
+
+def environment() -> str:
+    """The machine and the versions, as a sentence."""
+    return f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+
+
+def read_runs(log: Path) -> List[dict]:
+    """Runs that a log records; none where there is no log."""
+    return json.loads(log.read_text())['runs'] if log.exists() else []
+
+
+def run_all(
+        work: Callable[..., dict],
+        jobs: List[tuple],
+        runs: List[dict],
+        log: Path,
+        environment: str,
+        processes: int,
+        report: Optional[Callable[[List[dict], str], str]] = None,
+) -> None:
+    """Run jobs, append what each returns to `runs`, and write all of them after each.
+
+    Args:
+        work: Called with the words of a job, in a process of its own.
+        jobs: Words of each job.
+        runs: Runs so far, to append to.
+        log: JSON file to write.
+        environment: Machine and versions, for the log.
+        processes: Jobs at a time.
+        report: Makes Markdown of the runs and the environment, for a file beside the log; None where it needs all runs.
+    """
+    with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
+        futures = [pool.submit(work, *job) for job in jobs]
+        for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
+            runs.append(future.result())
+            write_runs(log, runs, environment, report)
+
+
+def write_runs(
+        log: Path,
+        runs: List[dict],
+        environment: str,
+        report: Optional[Callable[[List[dict], str], str]] = None,
+) -> None:
+    """Write runs to a log, and what `report` makes of them beside it."""
+    with whole(log) as new:
+        new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
+    if report is not None:
+        with whole(log.with_suffix('.md')) as new:
+            new.write_text(report(runs, environment))
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """The mean over seeds, with its standard deviation where there are several."""
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'
+
+
+def cross_entropy(
+        model: torch.nn.Module,
+        images: torch.Tensor,
+        classes: torch.Tensor,
+        autocast: Optional[torch.dtype] = None,
+) -> torch.Tensor:
+    """Loss of a batch; `autocast` is the type in which the model runs what may be in it, None for float32."""
+    with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        logits = model(images)
+    return F.cross_entropy(logits.float(), classes)
+
+
+def train_epochs(
+        model: torch.nn.Module,
+        data: Tuple[torch.Tensor, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        orders: Iterable[torch.Tensor],
+        epochs: int,
+        batch_size: int,
+        warmup_lr: float,
+        first: int = 0,
+        loss_of: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy,
+) -> Iterator[float]:
+    """Train with one epoch of warm-up and a cosine, step by step; whole batches only.
+
+    Args:
+        model: Gives logits.
+        data: Images (N, C, H, W), or what gives images of indices, and classes (N,).
+        optimizer: Its learning rate is the peak.
+        orders: Permutations of the images, one an epoch that is left.
+        epochs: Number of epochs.
+        batch_size: Images a step.
+        warmup_lr: Rate of the first step.
+        first: Epochs that were trained already.
+        loss_of: Loss of the model on images and classes.
+
+    Yields:
+        Mean training loss of each epoch, after it.
+    """
+    x, y = data
+    steps = len(y) // batch_size
+    scheduler, _ = create_scheduler_v2(
+        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=warmup_lr, step_on_epochs=False,
+        updates_per_epoch=steps)
+    for epoch, order in enumerate(orders, first):
+        model.train()
+        total = 0.
+        for step, batch in enumerate(order[:steps * batch_size].split(batch_size)):
+            scheduler.step_update(epoch * steps + step)
+            loss = loss_of(model, x[batch], y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        yield total / steps
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int) -> float:
+    """Accuracy in percent."""
+    model.eval()
+    return 100 * torch.cat([model(part).argmax(1) for part in x.split(batch_size)]).eq(y).float().mean().item()
+
+
+def reset_peak() -> None:
+    """Set the peak back to what is in use."""
+    Path('/proc/self/clear_refs').write_text('5')
+
+
+def peak_bytes() -> int:
+    """The peak since it was last reset."""
+    return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])

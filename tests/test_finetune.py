@@ -448,6 +448,14 @@ def test_no_gpu(few_digits, tiny_settings, tmp_path, monkeypatch, input_error):
     assert not (tmp_path / 'run').exists()
 
 
+def test_one_gpu_of_several(few_digits, tiny_settings, tmp_path, monkeypatch, input_error):
+    monkeypatch.setattr('vt_zoo.training.loop.find_device', torch.device)
+    monkeypatch.setattr('vt_zoo.classification.train.find_device', torch.device)
+    with input_error('device must be cpu, cuda or mps, got cuda:1: choose among GPUs by CUDA_VISIBLE_DEVICES'):
+        finetune(few_digits, tmp_path / 'run', tiny_settings, device='cuda:1')
+    assert not (tmp_path / 'run').exists()
+
+
 class Lookup(torch.nn.Module):
     """Logits that are the input; counts what it sees in training mode."""
 

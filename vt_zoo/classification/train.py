@@ -273,7 +273,7 @@ def finetune(
         resume: Go on with the run that `out` holds, if it holds one.
         overwrite: Begin anew where `out` holds a run.
         workers: Processes that load images; 0 for none.
-        device: As for `find_device`.
+        device: 'cpu', 'cuda' or 'mps'; a GPU if CUDA has one, else the CPU, where None.
         progress: Say what each epoch gave, with a progress bar where standard error is a terminal.
 
     Returns:
@@ -303,12 +303,12 @@ def _finetune(
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
         check_run_folder(checkpoint, model_dir, resume, {**asdict(settings), 'model': None})
-    device = find_device(device)
     start = time.monotonic()
     goes_on = resume and not overwrite and checkpoint.exists()
     tensors, metadata = read_state(checkpoint, PROGRAM) if goes_on else ({}, {})
-    with accelerator_of(device.type, _precision(settings.precision, device)) as accelerator:
-        main = accelerator.is_main_process
+    found = find_device(device)
+    with accelerator_of(device or found.type, _precision(settings.precision, found)) as accelerator:
+        main, device = accelerator.is_main_process, accelerator.device
         progress = progress and main
         classes = metadata['fingerprint']['classes'] if goes_on else ()
         split = find_split(data_dir, settings.val_fraction, settings.seed, progress, classes)

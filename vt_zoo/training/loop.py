@@ -44,7 +44,11 @@ def accelerator_of(device: Optional[str], precision: str) -> Iterator['Accelerat
 
     is_first = not AcceleratorState._shared_state
     if device is not None:
-        device = find_device(device).type
+        found = find_device(device)
+        if found.index is not None:
+            raise InputError(
+                f'device must be cpu, cuda or mps, got {device}: choose among GPUs by CUDA_VISIBLE_DEVICES')
+        device = found.type
     try:
         accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=precision)
     except ValueError as e:

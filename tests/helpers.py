@@ -47,10 +47,14 @@ def words_of(settings):
     return [word for name, value in settings.items() for word in (f'--{name.replace("_", "-")}', str(value))]
 
 
-def accelerate_launch(*words):
-    """Runs a command in two processes; gives what they print."""
-    process = subprocess.run(
-        [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '-m', 'vt_zoo',
-         *words], capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+def run_by_two(launcher, two_processes, words):
+    """What a command prints in two processes, of `accelerate launch` or of the fixture `two_processes`."""
+    if launcher == 'accelerate':
+        process = subprocess.run(
+            [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '-m', 'vt_zoo',
+             *words], capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+    results = two_processes(*words)
+    assert [r.code for r in results] == [0, 0], results[0].stderr
+    return ''.join(r.stdout for r in results)

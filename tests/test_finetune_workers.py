@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import accelerate_launch, words_of
+from helpers import run_by_two, words_of
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
@@ -80,12 +80,7 @@ def test_two_processes(two_processes, few_digits, tiny_arguments, tiny_settings,
     """Batches of 7 are shared as 4 and 3, and loss and weights are those of one process, but for rounding."""
     changes = {'model': 'test_efficientnet_gn', 'batch_size': 7, 'smoothing': 0.1, 'epochs': 3}
     words = ['finetune', few_digits, *tiny_arguments, *words_of(changes), '--out', tmp_path / 'two']
-    if launcher == 'accelerate':
-        printed = accelerate_launch(*words)
-    else:
-        results = two_processes(*words)
-        assert [r.code for r in results] == [0, 0], results[0].stderr
-        printed = ''.join(r.stdout for r in results)
+    printed = run_by_two(launcher, two_processes, words)
     finetune(few_digits, tmp_path / 'one', replace(tiny_settings, **changes), device='cpu', progress=False)
     one, two = (load_file(tmp_path / name / 'model' / 'model.safetensors') for name in ('one', 'two'))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)

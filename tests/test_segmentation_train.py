@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import accelerate_launch, words_of
+from helpers import run_by_two, words_of
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -542,12 +542,7 @@ def test_gradients_of_two_processes(
     """Batches of 3 are shared as 2 and 1, and the gradients are those of the whole batch."""
     words = ['segment', 'train', '--data-dir', composed, *segment_arguments, *words_of(WITHOUT_BATCH_NORM),
              '--out', tmp_path / 'two']
-    if launcher == 'accelerate':
-        printed = accelerate_launch(*words)
-    else:
-        results = two_processes(*words)
-        assert [r.code for r in results] == [0, 0], results[0].stderr
-        printed = ''.join(r.stdout for r in results)
+    printed = run_by_two(launcher, two_processes, words)
     run(composed, tmp_path / 'one', segment_settings, **WITHOUT_BATCH_NORM)
     assert weights(tmp_path / 'two' / 'last') != weights(tmp_path / 'one' / 'last'), 'there were no two processes'
     one, two = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('one', 'two'))

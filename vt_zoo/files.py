@@ -12,6 +12,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 from safetensors import SafetensorError
 
+from .devices import is_main_process
 from .errors import InputError, check_utf8, first_line
 
 try:
@@ -264,10 +265,15 @@ def _named(path: Path, folder: Path) -> Iterator[None]:
 def run_folder(out: Path) -> Iterator[None]:
     """Make the folder of a run and hold it while the block runs. What is empty at the end and was not there is removed.
 
+    Of several processes that train together the first does it for all.
+
     Raises:
         InputError: Its name is not UTF-8, or another process or thread has it.
         OSError: It cannot be made or written.
     """
+    if not is_main_process():
+        yield
+        return
     check_utf8(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)

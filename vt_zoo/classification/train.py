@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..data.images import ImageFolder, Split, describe_split, find_split, image_mode
-from ..devices import find_device, is_main_process
+from ..devices import find_device
 from ..errors import MAX_PIXELS, InputError
 from ..files import run_folder
 from ..training.loop import Loop, accelerator_of, read_state
@@ -286,7 +285,7 @@ def finetune(
             into `out`.
         OSError: `out` cannot be written.
     """
-    with run_folder(Path(out)) if is_main_process() else nullcontext():
+    with run_folder(Path(out)):
         return _finetune(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
 
 

@@ -2,7 +2,6 @@
 import json
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .._moved import old_names
-from ..devices import is_main_process
 from ..errors import InputError, first_line
 from ..files import run_folder
 from ..models import segmenter_classes
@@ -266,7 +264,7 @@ def train_segmenter(
         InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
         OSError: `out` cannot be written.
     """
-    with run_folder(Path(out)) if is_main_process() else nullcontext():
+    with run_folder(Path(out)):
         return _train(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
 
 

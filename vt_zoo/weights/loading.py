@@ -60,7 +60,7 @@ class Loaded:
     @property
     def eval_size(self) -> Optional[Union[int, Tuple[int, int]]]:
         """Short side, or height and width, to which a segmenter's images are resized; None for as they are."""
-        return self.preprocessing['short_side'] if None in self.input_size else self.input_size[1:]
+        return _eval_size(self.preprocessing)
 
     @cached_property
     def prepare(self) -> Callable[[Image.Image], torch.Tensor]:
@@ -74,6 +74,11 @@ class Loaded:
         return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
+def _eval_size(preprocessing: Dict[str, Any]) -> Optional[Union[int, Tuple[int, int]]]:
+    size = tuple(preprocessing['input_size'][1:])
+    return preprocessing['short_side'] if None in size else size
+
+
 def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     """`Loaded.prepare` of `Loaded.preprocessing`.
 
@@ -82,8 +87,7 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
     """
     if 'short_side' not in preprocessing:
         return image_transform(preprocessing)
-    size = tuple(preprocessing['input_size'][1:])
-    eval_size = preprocessing['short_side'] if None in size else size
+    eval_size = _eval_size(preprocessing)
 
     def prepare(image: Image.Image) -> torch.Tensor:
         return to_eval_size(prepare_image(image, preprocessing['mean'], preprocessing['std'])[None], eval_size)[0]
@@ -107,7 +111,7 @@ def load(name_or_dir: Union[str, Path], task: Optional[str] = None) -> Loaded:
     folder = find_model(Path(name.removeprefix('local-dir:')))
     if not folder.is_dir() and name.startswith('hf-hub:'):
         folder = _segmenter_of_hub(name) or folder
-    found = _task_of(folder) if folder.is_dir() or task == SEGMENTATION else CLASSIFICATION
+    found = task_of(folder) if folder.is_dir() or task == SEGMENTATION else CLASSIFICATION
     if task and found not in (task, None):
         raise InputError(f'model {name} is {KINDS[found]}, needed is {KINDS[task]}')
     if (found or task) == SEGMENTATION:
@@ -149,7 +153,7 @@ def find_model(folder: Path) -> Path:
     return runs_models[0] if runs_models and not (folder / 'config.json').exists() else folder
 
 
-def _task_of(folder: Path) -> Optional[str]:
+def task_of(folder: Path) -> Optional[str]:
     """What the model of a folder is for; None where its config.json does not say it."""
     check_regular(folder / 'config.json', 'file')
     try:
@@ -167,7 +171,7 @@ def _segmenter_of_hub(name: str) -> Optional[Path]:
         folder = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None)).parent
     except Exception:  # the client raises its own errors, the system's and those of its HTTP library
         return None  # loading a classifier says more
-    if _task_of(folder) != SEGMENTATION:
+    if task_of(folder) != SEGMENTATION:
         return None
     try:
         return download_weights(hub_id).parent

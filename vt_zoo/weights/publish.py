@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..files import whole
 from .files import drop_second_num_classes
 from .hub import WEIGHTS, hub_reason
-from .loading import SEGMENTATION, check_input_size, find_model, load
+from .loading import SEGMENTATION, check_input_size, find_model, load, task_of
 from .model_card import create_card
 
 __all__ = ['upload', 'write_release']
@@ -84,11 +84,11 @@ def write_release(
         raise InputError(f'{out} is there already: choose another --out')
     if not (folder / 'config.json').is_file():
         raise InputError(f'{checkpoint_dir} holds no model: neither config.json nor model/config.json is there')
-    loaded = load(str(folder))
-    if loaded.task == SEGMENTATION:
+    if task_of(folder) == SEGMENTATION:
         raise InputError(
             f'{folder} holds a segmenter, publish is for classifiers: its folder has a model card, upload it with '
             f'`hf upload ORG/NAME {folder}`')
+    loaded = load(folder)
     if not (folder / WEIGHTS).is_file():
         raise InputError(f'model folder {folder} holds no {WEIGHTS}, the one file of weights that timm reads')
     check_input_size(loaded.model, loaded.input_size, str(folder))

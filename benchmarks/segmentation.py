@@ -35,7 +35,7 @@ from vt_zoo.files import whole
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.predict import palette, predict_classes
-from vt_zoo.segmentation.settings import ARCHITECTURES, read_settings
+from vt_zoo.segmentation.settings import ARCHITECTURES, SegmentSettings
 from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform
 from vt_zoo.weights import load
@@ -72,7 +72,7 @@ TASKS = {
 def run(name: str, arch: str, seed: int, iterations: int, data_dir: Path, work_dir: Path) -> Dict:
     """Train one model and return its measures; in a process of its own."""
     torch.set_num_threads(1)
-    settings = read_settings(name, {'arch': arch, 'seed': seed, 'iterations': iterations})
+    settings = SegmentSettings.read(name, {'arch': arch, 'seed': seed, 'iterations': iterations})
     out = work_dir / f'{arch}_{seed}_{iterations}'
     start = time.process_time()
     unfinished = (out / 'checkpoint.safetensors').exists()
@@ -93,7 +93,7 @@ def run(name: str, arch: str, seed: int, iterations: int, data_dir: Path, work_d
 
 def report(name: str, runs: List[Dict], environment: str) -> str:
     """The result as Markdown."""
-    task, settings = TASKS[name], read_settings(name)
+    task, settings = TASKS[name], SegmentSettings.read(name)
     words = name if name == 'digits' else f'{name} --data-dir DIR'
     lines = [
         f'# VT-FPN against the panoptic FPN on {task.title}', '',
@@ -177,7 +177,7 @@ def main() -> None:
         parser.error('--data-dir must name a folder for camvid')
     if args.task == 'digits' and not data_dir.exists():
         write_composed_digits(data_dir, 1200, 300, 64)
-    iterations = args.iterations or read_settings(args.task).iterations
+    iterations = args.iterations or SegmentSettings.read(args.task).iterations
     log = args.out / f'{task.file}.json'
     runs = read_runs(log)
     done = {(r['arch'], r['seed'], r['iterations']) for r in runs}

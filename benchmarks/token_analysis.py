@@ -44,7 +44,7 @@ from vt_zoo.analysis import (
     resize_attention,
 )
 from vt_zoo.files import whole
-from vt_zoo.segmentation import create_segmenter, load_dataset, read_settings
+from vt_zoo.segmentation import SegmentSettings, create_segmenter, load_dataset
 from vt_zoo.weights.files import read_tensors
 from vt_zoo.weights.loading import create_prepare
 
@@ -67,7 +67,7 @@ class CamVid:
     name, part = 'VT-FPN on CamVid', 'level'
 
     def __init__(self, data_dir: Path, models: Path) -> None:
-        self.data_dir, self.models, self.settings = data_dir, models, read_settings('camvid')
+        self.data_dir, self.models, self.settings = data_dir, models, SegmentSettings.read('camvid')
 
     def folder(self, seed: int) -> Path:
         """Of a trained model."""

@@ -355,10 +355,10 @@ def segment_arguments(segment_settings):
 @pytest.fixture(scope='session')
 def segment_run(composed, segment_settings, tmp_path_factory):
     """A finished run of segment_settings: `out`, `result`. Not to be changed."""
-    from vt_zoo.segmentation.settings import read_settings
+    from vt_zoo.segmentation.settings import SegmentSettings
     from vt_zoo.segmentation.train import train_segmenter
     out = tmp_path_factory.mktemp('segment') / 'run'
-    result = train_segmenter(composed, out, read_settings(None, segment_settings), device='cpu', progress=False)
+    result = train_segmenter(composed, out, SegmentSettings.read(None, segment_settings), device='cpu', progress=False)
     return SimpleNamespace(out=out, result=result)
 
 

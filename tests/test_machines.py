@@ -15,14 +15,13 @@ import pytest
 from PIL import Image
 from test_cli import check_refused, files, tree, weights
 
-from vt_zoo.cli.arguments import positive_float
 from vt_zoo.cli.main import create_parser
 from vt_zoo.data import image_stream
 from vt_zoo.data.folders import find_images
 from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
 from vt_zoo.files import hold, run_folder, whole
-from vt_zoo.segmentation.settings import SegmentSettings, read_settings
+from vt_zoo.segmentation.settings import SegmentSettings
 
 SECONDS = 60  # in which a command ends that waits for nothing
 HOLD = '''
@@ -295,8 +294,6 @@ def numeric_options():
 @pytest.mark.parametrize('parser, action', numeric_options())
 def test_numbers_that_are_slips(parser, action):
     for text in HUGE:
-        if action.type is positive_float and float(text or 'nan') in (1e20, float(HUGE[1])):
-            continue  # the loss says it
         with pytest.raises(argparse.ArgumentTypeError) as info:
             action.type(text)
         assert len(str(info.value)) < 300
@@ -310,7 +307,7 @@ def test_numbers_of_a_recipe_that_are_slips(name, input_error):
     length = {'steps': 1, 'crop_size': 2, 'scale': 2, 'mean': 3, 'std': 3}.get(name)
     for value in (10 ** 20, 10 ** 400, -10 ** 20, -1.0, math.nan, math.inf, -math.inf):
         with input_error(name):
-            read_settings(None, {name: [value, *[1] * (length - 1)] if length else value})
+            SegmentSettings.read(None, {name: [value, *[1] * (length - 1)] if length else value})
 
 
 @pytest.mark.parametrize('text', ['9' * 5000, '[' * 5000, '2020-13-45', '[.inf, 1, 1]', '[.nan, 1, 1]'])

@@ -21,8 +21,8 @@ from timm.data import ImageDataset, create_loader, resolve_data_config
 # what is written and told is the same with images of a ninth of the pixels, which train in seconds
 SMALL = '''
 from vt_zoo.cli import quickstart
-settings = quickstart.FinetuneSettings
-quickstart.FinetuneSettings = lambda **kwargs: settings(**{**kwargs, 'img_size': 32})
+read = quickstart.FinetuneSettings.read
+quickstart.FinetuneSettings.read = lambda config, overrides: read(config, {**overrides, 'img_size': 32})
 '''
 WRITTEN = ['data', 'history.csv', 'model', 'tokens.png']
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from vt_zoo.data.composed_digits import CLASSES
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import evaluate
-from vt_zoo.segmentation.settings import list_segmentation_recipes
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.segmentation.transforms import eval_transform
 from vt_zoo.weights import load
 
@@ -33,7 +33,7 @@ PathFinder.find_spec = lambda name, *args: None if name == {!r} else find_spec(n
 
 # words after `segment train --data-dir DIR`, and what the sentence says
 BAD_TRAINING = {
-    'unknown recipe': (['--config', 'no_such_recipe'], ['no_such_recipe', *list_segmentation_recipes()]),
+    'unknown recipe': (['--config', 'no_such_recipe'], ['no_such_recipe', *SegmentSettings.recipes()]),
     'unknown architecture': (['--arch', 'unet'], ['arch', "'unet'", 'vt_fpn, panoptic_fpn']),
     'unknown encoder': (['--encoder-name', 'tu-no_such'], ["'tu-no_such'"]),
     'number for a word': (['--arch', '5'], ['arch', '5']),
@@ -81,7 +81,7 @@ def outcome(out):
 def test_help(command):
     assert 'segment' in command('--help').stdout
     for action, words in {
-            'train': ['--config', '--data-dir', '--resume', '--lr', '--crop-size', *list_segmentation_recipes()],
+            'train': ['--config', '--data-dir', '--resume', '--lr', '--crop-size', *SegmentSettings.recipes()],
             'eval': ['--model', '--data-dir', '--format', '--json'], 'predict': ['IMAGE', '--model', '--out']}.items():
         result = command('segment', action, '--help')
         assert (result.code, result.stderr) == (0, '')

@@ -17,7 +17,7 @@ from vt_zoo.segmentation import datasets
 from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.label_counts import LabelCounts, check_classes, count_labels, describe_absent, describe_counts
-from vt_zoo.segmentation.settings import read_settings
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors
@@ -65,7 +65,7 @@ def labels(root, label_map=None, split='train'):
 
 
 def run(root, out, segment_settings, resume=False, **changes):
-    settings = read_settings(None, {**segment_settings, **SMALL, **changes})
+    settings = SegmentSettings.read(None, {**segment_settings, **SMALL, **changes})
     return train_segmenter(root, out, settings, resume, device='cpu', progress=False)
 
 
@@ -149,14 +149,14 @@ def test_mask_that_is_no_single_png(tmp_path, content, match, input_error):
     {'256,0,0': 1}, {1.5: 0}, {None: 0}])
 def test_label_map_that_is_none(value, input_error):
     with input_error(r'^label_map must be .*, got '):
-        read_settings(None, {'label_map': value})
+        SegmentSettings.read(None, {'label_map': value})
 
 
 def test_label_map_of_recipe_and_command_line(tmp_path):
     (tmp_path / 'recipe.yaml').write_text('label_map:\n  0: 0\n  255: 1\n  255,0,0: 1\n')
-    assert read_settings(str(tmp_path / 'recipe.yaml')).label_map == {0: 0, 255: 1, '255,0,0': 1}
+    assert SegmentSettings.read(str(tmp_path / 'recipe.yaml')).label_map == {0: 0, 255: 1, '255,0,0': 1}
     with pytest.raises(ValueError, match='twice'):
-        read_settings(None, {'label_map': {'255,0,0': 1, '255, 0, 0': 0}})
+        SegmentSettings.read(None, {'label_map': {'255,0,0': 1, '255, 0, 0': 0}})
 
 
 def test_label_map_is_for_ones_own_masks(tmp_path, input_error):
@@ -359,9 +359,9 @@ def test_label_map_may_not_change(tmp_path, segment_settings, monkeypatch, input
 
 
 def test_recipe_with_a_map_can_be_written(tmp_path):
-    settings = read_settings(None, {'label_map': {0: 0, 255: 1}})
+    settings = SegmentSettings.read(None, {'label_map': {0: 0, 255: 1}})
     (tmp_path / 'a.yaml').write_text(yaml.safe_dump({'label_map': settings.label_map}))
-    assert read_settings(str(tmp_path / 'a.yaml')).label_map == settings.label_map
+    assert SegmentSettings.read(str(tmp_path / 'a.yaml')).label_map == settings.label_map
 
 
 def test_images_of_other_kinds(tmp_path):

@@ -8,8 +8,9 @@ from timm.scheduler import create_scheduler_v2
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, PolynomialLR
 
 from vt_zoo.segmentation.datasets import FORMATS
-from vt_zoo.segmentation.settings import SegmentSettings, list_segmentation_recipes, read_settings, read_yaml
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.segmentation.train import schedule_arguments
+from vt_zoo.training.settings import read_yaml
 
 # section 5.3, and what its names of Detectron2's recipe mean
 PAPER = {
@@ -28,23 +29,23 @@ def write(folder, text):
 
 
 def test_recipes_are_listed():
-    assert list_segmentation_recipes() == sorted([*PAPER, 'camvid', 'digits'])
+    assert SegmentSettings.recipes() == sorted([*PAPER, 'camvid', 'digits'])
 
 
 @pytest.mark.parametrize('name', PAPER)
 def test_recipe_has_the_values_of_the_paper(name):
-    settings = read_settings(name)
+    settings = SegmentSettings.read(name)
     assert {field: getattr(settings, field) for field in PAPER[name]} == PAPER[name]
     assert settings.format in FORMATS
     assert settings.encoder_weights is True
 
 
 def test_defaults_without_a_recipe():
-    assert read_settings(None) == read_settings(None, {}) == SegmentSettings()
+    assert SegmentSettings.read(None) == SegmentSettings.read(None, {}) == SegmentSettings()
 
 
 def test_overrides_replace_the_recipe():
-    settings = read_settings('lip', {'lr': 1, 'arch': 'panoptic_fpn', 'eval_size': None, 'crop_size': [64, 32]})
+    settings = SegmentSettings.read('lip', {'lr': 1, 'arch': 'panoptic_fpn', 'eval_size': None, 'crop_size': [64, 32]})
     assert (settings.lr, settings.arch, settings.eval_size, settings.crop_size) == (1.0, 'panoptic_fpn', None, (64, 32))
     assert isinstance(settings.lr, float)
     assert settings.batch_size == 96
@@ -55,11 +56,11 @@ def test_what_is_written_is_read(tmp_path):
         lr=1e-3, steps=[5, 7], mean=(0.1, 0.2, 0.3), std=(1., 1., 2.), eval_size=(3, 4), crop_size=(32, 64))
     text = '\n'.join(f'{name}: {list(value) if isinstance(value, tuple) else value}'
                      for name, value in asdict(settings).items() if value is not None)
-    assert read_settings(write(tmp_path, text)) == settings
+    assert SegmentSettings.read(write(tmp_path, text)) == settings
 
 
 def test_empty_recipe(tmp_path):
-    assert read_settings(write(tmp_path, '# nothing\n')) == SegmentSettings()
+    assert SegmentSettings.read(write(tmp_path, '# nothing\n')) == SegmentSettings()
 
 
 @pytest.mark.parametrize('text, value', [
@@ -76,7 +77,7 @@ def test_words_and_numbers_of_yaml(text, value):
 @pytest.mark.parametrize('name', [f.name for f in fields(SegmentSettings)])
 def test_value_of_a_wrong_kind(name, input_error):
     with input_error(rf"^{name} must be .*, got \{{'a': 1\}}"):
-        read_settings(None, {name: {'a': 1}})
+        SegmentSettings.read(None, {name: {'a': 1}})
 
 
 @pytest.mark.parametrize('name, value, allowed', [
@@ -101,7 +102,7 @@ def test_value_of_a_wrong_kind(name, input_error):
 def test_value_that_is_not_allowed(name, value, allowed, input_error):
     given = str(value[-1] if isinstance(value, list) else value)
     with input_error(f'^{name} must be .*{re.escape(allowed)}.*, got .*{re.escape(given)}'):
-        read_settings(None, {name: value})
+        SegmentSettings.read(None, {name: value})
 
 
 @pytest.mark.parametrize('text, words', [
@@ -115,24 +116,24 @@ def test_value_that_is_not_allowed(name, value, allowed, input_error):
 ])
 def test_recipe_that_cannot_be_used(tmp_path, text, words, input_error):
     with input_error(''.join(f'(?=.*{re.escape(word)})' for word in words)):
-        read_settings(write(tmp_path, text))
+        SegmentSettings.read(write(tmp_path, text))
 
 
 def test_recipe_that_is_no_text(tmp_path, input_error):
     (tmp_path / 'recipe.yaml').write_bytes(b'\xff\xfe\x00')
     with input_error(r'recipe\.yaml cannot be read'):
-        read_settings(str(tmp_path / 'recipe.yaml'))
+        SegmentSettings.read(str(tmp_path / 'recipe.yaml'))
 
 
 @pytest.mark.parametrize('name', ['no_such_recipe', 'no/such/recipe.yaml'])
 def test_missing_recipe(name, input_error):
     with input_error(f'config {name} is neither a file nor one of camvid, coco_stuff, digits, lip'):
-        read_settings(name)
+        SegmentSettings.read(name)
 
 
 def test_folder_in_place_of_a_recipe(tmp_path, input_error):
     with input_error('cannot be read'):
-        read_settings(str(tmp_path))
+        SegmentSettings.read(str(tmp_path))
 
 
 def rates(settings, iterations):
@@ -182,7 +183,7 @@ def test_warmup(schedule):
 
 
 def test_learning_rate_of_the_paper():
-    settings = read_settings('coco_stuff')
+    settings = SegmentSettings.read('coco_stuff')
     iterations = (0, 999, 1000, 59999, 60000, 79999, 80000, 89999)
     assert rates(settings, iterations) == pytest.approx(
         [4e-5, 0.03996, 0.04, 0.04, 0.004, 0.004, 0.0004, 0.0004], rel=1e-3)

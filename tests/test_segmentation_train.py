@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import SegmentMetrics, evaluate
-from vt_zoo.segmentation.settings import read_settings
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.segmentation.train import create_segmenter, train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform, train_transform
 from vt_zoo.training.loop import Loop
@@ -30,7 +30,7 @@ WRITTEN = ['best', 'history.csv', 'last']
 
 
 def run(data_dir, out, settings, resume=False, overwrite=False, workers=0, **changes):
-    settings = read_settings(None, {**settings, **changes})
+    settings = SegmentSettings.read(None, {**settings, **changes})
     return train_segmenter(data_dir, out, settings, resume, overwrite, workers, device='cpu', progress=False)
 
 
@@ -170,7 +170,7 @@ LITERAL = {'warmup': 0, 'mean': [0.4, 0.5, 0.6], 'std': [0.2, 0.3, 0.2], 'weight
 def test_run_is_plain_sgd(composed, segment_settings, tmp_path, arch):
     changes = {**LITERAL, 'arch': arch, 'ema_decay': 0., 'iterations': 4}
     run(composed, tmp_path / 'run', segment_settings, **changes)
-    losses, kept = train_literally(composed, read_settings(None, {**segment_settings, **changes}), 4)
+    losses, kept = train_literally(composed, SegmentSettings.read(None, {**segment_settings, **changes}), 4)
     saved = load_file(tmp_path / 'run' / 'last' / 'model.safetensors')
     torch.testing.assert_close(saved, kept[-1], rtol=1e-4, atol=1e-5)
     assert history(tmp_path / 'run')[0]['train_loss'] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -180,9 +180,9 @@ def test_moving_average_is_kept(composed, segment_settings, tmp_path):
     """timm's: from decay 0 at the first update, 1 - (1 + step) ** (-2 / 3) at the later ones, at most `ema_decay`."""
     changes = {**LITERAL, 'ema_decay': 0.4, 'iterations': 4}
     run(composed, tmp_path / 'run', segment_settings, **changes)
-    _, kept = train_literally(composed, read_settings(None, {**segment_settings, **changes}), 4)
+    _, kept = train_literally(composed, SegmentSettings.read(None, {**segment_settings, **changes}), 4)
     torch.manual_seed(0)
-    average = create_segmenter(read_settings(None, segment_settings), 11).state_dict()
+    average = create_segmenter(SegmentSettings.read(None, segment_settings), 11).state_dict()
     for step, state in enumerate(kept, 1):
         decay = min(0.4, max(0., 1 - step ** (-2 / 3)))
         average = {n: decay * average[n] + (1 - decay) * v if v.is_floating_point() else v for n, v in state.items()}
@@ -421,7 +421,7 @@ def test_masks_without_labels_teach_nothing(my_composed, segment_settings, tmp_p
     run(my_composed, tmp_path / 'run', segment_settings, iterations=2, ema_decay=0., weight_decay=0.)
     assert history(tmp_path / 'run')[0]['train_loss'] == 0
     torch.manual_seed(0)
-    start = create_segmenter(read_settings(None, segment_settings), 11)
+    start = create_segmenter(SegmentSettings.read(None, segment_settings), 11)
     saved = load_file(tmp_path / 'run' / 'last' / 'model.safetensors')
     assert all(torch.equal(saved[name], p) for name, p in start.named_parameters())
 
@@ -483,7 +483,7 @@ def test_settings_that_cannot_be_used(composed, segment_settings, tmp_path, chan
 def test_no_gpu(composed, segment_settings, tmp_path, monkeypatch, input_error):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with input_error('cuda'):
-        train_segmenter(composed, tmp_path / 'run', read_settings(None, segment_settings), device='cuda')
+        train_segmenter(composed, tmp_path / 'run', SegmentSettings.read(None, segment_settings), device='cuda')
     assert not (tmp_path / 'run').exists()
 
 

@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, Callable, Optional
 
@@ -40,6 +41,8 @@ KEPT = {  # modules that stay: what each of their old names is now
         'create_logit_norm': 'linear.create_logit_norm', 'merge_heads': 'attention.merge_heads',
         'pixel_groups': 'linear.pixel_groups', 'split_heads': 'attention.split_heads',
         'token_grid': 'tokenizer.token_grid'},
+    'vt_zoo.segmentation.settings': {
+        'list_segmentation_recipes': 'SegmentSettings.recipes', 'read_settings': 'SegmentSettings.read'},
     'vt_zoo.segmentation.train': {'train': 'train_segmenter'},
 }
 
@@ -80,7 +83,7 @@ def old_names(module: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in KEPT[module]:
             raise AttributeError(f'module {module!r} has no attribute {name!r}')
-        where, _, new = f'{module}.{KEPT[module][name]}'.rpartition('.')
-        warnings.warn(f'{name} is {where}.{new} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
-        return getattr(import_module(where), new)
+        new = KEPT[module][name]
+        warnings.warn(f'{name} is {module}.{new} since vt_zoo 0.2', DeprecationWarning, stacklevel=2)
+        return attrgetter(new)(import_module(module))
     return find

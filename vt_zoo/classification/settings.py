@@ -1,35 +1,84 @@
-"""Settings of a training run."""
-from dataclasses import dataclass, field
+"""Settings of training a classifier."""
+from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
+
+from ..errors import MAX_SIDE, InputError, short
+from ..training.settings import (
+    LEARNING_RATE,
+    SHARE,
+    UNDER_ONE,
+    Allowed,
+    Settings,
+    at_least,
+    documented,
+    one_of,
+    setting,
+)
 
 __all__ = ['FinetuneSettings']
 
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 
+
+def _read_model_kwargs(value: Any) -> Dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key.isidentifier() for key in value):
+        raise InputError(f'model_kwargs must be arguments of the model, as {{trunk: regnety_016}}, got {short(value)}')
+    return dict(value)
+
+
+def _ordered(least: float, most: float, above: bool) -> Allowed:
+    sign = '<' if above else '<='
+    return Allowed(
+        lambda v: (least < v[0] if above else least <= v[0]) and v[0] <= v[1] <= most,
+        f'two numbers, {least} {sign} smallest <= largest <= {most}')
+
+
+@documented
 @dataclass
-class FinetuneSettings:
-    """What decides the outcome of a run. Names are those of timm's train.py; `vt-zoo finetune --help` explains them.
+class FinetuneSettings(Settings):
+    """What decides the outcome of `vt-zoo finetune`, by names of timm's train.py.
 
     The defaults are section 5.1 of the paper (SGD with momentum 0.9, weight decay 4e-5) with a learning rate for small
     batches, and a cosine instead of steps, since runs here are short.
+
+    Raises:
+        InputError: A value is not of its field's type, or not allowed.
     """
-    model: str = 'vt_resnet18'
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)  # arguments of timm.create_model
-    epochs: int = 30
-    batch_size: int = 32
-    img_size: Optional[int] = None  # the model's own
-    opt: str = 'momentum'
-    lr: float = 0.05
-    weight_decay: float = 4e-5
-    warmup_epochs: int = 2
-    smoothing: float = 0.1
-    drop: float = 0.
-    drop_path: float = 0.
-    model_ema_decay: float = 0.998
-    scale: Tuple[float, float] = (0.35, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.4
-    aa: Optional[str] = None
-    val_fraction: float = 0.2
-    seed: int = 0
-    precision: str = 'auto'
+    COMMAND = 'vt-zoo finetune'
+    FOLDER = 'finetune'
+
+    model: str = setting(
+        'vt_resnet18', 'NAME_OR_DIR',
+        'name of the model to train, NAME.TAG or a folder for its weights, NAME.untrained for new ones')
+    model_kwargs: Dict[str, Any] = setting(
+        {}, 'KEY=VALUE', 'arguments of the model, e.g. trunk=regnety_016 trunk_pretrained=True with --model vt_net',
+        read=_read_model_kwargs)
+    epochs: int = setting(30, 'N', 'number of epochs to train', at_least(1))
+    batch_size: int = setting(32, 'N', 'batch size in images, of all processes together', at_least(1))
+    img_size: Optional[int] = setting(
+        None, 'PIXELS', 'height and width of the input', at_least(1, MAX_SIDE), none="the model's own")
+    opt: str = setting('momentum', 'NAME', 'optimizer of timm, e.g. momentum, rmsproptf or adamw')
+    lr: float = setting(0.05, 'LR', 'peak learning rate', LEARNING_RATE)
+    weight_decay: float = setting(4e-5, 'W', 'weight decay, from 0 to under 1', UNDER_ONE)
+    warmup_epochs: int = setting(2, 'N', 'number of epochs in which the learning rate rises', at_least(0))
+    smoothing: float = setting(0.1, 'P', 'label smoothing, from 0 to under 1', UNDER_ONE)
+    drop: float = setting(0., 'P', 'dropout rate before the classifier', UNDER_ONE)
+    drop_path: float = setting(0., 'P', 'drop path (stochastic depth) rate', UNDER_ONE)
+    model_ema_decay: float = setting(
+        0.998, 'DECAY', 'decay of the moving average of the weights, from 0 to under 1', UNDER_ONE)
+    scale: Tuple[float, float] = setting(
+        (0.35, 1.0), 'SHARE', 'smallest and largest area of a random crop, as a share of the image',
+        _ordered(0, 1, above=True))
+    ratio: Tuple[float, float] = setting(
+        (3 / 4, 4 / 3), 'RATIO', 'smallest and largest aspect ratio of a random crop, width by height',
+        _ordered(0.1, 10, above=False))
+    hflip: float = setting(0.5, 'P', 'horizontal flip probability, from 0 to 1', SHARE)
+    color_jitter: float = setting(0.4, 'X', 'color jitter factor, from 0 to under 1', UNDER_ONE)
+    aa: Optional[str] = setting(None, 'POLICY', 'AutoAugment policy of timm, e.g. rand-m9-mstd0.5')
+    val_fraction: float = setting(
+        0.2, 'P', 'share of the images to hold out if DATA_DIR has no val/, from 0 to under 1', UNDER_ONE)
+    seed: int = setting(0, 'N', 'random seed of weights, order and augmentation', at_least(0))
+    precision: str = setting(
+        'auto', 'NAME',
+        f'precision of training: {", ".join(PRECISIONS[:-1])} or {PRECISIONS[-1]}; auto is mixed precision on cuda, '
+        'else float32', one_of(*PRECISIONS))

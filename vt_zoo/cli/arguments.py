@@ -1,11 +1,15 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments, and the options of settings."""
 import argparse
 import ast
 import os
 import re
-from typing import Any, Optional, Tuple
+from dataclasses import fields
+from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vt_zoo.errors import MAX_INT, MAX_SIDE, short
+from vt_zoo.errors import MAX_INT, MAX_SIDE, InputError, short
+from vt_zoo.training.settings import YAML_ERRORS, Settings, read_yaml, shown_default
+
+Kind = TypeVar('Kind', bound=Settings)
 
 MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
 
@@ -71,26 +75,6 @@ def num_threads(text: str) -> int:
     return _int(text, 1, MAX_WORKERS)
 
 
-def area(text: str) -> float:
-    """A share of the area of an image."""
-    return _number(text, float, 'a number above 0, up to 1', lambda v: 0 < v <= 1)
-
-
-def aspect_ratio(text: str) -> float:
-    """Width / height."""
-    return _number(text, float, 'a number from 0.1 to 10', lambda v: 0.1 <= v <= 10)
-
-
-def positive_float(text: str) -> float:
-    """A number above 0, none so large that it can only be a slip."""
-    return _number(text, float, 'a number above 0, up to 1e6', lambda v: 0 < v <= 1e6)
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to under 1."""
-    return _number(text, float, 'a number from 0 to under 1', lambda v: 0 <= v < 1)
-
-
 def port(text: str) -> int:
     """A number of a TCP port, or 0."""
     return _number(text, int, 'a port from 0 to 65535', lambda v: 0 <= v <= 65535)
@@ -101,3 +85,57 @@ def file_size(text: str) -> str:
     if not re.fullmatch('[1-9][0-9]{0,8}[KMG]B', text):
         raise argparse.ArgumentTypeError(f'{short(text)} is not a size such as 500MB')
     return text
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: Type[Settings]) -> None:
+    """Add `--config` and an option for each field of settings."""
+    recipes = kind.recipes()
+    parser.add_argument('--config', metavar='RECIPE', help=f'recipe, a YAML file or one of: {", ".join(recipes)}')
+    add = parser.add_argument_group(
+        'settings', 'Each replaces the field of its name in the recipe. Without either the default holds.').add_argument
+    types = get_type_hints(kind)
+    for f in fields(kind):
+        add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS,
+            nargs='+' if _is_keywords(types[f.name]) or _takes_several(types[f.name]) else None,
+            type=keyword if _is_keywords(types[f.name]) else str, metavar=f.metadata['metavar'],
+            help=f'{f.metadata["text"]} (default: the recipe\'s, else {shown_default(f)})')
+
+
+def read_settings(args: argparse.Namespace, kind: Type[Kind]) -> Kind:
+    """Settings of `--config` and the options beside it."""
+    types = get_type_hints(kind)
+    given = {f.name: getattr(args, f'set_{f.name}') for f in fields(kind) if hasattr(args, f'set_{f.name}')}
+    return kind.read(args.config, {name: read_option(name, value, types[name]) for name, value in given.items()})
+
+
+def read_option(name: str, given: Union[str, List[Any]], kind: Any) -> Any:
+    """The value of an option of settings.
+
+    Args:
+        name: Of the field.
+        given: A word, or a YAML text, or several that make a list; one of a list may stand for it whole.
+        kind: Type of the field.
+
+    Raises:
+        InputError: It is not YAML.
+    """
+    if _is_keywords(kind):
+        return dict(given)
+    if isinstance(given, list):
+        values = [read_option(name, text, Any) for text in given]
+        whole = len(values) == 1 and (int in get_args(kind) or not isinstance(values[0], (int, float)))
+        return values[0] if whole else values
+    if kind is str or (str in get_args(kind) and given != 'null'):
+        return given
+    try:
+        return read_yaml(given)
+    except YAML_ERRORS as e:
+        raise InputError(f'{name} must be a value as in YAML, got {short(given)}') from e
+
+
+def _is_keywords(kind: Any) -> bool:
+    return kind == Dict[str, Any]
+
+
+def _takes_several(kind: Any) -> bool:
+    return any(get_origin(k) in (tuple, list) for k in (kind, *get_args(kind)))

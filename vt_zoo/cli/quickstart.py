@@ -54,9 +54,7 @@ def _run(out: Path, args: argparse.Namespace) -> None:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
     with whole(out / 'data') as new:
         write_digits(new)
-    settings = FinetuneSettings(
-        model='test_vt_resnet', epochs=args.epochs, img_size=96, scale=(0.7, 1.0), hflip=0., color_jitter=0.,
-        seed=args.seed)
+    settings = FinetuneSettings.read('digits', {'epochs': args.epochs, 'seed': args.seed})
     result = finetune(out / 'data', out, settings, device='cpu')
     draw_tokens(result, out / 'tokens.png')
     print_result(result)

@@ -9,74 +9,29 @@ import sys
 from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Optional
 
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.label_map import read_label_map
 from vt_zoo.devices import DEVICES, find_device, is_main_process
-from vt_zoo.errors import InputError, short
-from vt_zoo.segmentation.settings import (
-    ARCHITECTURES,
-    PRECISIONS,
-    SCHEDULES,
-    YAML_ERRORS,
-    SegmentSettings,
-    list_segmentation_recipes,
-    read_settings,
-    read_yaml,
-)
+from vt_zoo.errors import InputError
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.training.run_state import RunFinishedError
 from vt_zoo.weights.loading import SEGMENTATION, load
 
-from .arguments import HelpFormatter, num_workers, positive_int, side, whole_number
+from .arguments import (
+    HelpFormatter,
+    add_settings,
+    num_workers,
+    positive_int,
+    read_option,
+    read_settings,
+    side,
+    whole_number,
+)
 from .results import add_image_arguments, print_results
 
-# of each field of SegmentSettings: what stands for its value, and what it is
-FIELDS = {
-    'format': ('NAME', 'layout of the data set: folder, coco_panoptic_stuff, coco_stuff or lip'),
-    'label_map': ('MAP', 'class of each value of the masks, e.g. {0: 0, 255: 1} or {"255,0,0": 1}'),
-    'arch': ('NAME', f'model architecture: {" or ".join(ARCHITECTURES)}'),
-    'encoder_name': ('NAME', 'backbone, an encoder of segmentation_models_pytorch; tu-NAME is the model NAME of timm'),
-    'encoder_weights': ('BOOL', 'start from the pretrained weights of the encoder: true or false'),
-    'num_tokens': ('N', 'visual tokens per pyramid level; only for vt_fpn'),
-    'token_dim': ('N', 'channels of a visual token; only for vt_fpn'),
-    'pyramid_channels': ('N', 'channels of each level of the feature pyramid'),
-    'head_channels': ('N', 'channels of the segmentation head, a multiple of 32'),
-    'iterations': ('N', 'number of optimizer steps'),
-    'batch_size': ('N', 'total batch size in images, over all processes'),
-    'opt': ('NAME', 'optimizer of timm, e.g. momentum or adamw'),
-    'lr': ('LR', 'peak learning rate'),
-    'momentum': ('M', 'optimizer momentum, from 0 to under 1'),
-    'weight_decay': ('W', 'weight decay, from 0 to under 1'),
-    'schedule': ('NAME', f'learning rate schedule: {", ".join(SCHEDULES[:-1])} or {SCHEDULES[-1]}'),
-    'steps': ('N', 'iterations at which the learning rate falls to a tenth; only for multistep'),
-    'power': ('P', 'exponent of the decay; only for poly'),
-    'warmup': ('N', 'number of iterations in which the learning rate rises'),
-    'crop_size': ('PIXELS', 'height and width of the training crops, in pixels'),
-    'scale': ('FACTOR', 'smallest and largest factor by which a training image is resized before it is cropped'),
-    'hflip': ('P', 'horizontal flip probability, from 0 to 1'),
-    'mean': ('MEAN', 'mean of each channel, red, green and blue, of images with values from 0 to 1'),
-    'std': ('STD', 'standard deviation of each channel, red, green and blue'),
-    'eval_size': ('PIXELS', 'size of images at evaluation: their short side, or height and width; null for their own'),
-    'eval_every': ('N', 'iterations between evaluations on the validation images'),
-    'checkpoint_every': ('N', 'iterations between checkpoints'),
-    'ema_decay': ('DECAY', 'decay of the moving average of the weights, from 0 to under 1; 0 for none'),
-    'precision': ('NAME', f'mixed precision: {", ".join(PRECISIONS[:-1])} or {PRECISIONS[-1]}'),
-    'seed': ('N', 'random seed of weights, order and augmentation'),
-}
-LISTS = ('steps', 'crop_size', 'scale', 'mean', 'std', 'eval_size')
-DEFAULTS = SegmentSettings()
-
-
-def _shown_default(name: str) -> str:
-    value = getattr(DEFAULTS, name)
-    if value is None:
-        return 'their own' if name == 'eval_size' else "the encoder's own"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return ' '.join(map(str, value)) or 'none'
-    return str(value)
+FIELDS = {f.name: f for f in fields(SegmentSettings)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     train = command('train', 'train a model')
     add = train.add_argument
-    recipes = ', '.join(list_segmentation_recipes())
-    add('--config', metavar='RECIPE', help=f'recipe, a YAML file or one of: {recipes}')
     add('--data-dir', required=True, metavar='DIR', help='path to the data set')
     add('--out', default='vt_zoo_segment', metavar='DIR', help='path to the output folder')
     add('--resume', action='store_true', help='continue the run in the output folder')
@@ -99,13 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='number of data loading processes, for each process that trains')
     add('--device', choices=DEVICES, default=argparse.SUPPRESS,
         help='device to train on (default: a GPU if there is one)')
-    add = train.add_argument_group(
-        'settings', 'Each replaces the field of its name in the recipe. Without either the default holds.').add_argument
-    for f in fields(SegmentSettings):
-        metavar, text = FIELDS[f.name]
-        add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS,
-            nargs='+' if f.name in LISTS else None, metavar=metavar,
-            help=f"{text} (default: the recipe's, else {_shown_default(f.name)})")
+    add_settings(train, SegmentSettings)
 
     add = command('digits', 'write a set of handwritten digits on textured backgrounds, to try it').add_argument
     add('root', metavar='DIR', help='path to the output folder, new or empty')
@@ -117,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = command('eval', 'measure a model on a data set').add_argument
     add('--model', required=True, metavar='DIR', help='path to the model folder')
     add('--data-dir', required=True, metavar='DIR', help='path to the data set')
-    add('--format', default='folder', metavar='NAME', help=FIELDS['format'][1])
+    add('--format', default='folder', metavar='NAME', help=FIELDS['format'].metadata['text'])
     add('--label-map', metavar='MAP', default=argparse.SUPPRESS,
-        help=f"{FIELDS['label_map'][1]}; null for none (default: the model's own)")
+        help=f"{FIELDS['label_map'].metadata['text']}; null for none (default: the model's own)")
     add('--split', choices=['train', 'val', 'test'], default='val', help='split of the data set')
     add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), metavar='N',
         help='number of data loading processes')
@@ -141,23 +88,8 @@ def run(args: argparse.Namespace) -> Optional[int]:
         raise InputError(f"segmentation needs {e.name}: pip install 'vt_zoo[segmentation]'") from None
 
 
-def _from_yaml(name: str, given: Union[str, List[str]]) -> Any:
-    """The value of an option: a YAML text, or several that make a list; one of a list may stand for it whole."""
-    if isinstance(given, list):
-        values = [_from_yaml(name, text) for text in given]
-        whole = len(values) == 1 and (name == 'eval_size' or not isinstance(values[0], (int, float)))
-        return values[0] if whole else values
-    try:
-        return read_yaml(given)
-    except YAML_ERRORS as e:
-        raise InputError(f'{name} must be a value as in YAML, got {short(given)}') from e
-
-
 def _train(args: argparse.Namespace) -> None:
-    overrides = {
-        f.name: _from_yaml(f.name, getattr(args, f'set_{f.name}'))
-        for f in fields(SegmentSettings) if hasattr(args, f'set_{f.name}')}
-    settings = read_settings(args.config, overrides)
+    settings = read_settings(args, SegmentSettings)
     from vt_zoo.segmentation.train import train_segmenter
     try:
         result = train_segmenter(
@@ -198,7 +130,7 @@ def _eval(args: argparse.Namespace) -> None:
         raise InputError(
             f'model {args.model} and data set {args.data_dir} must have the same classes, got {ours!r} and {theirs!r}')
     if hasattr(args, 'label_map'):
-        dataset.map_labels(read_label_map(_from_yaml('label_map', args.label_map)))
+        dataset.map_labels(read_label_map(read_option('label_map', args.label_map, dict)))
     elif dataset.own_labels:
         dataset.map_labels(loaded.label_map)
     try:

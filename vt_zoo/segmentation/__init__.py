@@ -2,7 +2,7 @@
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {
-    'settings': ['SegmentSettings', 'list_segmentation_recipes', 'read_settings'],
+    'settings': ['SegmentSettings'],
     'train': ['SegmentResult', 'create_segmenter', 'train_segmenter'],
     'datasets': ['CocoPanopticStuff', 'CocoStuff', 'FolderDataset', 'LookIntoPerson', 'SegmentationDataset',
         'load_dataset'],

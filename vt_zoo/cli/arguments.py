@@ -15,13 +15,11 @@ MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of an option that has one, as it would be given."""
+    """Adds the default to the help of an option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        if action.required or action.default in (None, False):
+        if action.required or action.default is None or action.default is False:
             return action.help
-        if isinstance(action.default, tuple):
-            return f'{action.help} (default: {" ".join(f"{value:.3g}" for value in action.default)})'
         return super()._get_help_string(action)
 
 

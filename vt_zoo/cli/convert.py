@@ -1,9 +1,9 @@
 """Convert a checkpoint of timm's train.py to safetensors in timm's hub layout.
 
-CHECKPOINT is what train.py saves (last.pth.tar, model_best.pth.tar, ...), or what other programs save: a state dict,
-alone or under a usual name (model, model_state_dict, ...), with the model below any prefix, as in Lightning's. It is
-read without running anything in it; a file that needs more is refused. DIR then loads with
-timm.create_model('local-dir:DIR', pretrained=True), in `vt-zoo predict` and in `vt-zoo publish`.
+CHECKPOINT is a file that train.py saved (last.pth.tar, model_best.pth.tar, ...) or another program: a state dict,
+alone or under a usual name (model, model_state_dict, ...), with any prefix before the names, as Lightning has. Nothing
+in the file is executed; a file that cannot be read that way is refused. DIR can then be loaded by
+timm.create_model('local-dir:DIR', pretrained=True), `vt-zoo predict` and `vt-zoo publish`.
 """
 import argparse
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--out', required=True, metavar='DIR', help='path to the output folder, which must not exist')
     add('--model', default=None, metavar='NAME', help='model name, if not the one in the checkpoint')
     add('--ema', action=argparse.BooleanOptionalAction, default=None,
-        help='use the moving average of the weights, or not, if not wherever there is one')
+        help='use the moving average of the weights, or do not (default: use it if there is one)')
     add('--dtype', choices=['float16', 'bfloat16'], default=None, help='data type of the weights, if not their own')
     add('--max-shard-size', type=file_size, default=None, metavar='SIZE',
         help='maximum file size, e.g. 500MB, above which the weights are split into shards; timm cannot read them, '

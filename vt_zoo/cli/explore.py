@@ -1,4 +1,4 @@
-"""Look into a model in the browser: drop an image, see what its tokens attend to.
+"""Look at a model in the browser: drop an image on the page and see what the tokens attend to.
 
 Serves one page on this machine only, at http://127.0.0.1:PORT, until Ctrl-C. The page needs no internet.
 """

@@ -1,7 +1,7 @@
 """Write a trained model as a file for another runtime: ONNX, TorchScript, torch.export or AOTInductor.
 
-The file holds the model in its inference form, with its preprocessing and class names. Before it gets its name it is
-loaded again and compared with PyTorch on several batches. The number of images in a batch is always free.
+The file holds the model in its inference form, with its preprocessing and class names. It is loaded again and compared
+with PyTorch on several batches before it is written under its name. Batches may have any number of images.
 """
 import argparse
 from pathlib import Path

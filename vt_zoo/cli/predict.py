@@ -1,7 +1,7 @@
 """Print the most likely classes of images.
 
-Results come while the images are read. One that cannot be read gets a line with its error and the others go on; the
-exit code is then 1, and the number of such images is said at the end.
+Each result is printed as soon as it is known. An image that cannot be read gets a line with its error and does not stop
+the others; the command then ends with their number and exit code 1.
 """
 import argparse
 from typing import Any, Dict, List
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--top', type=positive_int, default=5, metavar='K', help='number of classes to print per image')
     parser.add_argument(
         '--untrained', action='store_true',
-        help='allow a model whose classifier was never trained, as NAME.untrained; its answers mean nothing')
+        help='allow a model whose classifier was never trained, such as NAME.untrained; its answers mean nothing')
     add_image_arguments(parser, batch_size=32)
 
 

@@ -1,7 +1,8 @@
 """Publish a model on the Hugging Face Hub, with a model card.
 
-CHECKPOINT_DIR is what `vt-zoo finetune` or `vt-zoo convert` wrote. The card says how the weights came about, from what
-these commands wrote down; what is not there is called unknown. A token is needed: `hf auth login`, or HF_TOKEN.
+CHECKPOINT_DIR is a folder that `vt-zoo finetune` or `vt-zoo convert` wrote. The model card says how the weights were
+made, as these commands recorded it; what they did not record is given as unknown. You need a token: `hf auth login`,
+or HF_TOKEN.
 """
 import argparse
 from pathlib import Path
@@ -20,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--license', default=UNKNOWN, metavar='ID', help="license of the weights, by the hub's name, e.g. apache-2.0")
     add('--dataset', default=UNKNOWN, metavar='NAME', help='name of the training data, for the model card')
     add('--private', action='store_true',
-        help='create the repository as a private one; stop, with nothing uploaded, if it exists and is public')
-    add('--replace-card', action='store_true', help='replace a model card that was edited on the hub, else it is kept')
+        help='create a private repository; if the repository exists and is public, stop before anything is uploaded')
+    add('--replace-card', action='store_true',
+        help='replace the model card even if it was edited on the hub (default: keep it)')
     add('--dry-run', action='store_true', help='print the files and the model card without uploading them')
     add('--out', default=None, metavar='DIR', help='new folder to keep the uploaded files in')
 

@@ -1,7 +1,7 @@
-"""Write an int8 file, for CPUs, of an ONNX file of `vt-zoo export`.
+"""Quantize an ONNX file of `vt-zoo export` to int8, for CPUs.
 
-The ranges of activations are measured on images, which need no labels; what the file says of the model decides how they
-are prepared. Before the int8 file gets its name it is compared with the float32 file on these images.
+The ranges of the activations are measured on images, which need no labels and are prepared as the file says. The int8
+file is compared with the float32 file on these images before it is written under its name.
 """
 import argparse
 from pathlib import Path

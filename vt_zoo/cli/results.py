@@ -26,15 +26,15 @@ def add_image_arguments(parser: argparse.ArgumentParser, batch_size: int) -> Non
     """
     add = parser.add_argument
     add('images', nargs='+', metavar='IMAGE',
-        help="image file; folder, for the images in it and below; or '-' for paths on standard input, one a line")
+        help="image file, folder of images (with its subfolders), or '-' for paths from standard input, one per line")
     add('--batch-size', type=positive_int, default=batch_size, metavar='N', help='batch size in images')
     add('--device', choices=DEVICES, default=None, help='device to run on (default: cuda if there is one)')
     add('--workers', type=num_threads, default=min(4, os.cpu_count() or 1), metavar='N',
-        help='number of threads that open images')
+        help='number of threads that read images')
     form = parser.add_mutually_exclusive_group()
-    form.add_argument('--json', action='store_true', help='print one list of objects instead of a table')
-    form.add_argument('--jsonl', action='store_true', help='print an object a line, and nothing around them')
-    form.add_argument('--csv', action='store_true', help='print a line an image under a line of headings')
+    form.add_argument('--json', action='store_true', help='print a JSON list of objects instead of a table')
+    form.add_argument('--jsonl', action='store_true', help='print one JSON object per line')
+    form.add_argument('--csv', action='store_true', help='print one comma-separated line per image, after a header')
 
 
 def print_results(

@@ -1,4 +1,4 @@
-"""Train, measure and use models for semantic segmentation: VT-FPN and the panoptic FPN.
+"""Train, evaluate and use models for semantic segmentation: VT-FPN and the panoptic FPN.
 
 Needs the extra `segmentation`. On several GPUs: accelerate launch -m vt_zoo segment train --config ...
 """
@@ -54,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='device to train on (default: a GPU if there is one)')
     add_settings(train, SegmentSettings)
 
-    add = command('digits', 'write a set of handwritten digits on textured backgrounds, to try it').add_argument
+    add = command('digits', 'write a small data set to try: handwritten digits on textured backgrounds').add_argument
     add('root', metavar='DIR', help='path to the output folder, new or empty')
     add('--train', type=positive_int, default=1200, metavar='N', help='number of training images')
     add('--val', type=positive_int, default=300, metavar='N', help='number of validation images')
     add('--size', type=side, default=64, metavar='PIXELS', help='height and width of the images')
     add('--seed', type=whole_number, default=0, metavar='N', help='random seed')
 
-    add = command('eval', 'measure a model on a data set').add_argument
+    add = command('eval', 'evaluate a model on a data set').add_argument
     add('--model', required=True, metavar='DIR', help='path to the model folder')
     add('--data-dir', required=True, metavar='DIR', help='path to the data set')
     add('--format', default='folder', metavar='NAME', help=FIELDS['format'].metadata['text'])
@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='number of data loading processes')
     add('--json', action='store_true', help='print a JSON object instead of a table')
 
-    predict = command('predict', 'segment images; one that cannot be used gets a line with its error')
+    predict = command('predict', 'segment images; an image that cannot be used gets a line with its error')
     add = predict.add_argument
     add('--model', required=True, metavar='DIR', help='path to the model folder')
     add('--out', default='vt_zoo_segmented', metavar='DIR',
-        help='path to the output folder; of a folder of images it gets the subfolders')
+        help='path to the output folder; a folder of images keeps its subfolders there')
     add_image_arguments(predict, batch_size=1)
 
 

@@ -43,7 +43,7 @@ GRID_IMAGES = 16  # that tokens.png shows, the first ones
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
-    add('images', nargs='+', metavar='IMAGE', help='image file, or folder, for the images in it and below')
+    add('images', nargs='+', metavar='IMAGE', help='image file, or folder of images (with its subfolders)')
     add('--model', required=True, metavar='NAME_OR_DIR',
         help='model as in `vt-zoo predict`, or a folder of `vt-zoo segment`')
     add('--out', required=True, metavar='DIR', help='path to the output folder')

@@ -40,7 +40,7 @@ def draw_token_attention(
         InputError: matplotlib is not installed.
     """
     maps = _multiple_of_uniform(attention)
-    _save(_draw_grid(images, maps, titles, 9, 0.66 * len(images) + 0.8), path)
+    _save(_draw_grid(images, maps, titles, 9, 0.8), path)
 
 
 def draw_interaction(
@@ -63,7 +63,7 @@ def draw_interaction(
         InputError: matplotlib is not installed.
     """
     both = _multiple_of_uniform(torch.stack([attention, interaction]))
-    figure = _draw_grid([image, image], both, ['A', 'Â'], 11, 2.3)
+    figure = _draw_grid([image, image], both, ['A', 'Â'], 11, 1)
     title, how = _written(title)
     figure.suptitle(title, fontsize=10, **how)
     _save(figure, path)
@@ -201,10 +201,11 @@ def _draw_maps(axes, image: Image.Image, maps: torch.Tensor, colors) -> None:
         ax.imshow(picture)
 
 
-def _draw_grid(images: Sequence[Image.Image], maps: torch.Tensor, titles: Sequence[str], font: int, height: float):
+def _draw_grid(images: Sequence[Image.Image], maps: torch.Tensor, titles: Sequence[str], font: int, margin: float):
     """A figure with a row for each image: the image, then each of its maps (B, L, H, W) over it."""
     num_tokens = maps.shape[1]
-    figure = _figure((0.62 * (num_tokens + 1) + 1.4, height))
+    stretch = (images[0].width / images[0].height) ** 0.5  # cells have the images' shape
+    figure = _figure((0.63 * stretch * (num_tokens + 1) + 1.4, 0.57 / stretch * len(images) + margin))
     axes = figure.subplots(len(images), num_tokens + 1, squeeze=False)
     colors = _colors(maps)
     for row, image, title, of_image in zip(axes, images, titles, maps):

@@ -4,10 +4,11 @@ import os
 import platform
 import re
 import statistics
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 import vt_zoo
 from vt_zoo.files import whole
+
+CPU_FLAGS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8')
 
 
 def versions() -> str:
@@ -29,6 +32,15 @@ def versions() -> str:
 def environment() -> str:
     """The machine and the versions, as a sentence."""
     return f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+
+
+def machine() -> str:
+    """The CPU and what decides its speed; on Linux."""
+    cpu = Path('/proc/cpuinfo').read_text()
+    flags = set(re.search(r'^flags\s*:(.*)', cpu, re.M)[1].split())
+    return (
+        f'{re.search(r"^model name.*: (.*)", cpu, re.M)[1]} ({" ".join(f for f in CPU_FLAGS if f in flags)}), '
+        f'{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads')
 
 
 def read_runs(log: Path) -> List[dict]:
@@ -155,3 +167,47 @@ def reset_peak() -> None:
 def peak_bytes() -> int:
     """The peak since it was last reset."""
     return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
+
+
+def time_in_turns(
+        works: Dict[Any, Callable[[], Any]],
+        rounds: int,
+        warm_up: int,
+        desc: str,
+        untimed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+) -> Dict[Any, List[float]]:
+    """Time works that take turns, so that drift of the machine hits all alike.
+
+    Args:
+        works: What to call.
+        rounds: Times of each.
+        warm_up: Rounds before them, which do not count.
+        desc: Name on the progress bar.
+        untimed: Calls of a work in its turn before the one that is timed.
+        clock: Gives seconds.
+
+    Returns:
+        Seconds of each call of each work.
+    """
+    seconds = {key: [] for key in works}
+    for _ in tqdm(range(warm_up + rounds), desc):
+        for key, work in works.items():
+            for _ in range(untimed):
+                work()
+            start = clock()
+            work()
+            seconds[key].append(round(clock() - start, 7))
+    return {key: values[warm_up:] for key, values in seconds.items()}
+
+
+def times_faster(base: Sequence[float], own: Sequence[float]) -> str:
+    """How many times faster than the base: median and quartiles of the ratios in each round."""
+    low, median, high = statistics.quantiles([b / o for b, o in zip(base, own)], n=4, method='inclusive')
+    return f'{median:.2f} ({low:.2f} to {high:.2f})'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> List[str]:
+    """Lines of a table in Markdown, with an empty one before and after it."""
+    cells = [columns, ['---'] * len(columns), *rows]
+    return ['', *(f'| {" | ".join(map(str, row))} |' for row in cells), '']

@@ -1,71 +1,81 @@
-"""Speed and memory of VT-ResNets beside ResNets and what a user would pick at like cost.
+"""Speed and memory of VT modules beside what they replace, on the CPU.
 
     OMP_NUM_THREADS=2 python benchmarks/speed.py
 
-measures four parts, and writes benchmarks/results/speed.json after each and speed.md and the plots from it at the end:
-the last stage against layer4 (`stage`), whole models (`models`), a training step (`training`), and how the last stage
-grows with the image and the tokens (`growth`). `--parts` measures some of them again and keeps the rest.
+measures parts and writes each to a page of benchmarks/results, beside the parts that are there already:
 
-Each model is in its best public form: after timm's `reparameterize_model`, and with batch norms folded into
-convolutions. What is compared takes turns in one process, so that drift of the machine hits all alike. Memory is that
-of one pass in a process of its own, asked of Linux. Where there is a CUDA device it is measured instead of the CPU,
-into speed_cuda.*; that path was written without such a device at hand and is untested.
+    stage, training, growth   last stages and training steps, VT against layer4    speed
+    models                    whole models, beside ResNets and others              speed
+    predict                   `vt-zoo predict` and timm's inference.py             speed
+    necks                     the VT neck against the FPN module                   segmentation_speed
+
+What is compared takes turns in one process. Memory is that of one pass in a process of its own, asked of Linux.
 """
 import argparse
 import copy
 import ctypes
-import json
 import multiprocessing
 import os
-import re
+import resource
 import shlex
+import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Callable, List, Optional, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from harness import peak_bytes, reset_peak, versions
-from speed_report import REFERENCE, twin, write_report
+from harness import machine, peak_bytes, read_runs, reset_peak, table, time_in_turns, times_faster, versions, write_runs
+from matplotlib.figure import Figure
+from PIL import Image
 from timm.utils import reparameterize_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+import vt_zoo
 from vt_zoo.analysis.cost import count_multiply_adds
+from vt_zoo.data.digits import write_digits
 from vt_zoo.files import whole
 from vt_zoo.inference import fold_norms
+from vt_zoo.models.vt_fpn import FPNNeck, VTNeck
 
 RESULTS = Path(__file__).parent / 'results'
-RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
+RESNETS, TRAINED, REFERENCE = ('resnet18', 'resnet34', 'resnet50', 'resnet101'), ('resnet18', 'resnet50'), 'resnet50'
 RIVALS = (
     'seresnet50', 'gcresnet50t', 'botnet26t_256', 'lambda_resnet26t', 'convnext_tiny', 'fastvit_sa12',
     'vit_small_patch16_224', 'deit_base_patch16_224')
-COMPILED = ('resnet18', 'resnet50', 'convnext_tiny')  # compiling takes minutes
-TRAINED = ('resnet18', 'resnet50')
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device('cuda' if CUDA else 'cpu')
-BATCHES = (1, 16, 64, 256) if CUDA else (1, 16)
-MODES = ('float32', 'bfloat16', 'float32 contiguous', 'bfloat16 compile' if CUDA else 'float32 compile')
-SIZE, SIZES = 224, (224, 384, 512, 768, 1024)
-TOKENS = (16, 32, 64, 128, 256)
-CPU_FLAGS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8')
+COMPILED = ('vt_resnet18', 'resnet18', 'vt_resnet50', 'resnet50', 'convnext_tiny')  # compiling takes minutes
+COMPILE = 'float32 compile'
+MODES, BATCHES, TRAINING_BATCHES = ('float32', 'bfloat16', COMPILE), (1, 16), (16, 32)
+SIZE, SIZES, TOKENS = 224, (224, 384, 512, 768, 1024), (16, 32, 64, 128, 256)
+CHANNELS, NECK_SIZE = (256, 512, 1024, 2048), 512  # of a ResNet-50's maps, at strides 4, 8, 16 and 32
+FORMATS = {'NCHW': torch.contiguous_format, 'channels last': torch.channels_last}
+PICTURES, PREDICTOR = 3000, 'test_vt_resnet'
+MIB = 2 ** 20
+BLUE, ORANGE, GREY = '#0072b2', '#d55e00', '#595959'
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: a whole model, its trunk alone, its last stage, that stage's matrix products, a training step."""
+    """A pass of a model, its last stage or a neck ('model', 'stage', 'neck'), or a step of training one."""
     what: str
     name: str
-    mode: str
-    batch: int
+    mode: str = 'float32'
+    batch: int = 1
     size: int = SIZE
     num_tokens: int = 0  # 0 for the model's own
+
+
+def twin(name: str) -> str:
+    """The VT-ResNet with a ResNet's trunk."""
+    return name.replace('resnet', 'vt_resnet')
 
 
 def image_size(name: str) -> int:
@@ -88,7 +98,7 @@ def create(name: str, num_tokens: int = 0) -> nn.Module:
 
 @cache
 def best_form(name: str, num_tokens: int = 0) -> nn.Module:
-    """The form of a model that a user would run, in float32 on the CPU."""
+    """The form of a model that a user would run, in float32."""
     model = reparameterize_model(create(name, num_tokens))
     fold_norms(model)
     return model
@@ -109,260 +119,353 @@ class LastStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         model = self.model
-        if hasattr(model, 'vt_stage'):
-            return model.forward_head(model.vt_stage(x)[1])
-        return model.forward_head(model.layer4(x))
+        return model.forward_head(model.vt_stage(x)[1] if hasattr(model, 'vt_stage') else model.layer4(x))
 
 
-class _ProductRecorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operands: List[Tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ('mm', 'bmm', 'addmm', 'baddbmm'):
-            self.operands.append(args[-2:])
-        elif name == 'convolution':  # 1x1, the only ones in a VT stage
-            x, weight = args[:2]
-            self.operands.append((x.flatten(2).transpose(1, 2).flatten(0, 1), weight.flatten(1).t()))
-        return func(*args, **(kwargs or {}))
-
-
-def bare_products(net: nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """The matrix products of a pass, on the operands that they had in it, into memory that is there already."""
-    with _ProductRecorder() as recorder, torch.no_grad():
-        net(x)
-    products = [(torch.mm if a.ndim == 2 else torch.bmm, a.detach(), b.detach()) for a, b in recorder.operands]
-    products = [(product, a, b, product(a, b)) for product, a, b in products]
+def prepare_inference(job: Job) -> Callable[[], None]:
+    """A pass of a model or its last stage, channels last."""
+    dtype = getattr(torch, job.mode.split()[0])
+    net = copy.deepcopy(best_form(job.name, job.num_tokens)).to(dtype)
+    for parameter in net.parameters():
+        if parameter.ndim == 4:  # Module.to would refuse the 3D convolutions of lambda_resnet26t
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    x = torch.randn(job.batch, 3, job.size, job.size, dtype=dtype).to(memory_format=torch.channels_last)
+    if job.what == 'stage':
+        with torch.no_grad():
+            x = trunk_of(net)(x)
+        net = LastStage(net)
+    context = torch.inference_mode
+    if job.mode == COMPILE:
+        torch._inductor.config.freezing = True
+        net, context = torch.compile(net, dynamic=False), torch.no_grad  # which freezing is for
 
     def run() -> None:
-        for product, a, b, out in products:
-            product(a, b, out=out)
+        with context():
+            net(x)
     return run
 
 
 def prepare_training(job: Job) -> Callable[[], None]:
     """A step of SGD on random images."""
-    model = timm.create_model(job.name).train().to(DEVICE, memory_format=torch.channels_last)
+    model = timm.create_model(job.name).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    x = torch.randn(job.batch, 3, job.size, job.size, device=DEVICE).to(memory_format=torch.channels_last)
-    y = torch.randint(model.num_classes, (job.batch,), device=DEVICE)
+    x = torch.randn(job.batch, 3, job.size, job.size).to(memory_format=torch.channels_last)
+    y = torch.randint(model.num_classes, (job.batch,))
 
     def run() -> None:
-        with torch.autocast('cuda', torch.bfloat16) if CUDA else nullcontext():
-            loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return run
 
 
-def prepare(job: Job) -> Callable[[], None]:
-    """All that a job needs, ready to run once and again."""
-    if job.what == 'training':
-        return prepare_training(job)
-    torch.manual_seed(0)
-    dtype = getattr(torch, job.mode.split()[0])
-    memory_format = torch.contiguous_format if 'contiguous' in job.mode else torch.channels_last
-    net = copy.deepcopy(best_form(job.name, job.num_tokens)).to(DEVICE, dtype)
-    for parameter in net.parameters():
-        if parameter.ndim == 4:  # Module.to would refuse the 3D convolutions of lambda_resnet26t
-            parameter.data = parameter.data.to(memory_format=memory_format)
-    x = torch.randn(job.batch, 3, job.size, job.size, device=DEVICE, dtype=dtype).to(memory_format=memory_format)
-    if job.what in ('stage', 'products'):
-        with torch.no_grad():
-            x = trunk_of(net)(x)
-        net = LastStage(net)
-    elif job.what == 'trunk':
-        net = trunk_of(net)
-    if job.what == 'products':
-        return bare_products(net, x)
-    compiled = 'compile' in job.mode
-    if compiled:
-        torch._inductor.config.freezing = True
-        net = torch.compile(net, dynamic=False, mode='reduce-overhead' if CUDA and job.batch == 1 else None)
-    context = torch.no_grad if compiled else torch.inference_mode  # freezing is for no_grad
+def prepare_neck(job: Job) -> Callable[[], None]:
+    """A pass of a neck on random maps; in training also backward, to the maps too, as the encoder learns."""
+    training, memory_format = job.what == 'neck training', FORMATS[job.mode]
+    neck = nn.Sequential(FPNNeck(CHANNELS) if job.name == 'FPN module' else VTNeck(CHANNELS)).eval()
+    if job.name.endswith('reduced'):
+        neck = reparameterize_model(neck, inplace=True)
+    neck = neck.to(memory_format=memory_format).train(training)
+    maps = [
+        torch.empty(job.batch, chs, job.size // stride, job.size // stride, memory_format=memory_format).normal_()
+        .requires_grad_(training) for chs, stride in zip(CHANNELS, (4, 8, 16, 32))]
 
     def run() -> None:
-        if compiled and CUDA:
-            torch.compiler.cudagraph_mark_step_begin()
-        with context():
-            net(x)
+        with torch.inference_mode(not training):
+            levels = neck(maps)
+        if training:
+            sum(level.sum() for level in levels).backward()
     return run
 
 
-def _synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
+PREPARE = {
+    'model': prepare_inference, 'stage': prepare_inference, 'training': prepare_training,
+    'neck': prepare_neck, 'neck training': prepare_neck}
+
+
+def prepare(job: Job) -> Callable[[], None]:
+    """All that a job needs, ready to run once and again."""
+    torch.manual_seed(0)
+    return PREPARE[job.what](job)
 
 
 def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
-    """Seconds of each run of each job; the jobs take turns.
+    """Jobs with the seconds of each run.
 
     For one image the weights' way from memory counts, so there a turn begins with a run that is not timed: then they
     are where they would be had the model run alone.
     """
     torch._dynamo.reset()
-    runs, seconds = [prepare(job) for job in tqdm(jobs, 'prepare', leave=False)], [[] for _ in jobs]
-    of = ', '.join(sorted({f'{job.what}, {job.mode}, batch {job.batch}, {job.size}' for job in jobs}))
-    warm_up = 2 if jobs[0].batch == 1 else 1
-    for i in tqdm(range(warm_up + rounds), of[:60]):
-        for job, run, mine in zip(jobs, runs, seconds):
-            if job.batch == 1:
-                run()
-            _synchronize()
-            start = time.perf_counter()
-            run()
-            _synchronize()
-            if i >= warm_up:
-                mine.append(round(time.perf_counter() - start, 7))
-    return [{**asdict(job), 'seconds': mine} for job, mine in zip(jobs, seconds)]
+    works = {job: prepare(job) for job in tqdm(jobs, 'prepare', leave=False)}
+    first = jobs[0]
+    desc = f'{first.what}, {first.mode}, batch {first.batch}, {first.size}'
+    seconds = time_in_turns(works, rounds, warm_up=2, desc=desc, untimed=int(first.batch == 1))
+    return [{**asdict(job), 'seconds': seconds[job]} for job in jobs]
 
 
-def _peak_bytes() -> int:
-    if CUDA:
-        return torch.cuda.max_memory_allocated()
-    return peak_bytes()
-
-
-def measure_memory(job: Job) -> dict:
+def measure_peak(job: Job) -> int:
     """Bytes that one run needs at its peak beyond what it starts from, in a process that has run no other."""
-    if not CUDA:
-        ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed blocks from 64 KiB up leave the process
-    prepare(replace(job, name=twin('test_resnet'), size=64, num_tokens=0))()  # loads the libraries' code
+    ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed blocks from 64 KiB up leave the process
+    small = job.name if 'neck' in job.what else 'test_vt_resnet'
+    prepare(replace(job, name=small, size=64, num_tokens=0))()  # loads the libraries' code
     run = prepare(job)
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_peak()
-    before = _peak_bytes()
+    reset_peak()
+    before = peak_bytes()
     run()
-    _synchronize()
-    return {**asdict(job), 'bytes': _peak_bytes() - before}
+    return peak_bytes() - before
 
 
-def measure_all_memory(jobs: List[Job]) -> List[dict]:
+def measure_peaks(jobs: List[Job]) -> List[int]:
     """Peaks of the jobs, each in a new process."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm', 'vt_zoo', 'torch._dynamo'])
     with context.Pool(1, maxtasksperchild=1) as pool:
-        return list(tqdm(pool.imap(measure_memory, jobs), 'memory', len(jobs)))
+        return list(tqdm(pool.imap(measure_peak, jobs), 'memory', len(jobs), leave=False))
 
 
-def about(name: str) -> dict:
-    """What a model is, and that its best form is still the same model.
-
-    Raises:
-        RuntimeError: The form's outputs differ.
-    """
-    size, model, form = image_size(name), create(name), best_form(name)
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = model(x)
-        difference = float((form(x) - expected).abs().max() / expected.abs().max())
-    if not difference < 1e-4:
-        raise RuntimeError(f'the inference form of {name} differs from it by {difference:.1e} of the largest output')
-    return {
-        'what': 'about', 'name': name, 'size': size, 'difference': difference,
-        'parameters': sum(p.numel() for p in form.parameters()),
-        'multiply_adds': count_multiply_adds(copy.deepcopy(form).to('meta'), (3, size, size)),
-        'norms_left': sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in form.modules())}
-
-
-def measure_stage(args: argparse.Namespace) -> List[dict]:
+def stage_pairs() -> List[Tuple[Job, Job]]:
     """Last stages; ResNet-101's is ResNet-50's again and is not compiled."""
+    return [
+        (Job('stage', twin(name), mode, batch), Job('stage', name, mode, batch))
+        for name, mode, batch in product(RESNETS, MODES, BATCHES) if (name, mode) != ('resnet101', COMPILE)]
+
+
+def training_pairs() -> List[Tuple[Job, Job]]:
+    """Training steps."""
+    return [
+        (Job('training', twin(name), batch=batch), Job('training', name, batch=batch))
+        for name, batch in product(TRAINED, TRAINING_BATCHES)]
+
+
+def growth_pairs() -> List[Tuple[Job, Job]]:
+    """Last stages by size of one image, then by number of tokens."""
+    cases = [(size, TOKENS[0]) for size in SIZES] + [(SIZE, num_tokens) for num_tokens in TOKENS[1:]]
+    return [
+        (Job('stage', twin(REFERENCE), size=size, num_tokens=num_tokens), Job('stage', REFERENCE, size=size))
+        for size, num_tokens in cases]
+
+
+def neck_pairs() -> List[Tuple[Job, Job]]:
+    """Necks in inference and, but for the reduced form, in training."""
+    forms = (('neck', 'VT neck'), ('neck', 'VT neck, reduced'), ('neck training', 'VT neck'))
+    return [
+        (Job(what, name, mode, size=NECK_SIZE), Job(what, 'FPN module', mode, size=NECK_SIZE))
+        for (what, name), mode in product(forms, FORMATS)]
+
+
+def measure_pairs(pairs: Callable[[], List[Tuple[Job, Job]]], memory: bool, args: argparse.Namespace) -> List[dict]:
+    """A VT and what it replaces, one after the other."""
     records = []
-    for name in args.resnets:
-        for mode in args.modes:
-            if 'contiguous' in mode or (name == 'resnet101' and 'compile' in mode):
-                continue
-            for batch in BATCHES:
-                jobs = [Job('stage', twin(name), mode, batch), Job('stage', name, mode, batch)]
-                if 'compile' not in mode:
-                    jobs.append(Job('products', twin(name), mode, batch))
-                records += time_jobs(jobs, args.rounds or (60 if batch == 1 else 15))
+    for jobs in pairs():
+        peaks = [{'bytes': peak} for peak in measure_peaks(jobs)] if memory else [{}, {}]
+        records += [{**record, **peak} for record, peak in zip(time_jobs(jobs, args.rounds), peaks)]
     return records
 
 
 def measure_models(args: argparse.Namespace) -> List[dict]:
-    """Whole models, and the trunks of the ResNets with no last stage at all."""
-    absent = [{'what': 'absent', 'name': name} for name in args.models if not timm.is_model(name)]
-    names = [name for name in args.models if timm.is_model(name)]
-    names = [n for name in names for n in ((twin(name), name) if name in args.resnets else (name,))]
-    records = absent + [about(name) for name in tqdm(names, 'forms')]
-    for mode in args.modes:
-        chosen = [n for n in names if n in COMPILED or n in map(twin, COMPILED)] if 'compile' in mode else names
-        for batch in BATCHES:
-            jobs = [Job('model', name, mode, batch, image_size(name)) for name in chosen]
-            if 'compile' not in mode:
-                jobs += [Job('trunk', name, mode, batch) for name in args.resnets]
-            records += time_jobs(jobs, args.rounds or (20 if batch == 1 else 8))
-    return records + measure_all_memory([
-        Job('model', name, args.modes[0], batch, image_size(name)) for name in names for batch in BATCHES])
-
-
-def measure_training(args: argparse.Namespace) -> List[dict]:
-    """Training steps, on a CUDA device in mixed precision."""
-    records, mode = [], 'bfloat16 mixed' if CUDA else 'float32'
-    for name in [name for name in args.resnets if name in TRAINED] or args.resnets[:1]:
-        for batch in (256,) if CUDA else (16, 32):
-            jobs = [Job('training', n, mode, batch) for n in (twin(name), name)]
-            records += measure_all_memory(jobs) + time_jobs(jobs, args.rounds or 9)
-    return records
-
-
-def measure_growth(args: argparse.Namespace) -> List[dict]:
-    """Last stages and the trunk, by size of one image and by number of tokens."""
-    name = REFERENCE if REFERENCE in args.resnets else args.resnets[0]
-    cases = [(size, TOKENS[0]) for size in SIZES] + [(SIZE, num_tokens) for num_tokens in TOKENS[1:]]
+    """Whole models; those that are compared with each other are prepared together."""
+    costs = {}
+    for name in tqdm([*map(twin, RESNETS), *RESNETS, *RIVALS], 'forms'):
+        form, size = copy.deepcopy(best_form(name)).to('meta'), image_size(name)
+        costs[name] = {
+            'parameters': sum(p.numel() for p in form.parameters()),
+            'multiply_adds': count_multiply_adds(form, (3, size, size))}
     records = []
-    for size, num_tokens in cases:
-        jobs = [Job('stage', twin(name), 'float32', 1, size, num_tokens), Job('stage', name, 'float32', 1, size)]
-        records += time_jobs([*jobs, Job('trunk', name, 'float32', 1, size)], args.rounds or 15)
-        records += measure_all_memory(jobs)
-    return records
+    for mode, batch in product(MODES, BATCHES):
+        names = [name for name in costs if mode != COMPILE or name in COMPILED]
+        records += time_jobs([Job('model', name, mode, batch, image_size(name)) for name in names], args.rounds)
+    return [{**record, **costs[record['name']]} for record in records]
 
 
-PARTS: Dict[str, Callable[[argparse.Namespace], List[dict]]] = {
-    'stage': measure_stage, 'models': measure_models, 'training': measure_training, 'growth': measure_growth}
+def measure_predict(args: argparse.Namespace) -> List[dict]:
+    """Whole processes on handwritten digits, with the time of all CPUs."""
+    shared = ['pictures', '--model', PREDICTOR, '--device', 'cpu', '--batch-size', '32', '--workers', '2']
+    programs = {
+        'vt-zoo predict': ['vt_zoo', 'predict', *shared, '--top', '1', '--csv'],
+        'inference.py': [
+            'vt_zoo.run', str(args.scripts.resolve() / 'inference.py'), *shared, '--pretrained', '--topk', '1',
+            '--include-index', '--results-dir', '.', '--no-console-results']}
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(vt_zoo.__file__).parents[1])}
+    records = {name: {'name': name, 'seconds': [], 'cpu_seconds': []} for name in programs}
+    with TemporaryDirectory() as folder:
+        write_digits(Path(folder, 'digits'))
+        digits = sorted(Path(folder, 'digits').rglob('*.png'))
+        Path(folder, 'pictures', 'all').mkdir(parents=True)
+        for i in range(PICTURES):
+            with Image.open(digits[i % len(digits)]) as image:
+                image.resize((32, 32)).save(Path(folder, 'pictures', 'all', f'{i:06d}.png'))
+        for _, (name, words) in product(tqdm(range(args.rounds), 'rounds'), programs.items()):
+            before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run(
+                [sys.executable, '-m', *words], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, check=True)
+            records[name]['seconds'].append(time.perf_counter() - start)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            records[name]['cpu_seconds'].append(sum(after[:2]) - sum(before[:2]))
+    return list(records.values())
 
 
-def machine() -> str:
-    """The device and what decides its speed."""
-    cpu = Path('/proc/cpuinfo').read_text()
-    flags = set(re.search(r'^flags\s*:(.*)', cpu, re.M)[1].split())
-    text = (
-        f'{re.search(r"^model name.*: (.*)", cpu, re.M)[1]} ({" ".join(f for f in CPU_FLAGS if f in flags)}), '
-        f'{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads')
-    return f'{torch.cuda.get_device_name()}, {text}' if CUDA else text
+def tabulate_pairs(records: List[dict]) -> List[str]:
+    """Times and, where they were measured, peaks."""
+    rows = []
+    for own, base in zip(records[::2], records[1::2]):
+        rows.append([
+            own['name'], base['name'], own['mode'], own['batch'], own['size'], own['num_tokens'] or '',
+            *(f'{1000 * median(r["seconds"]):.2f}' for r in (own, base)),
+            times_faster(base['seconds'], own['seconds'])])
+        if 'bytes' in own:
+            rows[-1] += [*(f'{r["bytes"] / MIB:.1f}' for r in (own, base)), f'{own["bytes"] / base["bytes"]:.2f}']
+    columns = ('VT', 'beside', 'mode', 'batch', 'image', 'tokens', 'VT, ms', 'beside, ms', 'times faster')
+    memory = ('VT, MiB', 'beside, MiB', 'ratio') if 'bytes' in records[0] else ()
+    return table((*columns, *memory), rows)
+
+
+def tabulate_models(records: List[dict]) -> List[str]:
+    """A table for each mode and batch, models by cost."""
+    lines = ['']
+    for mode, batch in dict.fromkeys((r['mode'], r['batch']) for r in records):
+        of = {r['name']: r for r in records if (r['mode'], r['batch']) == (mode, batch)}
+        rows = [
+            (name, r['size'], f'{r["multiply_adds"] / 1e6:.0f}', f'{r["parameters"] / 1e6:.1f}',
+             f'{batch / median(r["seconds"]):.1f}', times_faster(of[REFERENCE]['seconds'], r['seconds']))
+            for name, r in sorted(of.items(), key=lambda item: item[1]['multiply_adds'])]
+        lines += [f'{mode}, batch {batch}:', *table((
+            'model', 'image', 'multiply-adds, M', 'parameters, M', 'images/s', f'times {REFERENCE}'), rows)]
+    return lines
+
+
+def tabulate_predict(records: List[dict]) -> List[str]:
+    """Medians, and their ratio."""
+    rows = [(r['name'], median(r['seconds']), median(r['cpu_seconds'])) for r in records]
+    rows.append(('ratio', *(theirs / ours for ours, theirs in zip(rows[0][1:], rows[1][1:]))))
+    return table(('program', 'seconds', 'CPU seconds'), ((n, f'{s:.2f}', f'{cpu:.2f}') for n, s, cpu in rows))
+
+
+def draw_models(records: List[dict]) -> Figure:
+    """Images a second of each model in float32, models by cost."""
+    figure = Figure(figsize=(10, 5), dpi=90, layout='constrained')
+    for ax, batch in zip(figure.subplots(1, len(BATCHES), sharey=True), BATCHES):
+        of = sorted(
+            (r for r in records if (r['mode'], r['batch']) == ('float32', batch)), key=lambda r: -r['multiply_adds'])
+        colors = {r['name']: ORANGE if 'vt_' in r['name'] else BLUE if r['name'] in RESNETS else GREY for r in of}
+        bars = ax.barh(
+            [f'{r["name"]}, {r["multiply_adds"] / 1e9:.1f} G' for r in of],
+            [batch / median(r['seconds']) for r in of], color=colors.values())
+        ax.bar_label(bars, fmt='%.1f', padding=3)
+        ax.set(title=f'float32, batch {batch}', xlabel='images a second')
+        ax.margins(x=0.12)
+    figure.supylabel('model and its multiply-adds')
+    return figure
+
+
+def draw_growth(records: List[dict]) -> Figure:
+    """Time and memory of the last stage against size and tokens."""
+    pairs = list(zip(records[::2], records[1::2]))
+    figure = Figure(figsize=(8, 6), dpi=90, layout='constrained')
+    axes = figure.subplots(2, 2)
+    panels = {'time, ms': lambda r: 1000 * median(r['seconds']), 'peak memory, MiB': lambda r: r['bytes'] / MIB}
+    for row, key, fixed, label in zip(
+            axes, ('size', 'num_tokens'), ('num_tokens', 'size'), ('image, pixels a side', 'tokens')):
+        of = [pair for pair in pairs if pair[0][fixed] == pairs[0][0][fixed]]
+        x = [vt[key] for vt, _ in of]
+        for ax, (title, value) in zip(row, panels.items()):
+            ax.plot(x, [value(vt) for vt, _ in of], 'D-', color=ORANGE, label=f'last stage of {twin(REFERENCE)}')
+            ax.plot(x, [value(base) for _, base in of], 'o--', color=BLUE, label=f'layer4 of {REFERENCE}')
+            ax.set_xscale('log')
+            ax.set_xticks(x, x)
+            ax.minorticks_off()
+            ax.set_ylim(bottom=0)
+            ax.set(xlabel=label, title=title)
+            ax.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    return figure
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured, and how its page shows it."""
+    page: str
+    heading: str
+    text: str
+    measure: Callable[[argparse.Namespace], List[dict]]
+    tabulate: Callable[[List[dict]], List[str]] = tabulate_pairs
+    rounds: int = 15
+    picture: str = ''
+    draw: Optional[Callable[[List[dict]], Figure]] = None
+
+
+PARTS = {
+    'stage': Part(
+        'speed', 'The last stage',
+        'From the map of stride 16 to the logits: VT modules and classifier against layer4, pooling and classifier of '
+        'the same ResNet.',
+        partial(measure_pairs, stage_pairs, False), rounds=30),
+    'models': Part(
+        'speed', 'Whole models',
+        'Multiply-adds and parameters are those of the form that ran. Accuracy is not compared.',
+        measure_models, tabulate_models, picture='speed.png', draw=draw_models),
+    'training': Part(
+        'speed', 'Training',
+        'A step: forward, backward and SGD with momentum, on random images. Memory is what it needs at its peak beyond '
+        'weights and images: activations, gradients and momentum.',
+        partial(measure_pairs, training_pairs, True)),
+    'growth': Part(
+        'speed', 'Growth',
+        'The last stage by size of the image, and by number of tokens. Memory is beyond weights and the incoming map.',
+        partial(measure_pairs, growth_pairs, True), picture='speed_growth.png', draw=draw_growth),
+    'predict': Part(
+        'speed', 'Many pictures',
+        f'Whole processes on {PICTURES} pictures of 32x32, `{PREDICTOR}`, batches of 32, 2 workers, one thread for the '
+        'model.',
+        measure_predict, tabulate_predict, rounds=5),
+    'necks': Part(
+        'segmentation_speed', 'The VT neck and the FPN module',
+        "The VT neck of the paper's configuration beside the FPN module, in float32, on maps of a ResNet-50 of one "
+        "image. *Reduced* is what timm's `reparameterize_model` makes of it: the same outputs, for inference only. "
+        'Memory is beyond weights and incoming maps; in training, gradients of the maps and of the weights are among '
+        'it.',
+        partial(measure_pairs, neck_pairs, True), rounds=30)}
+
+
+def report(runs: List[dict], environment: str) -> str:
+    """The parts of a page as Markdown."""
+    lines = [
+        '# Speed', '',
+        'Times are medians of rounds in which what is compared takes turns; how many times faster is the median of the '
+        "ratios in each round, in brackets their quartiles. For inference models are in timm's `reparameterize_model` "
+        'form with batch norms folded into convolutions, channels last; *compile* is torch.compile with freezing, the '
+        'rest is eager.', '']
+    for run in runs:
+        part = PARTS[run['part']]
+        lines += [f'## {part.heading}', '', f'Command: `{run["command"]}`. {run["environment"]}.', '', part.text]
+        lines += ['', f'![{part.heading}]({part.picture})'] if part.picture else []
+        lines += part.tabulate(run['records'])
+    return '\n'.join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='what to measure')
-    parser.add_argument('--models', nargs='+', default=[*RESNETS, *RIVALS], help='beside the VT-ResNets of the ResNets')
-    parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES), help='memory is that in the first')
-    parser.add_argument('--rounds', type=int, help='timed runs of each; default: by part and batch')
+    default = [name for name in PARTS if name != 'predict']
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=default, help='what to measure')
+    parser.add_argument('--rounds', type=int, help='timed runs of each; default: by part')
+    parser.add_argument('--scripts', type=Path, help="folder with timm's inference.py, for the part predict")
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
-    args.resnets = [name for name in args.models if timm.is_model(twin(name)) and twin(name) != name]
-    stem = 'speed_cuda' if CUDA else 'speed'
-    path = args.out / f'{stem}.json'
     args.out.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for part in args.parts:
-        start = time.time()
-        records = PARTS[part](args)
-        command = shlex.join(['python', 'benchmarks/speed.py', *sys.argv[1:]])
-        results[part] = {
-            'device': DEVICE.type, 'command': f'OMP_NUM_THREADS={torch.get_num_threads()} {command}',
-            'machine': machine(), 'versions': versions(), 'minutes': (time.time() - start) / 60,
-            'records': records}
-        with whole(path) as new:
-            new.write_text(json.dumps(results).replace('{"what"', '\n{"what"') + '\n')
-        write_report(results, args.out / stem)
-    print((args.out / f'{stem}.md').read_text())
+    words = shlex.join(['benchmarks/speed.py', *sys.argv[1:]])
+    environment = f'{machine()}, {versions()}'
+    for name in args.parts:
+        part = PARTS[name]
+        records = part.measure(argparse.Namespace(rounds=args.rounds or part.rounds, scripts=args.scripts))
+        log = args.out / f'{part.page}.json'
+        kept = [run for run in read_runs(log) if run['part'] != name]
+        command = f'OMP_NUM_THREADS={torch.get_num_threads()} python {words}'
+        runs = [*kept, {'part': name, 'command': command, 'environment': environment, 'records': records}]
+        write_runs(log, sorted(runs, key=lambda run: list(PARTS).index(run['part'])), environment, report)
+        if part.draw:
+            with whole(args.out / part.picture) as new:
+                part.draw(records).savefig(new)
 
 
 if __name__ == '__main__':

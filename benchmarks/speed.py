@@ -452,6 +452,8 @@ def main() -> None:
     parser.add_argument('--scripts', type=Path, help="folder with timm's inference.py, for the part predict")
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
+    if 'predict' in args.parts and args.scripts is None:
+        parser.error('predict needs --scripts')
     args.out.mkdir(parents=True, exist_ok=True)
     words = shlex.join(['benchmarks/speed.py', *sys.argv[1:]])
     environment = f'{machine()}, {versions()}'

@@ -5,6 +5,7 @@ The pictures are JPEG files, `train/CLASS/NNNN.jpg` and `test/CLASS/NNNN.jpg`: t
 copies is not that on the official files; a report says which it was.
 """
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -14,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from harness import cross_entropy, train_epochs
 from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
 from vt_zoo.data.images import load_image
@@ -23,7 +25,10 @@ from vt_zoo.weights.files import read_tensors, write_tensors
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-SIZE, PAD = 32, 4
+PAD = 4
+AUTOCAST = {'float32': None, 'bfloat16': torch.bfloat16}  # of `harness.cross_entropy`, by precision
+
+Pick = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 def load_cifar(data_dir: Path) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
@@ -78,8 +83,7 @@ def give_small_stem(model: nn.Module) -> nn.Module:
 class _Picked:
     """Pictures as `pick` gives them of indices, with randomness from one source."""
 
-    def __init__(
-            self, pick: Callable[[torch.Tensor, torch.Generator], torch.Tensor], generator: torch.Generator) -> None:
+    def __init__(self, pick: Pick, generator: torch.Generator) -> None:
         self.pick, self.generator = pick, generator
 
     def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
@@ -88,7 +92,7 @@ class _Picked:
 
 def fit(
         model: nn.Module,
-        pick: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+        pick: Pick,
         classes: torch.Tensor,
         optimizer: torch.optim.Optimizer,
         epochs: int,
@@ -120,7 +124,11 @@ def fit(
     """
     rate = optimizer.param_groups[0]['lr']
     modules = {'model': model} if average is None else {'model': model, 'average': average}
-    history = _resume(modules, optimizer, state)
+    history = []
+    if state.exists():
+        tensors, metadata = read_tensors(state)
+        load_state(tensors, metadata['scalars'], modules, optimizer)
+        history = [tuple(epoch) for epoch in metadata['history']]
     first, generator = len(history), torch.Generator()
 
     def orders() -> Iterator[torch.Tensor]:
@@ -141,10 +149,14 @@ def fit(
     return history
 
 
-def _resume(modules: Dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: Path) -> List[Tuple[float, float]]:
-    """Take over a state that was kept; the history of its epochs, none where there is none."""
-    if not state.exists():
-        return []
-    tensors, metadata = read_tensors(state)
-    load_state(tensors, metadata['scalars'], modules, optimizer)
-    return [tuple(epoch) for epoch in metadata['history']]
+def fit_plain(
+        model: nn.Module, x: torch.Tensor, classes: torch.Tensor, epochs: int, seed: int, state: Path, precision: str,
+) -> List[Tuple[float, float]]:
+    """`fit` on pictures in uint8 with crops and flips, by SGD with momentum."""
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=5e-4, momentum=0.9)
+
+    def pick(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return normalise(crop_and_flip(x[indices], generator))
+
+    loss_of = partial(cross_entropy, autocast=AUTOCAST[precision])
+    return fit(model, pick, classes, optimizer, epochs, 128, seed, state, loss_of)

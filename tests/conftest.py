@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import MAX_SENTENCE, SIGNAL_AT, Forks
 
 from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import finetune
@@ -21,68 +21,7 @@ from vt_zoo.data.digits import write_digits
 from vt_zoo.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 600
-MAX_SENTENCE = 400  # characters, paths among them
 SEGMENT_MODULES = ['vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train', 'vt_zoo.segmentation.predict']
-
-# Imports modules once and forks a process a job, which runs code as `python -c` would and ends without tearing the
-# interpreter down: that saves seconds a job. The hub's client, which reads its variables when it is imported, reads
-# those of the job.
-FORKS = '''
-import atexit, gc, importlib, json, os, signal, sys, traceback
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-gc.collect()
-gc.freeze()
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-else:
-    os._exit(0)
-for descriptor, path, flags in (0, os.devnull, os.O_RDONLY), (1, job['out'], os.O_WRONLY), (2, job['err'], os.O_WRONLY):
-    os.dup2(os.open(path, flags), descriptor)
-os.chdir(job['cwd'])
-if job['environment']:
-    os.environ.update(job['environment'])
-    importlib.reload(importlib.import_module('huggingface_hub.constants'))
-signal.setitimer(signal.ITIMER_REAL, job['timeout'])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
-sys.argv[1:] = job['args']
-code = 1
-try:
-    exec(job['code'], {'__name__': '__main__'})
-    code = 0
-except SystemExit as e:
-    code = e.code or 0
-except BaseException:
-    traceback.print_exc()
-try:
-    sys.stdout.flush()
-except OSError:
-    traceback.print_exc()
-    code = 120
-atexit._run_exitfuncs()
-os._exit(code)
-'''
-
-# A process that sends itself and its children a signal where it calls a function, in place of that call or after it.
-SIGNAL_AT = '''
-import itertools, multiprocessing.process, os, PIL.Image, timm.utils, vt_zoo.cli.predict, vt_zoo.data.images
-def send_signal(owner, name, call, number, after):
-    function, calls = getattr(owner, name), itertools.count(1)
-    def replacement(*args, **kwargs):
-        due = next(calls) == call  # threads call it too, and each must have a number of its own
-        result = function(*args, **kwargs) if after or not due else None
-        if due:
-            os.killpg(0, number)
-        return result
-    setattr(owner, name, replacement)
-os.setpgrp()
-'''
-
 
 def pytest_configure(config):
     """Each process of pytest-xdist, with all that it starts, takes its share of the cores."""
@@ -103,61 +42,6 @@ def pytest_collection_finish():
     """Keep what was imported out of later collections of garbage: accelerate asks for two a run, half a second each."""
     gc.collect()
     gc.freeze()
-
-
-def lines_of(text):
-    """What is left to read on a terminal, where a progress bar is written over."""
-    lines = [line.rsplit('\r', 1)[-1] for line in text.split('\n')]
-    return [line for line in lines if line.strip()]
-
-
-class Forks:
-    """Runs Python code in forks of a process that has imported modules.
-
-    Args:
-        folder: Of the files to which the code prints.
-        modules: What is imported.
-    """
-
-    def __init__(self, folder, *modules):
-        self.folder = folder
-        self.server = subprocess.Popen(
-            [sys.executable, '-c', FORKS, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, code, *args, cwd=None, environment=None, out=None, timeout=TIMEOUT):
-        """Run code as `python -c` would.
-
-        Args:
-            code: Python.
-            args: Words for it.
-            cwd: Folder to run it in.
-            environment: Variables beside those of this process.
-            out: File to take standard output; not read back where given.
-            timeout: Seconds until SIGALRM ends it at once, as SIGKILL would.
-
-        Returns:
-            Exit code, standard output, standard error as text and its lines that stay on a terminal.
-        """
-        job = {
-            'code': code, 'args': [str(a) for a in args], 'cwd': str(cwd or self.folder),
-            'environment': environment or {}, 'timeout': timeout, 'out': str(out or self.folder / 'out'),
-            'err': str(self.folder / 'err')}
-        (self.folder / 'out').write_bytes(b'')
-        (self.folder / 'err').write_bytes(b'')
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        code = int(self.server.stdout.readline())
-        stdout, stderr = ((self.folder / n).read_bytes().decode(errors='surrogateescape') for n in ('out', 'err'))
-        return SimpleNamespace(code=code, stdout=stdout, stderr=stderr, lines=lines_of(stderr))
-
-    def command(self, *args, module='vt_zoo', before='', **kwargs):
-        """Run `python -m vt_zoo` with these words, or another module; `before` is Python code that runs first."""
-        run = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-        return self.run(f'{before}\n{run}', *args, **kwargs)
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(TIMEOUT)
-        self.server.stdout.close()
 
 
 @pytest.fixture(scope='session')

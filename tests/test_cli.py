@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,17 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import load_folder
+from helpers import (
+    change_config,
+    check_interrupted,
+    check_refused,
+    files,
+    interrupt_at_checkpoint,
+    load_folder,
+    noise,
+    tree,
+    weights,
+)
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
@@ -22,7 +31,6 @@ from timm_plugin import registered_models
 import vt_zoo
 from vt_zoo.recipes import list_recipes
 
-MAX_LINE = 420
 STEPS = 4  # of an epoch with tiny_arguments on few_digits
 CASES = {  # words after `finetune DATA_DIR`
     'unknown model': ['--model', 'no_such_model'],
@@ -41,43 +49,6 @@ CASES = {  # words after `finetune DATA_DIR`
     'unknown device': ['--device', 'abacus'],
     'unknown word': ['--no-such-word'],
 }
-
-
-def tree(folder):
-    """Everything below a folder: bytes of the files, None for folders."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
-
-
-def files(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
-
-
-def check_refused(result, *words, code=2):
-    """One sentence on standard error, after warnings and notes, that holds the given words."""
-    assert 'Traceback' not in result.stderr, result.stderr[-2000:]
-    assert result.code == code
-    assert result.lines, 'there is no sentence'
-    *warnings, sentence = result.lines
-    assert all(line.startswith(('vt-zoo: WARNING: ', 'vt-zoo: INFO: ')) for line in warnings), warnings
-    assert sentence.startswith('vt-zoo') and ': error: ' in sentence
-    assert len(sentence) <= MAX_LINE, f'a sentence of {len(sentence)} characters: {sentence[:200]}'
-    for word in words:
-        assert str(word) in sentence
-
-
-def check_interrupted(result):
-    assert 'Traceback' not in result.stderr, result.stderr[-2000:]
-    assert result.code == 130
-    assert result.lines[-1] == 'vt-zoo: interrupted'
-    assert len(result.lines) <= 2
-
-
-def weights(out):
-    return (out / 'model' / 'model.safetensors').read_bytes()
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture(scope='module')
@@ -304,12 +275,6 @@ def broken_config(folder):
     (folder / 'config.json').write_text('{')
 
 
-def change_config(folder, **changes):
-    config = json.loads((folder / 'config.json').read_text())
-    config.update(changes)
-    (folder / 'config.json').write_text(json.dumps(config))
-
-
 def too_few_labels(folder):
     change_config(folder, label_names=['one'])
 
@@ -469,21 +434,6 @@ def test_reader_that_goes_away(picture, tiny_model):
     assert process.stderr.read() == b''
     process.stderr.close()
     assert process.wait() == 1
-
-
-def interrupt_at_checkpoint(words, out):
-    """Run a training command in a process of its own until its first checkpoint, then Ctrl-C: what it says of it."""
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'vt_zoo', *words, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not (out / 'checkpoint.safetensors').exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130
-    assert 'Traceback' not in stderr
-    return stderr
 
 
 @pytest.mark.slow

@@ -8,8 +8,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from test_layers import stir
-from test_options import COMBINED, SINGLE, calibrated, name
+from helpers import COMBINED, SINGLE, calibrated, name, stir
 from timm.data import resolve_data_config
 
 from vt_zoo import __version__

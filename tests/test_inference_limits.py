@@ -8,9 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_layers import stir
-from test_options import calibrated, images
-from test_reparameterize import assert_equal
+from helpers import assert_equal, calibrated, images, stir
 from timm.utils import reparameterize_model
 
 from vt_zoo.inference import InferenceStage, fold_neck, fold_norms

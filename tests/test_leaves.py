@@ -10,38 +10,13 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_layers import stir
-from test_options import COMBINED, SINGLE, calibrated, images, name
-from test_reparameterize import assert_equal
+from helpers import COMBINED, FORMS, SINGLE, assert_equal, calibrated, images, in_form, leaves, name, vt_fpn
 from timm.utils import reparameterize_model
 from torch.nn.utils import parametrizations, prune, remove_weight_norm, weight_norm
-
-from vt_zoo.models.vt_fpn import VTFPN
 
 OPTIONS = [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}]
 ZOO = ['vt_resnet18', pytest.param('vt_resnet34', marks=pytest.mark.slow), 'vt_resnet50',
        pytest.param('vt_resnet101', marks=pytest.mark.slow)]
-FORMS = ['training', 'eval', 'inference']
-
-
-def vt_fpn():
-    torch.manual_seed(0)
-    model = VTFPN('tu-test_resnet', classes=3, token_dim=32, pyramid_channels=32, head_channels=64)
-    stir(model.decoder.neck)  # or its projections, which start at zero, would hide what comes before them
-    return model.eval()
-
-
-def in_form(model, form):
-    if form == 'inference':
-        return reparameterize_model(model)
-    return model.train(form == 'training')
-
-
-def leaves(model):
-    """Modules that own weights and have no children, by name."""
-    return {n: m for n, m in model.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))}
-
-
 def maps_of(model):
     return {n: m for n, m in leaves(model).items() if isinstance(m, (nn.Conv2d, nn.Linear))}
 

@@ -4,8 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from test_leaves import FORMS, OPTIONS, in_form, vt_fpn
-from test_options import calibrated, images, name
+from helpers import COMBINED, FORMS, SINGLE, calibrated, images, in_form, name, vt_fpn
 
 onnxruntime = pytest.importorskip('onnxruntime')
 
@@ -29,7 +28,7 @@ def assert_runs_at_every_size(model):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('form', FORMS[1:])
 @pytest.mark.parametrize('options', [
-    OPTIONS[0], *[pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[1:-1]]], ids=name)
+    {}, *[pytest.param(o, marks=pytest.mark.slow) for o in SINGLE[1:] + COMBINED]], ids=name)
 def test_vt_resnet(options, form):
     assert_runs_at_every_size(in_form(calibrated(**options), form))
 

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import check_refused, files, tree, weights
 from PIL import Image
-from test_cli import check_refused, files, tree, weights
 
 from vt_zoo.cli.main import create_parser
 from vt_zoo.data import image_stream

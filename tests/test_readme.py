@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import Forks
 from documents import blocks
+from helpers import Forks
 from paper_order import in_paper_order
 from test_docs import shell_words
 from torch.utils.flop_counter import FlopCounterMode

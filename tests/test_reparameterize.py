@@ -7,9 +7,21 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from helpers import (
+    COMBINED,
+    SINGLE,
+    TINY,
+    TOLERANCE,
+    assert_equal,
+    build,
+    calibrated,
+    images,
+    name,
+    norms_of,
+    outputs,
+    stir,
+)
 from safetensors.torch import load_file, save_file
-from test_layers import stir
-from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
 from timm.layers import freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,27 +32,7 @@ from vt_zoo.inference.stage import GroupedTokenMap, fold_maps
 from vt_zoo.layers import TokenTransformer
 from vt_zoo.layers.linear import GroupedTokenLinear, PixelLinear, TokenLinear
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
-
-
-def build(cls, *args, dtype=torch.float64, **kwargs):
-    torch.manual_seed(0)
-    return stir(cls(*args, dtype=dtype, **kwargs))
-
-
-def norms_of(model):
-    return [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))]
-
-
-def outputs(model, *inputs):
-    with torch.no_grad():
-        return model(*inputs)
-
-
-def assert_equal(result, expected):
-    assert result.dtype == expected.dtype
-    assert (result - expected).norm() < TOLERANCE[expected.dtype] * expected.norm()
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
 from PIL import Image
-from test_cli import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
 from torch.utils.data import DataLoader
 
 from vt_zoo.data.composed_digits import CLASSES

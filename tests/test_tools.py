@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_leaves import leaves, vt_fpn
-from test_options import images
+from helpers import images, leaves, vt_fpn
 from timm.utils import reparameterize_model
 
 import vt_zoo  # noqa: F401

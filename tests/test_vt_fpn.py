@@ -8,6 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import exports_max_pooling_of_any_size, run_in_precision, stir
+from reference import (
+    array,
+    assert_close,
+    bilinear,
+    mapped,
+    pixels,
+    projector_reference,
+    tokenizer_reference,
+    transformer_reference,
+)
 
 pytest.importorskip('segmentation_models_pytorch')
 
@@ -19,19 +30,6 @@ from hub_server import WRITER, environment, hub_server
 from huggingface_hub import ModelCard
 from paper_order import in_paper_order
 from safetensors.torch import load_file, save_file
-from test_layers import (
-    array,
-    assert_close,
-    filter_reference,
-    mapped,
-    permuted,
-    pixels,
-    projector_reference,
-    stir,
-    transformer_reference,
-)
-from test_options import bilinear
-from test_vt_resnet import exports_max_pooling_of_any_size, run_in_precision
 
 from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
@@ -133,7 +131,7 @@ def vt_neck_reference(neck, features):
     """Equation (1) at each level, (3) and (4) over the tokens of all levels, (5) at each level."""
     laterals = [conv_reference(conv, x) for conv, x in zip(neck.laterals, features)]
     tokens = np.concatenate([
-        mapped(embed, filter_reference(tokenizer, pixels(x)))
+        mapped(embed, tokenizer_reference(tokenizer, 'filter', x))
         for embed, tokenizer, x in zip(neck.embeds, neck.tokenizers, laterals)])
     tokens = np.split(transformer_reference(neck.transformer, tokens), len(laterals))
     return [
@@ -184,6 +182,10 @@ def test_model_is_its_equations(cls, size):
 
 
 # --- what a neck relates
+
+
+def permuted(x, permutation):
+    return x.flatten(2)[:, :, permutation].reshape(x.shape)
 
 
 def changed_pixels(neck, features, level, row, column):

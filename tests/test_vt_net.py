@@ -6,10 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from helpers import assert_equal, images, norms_of, outputs, stir
 from safetensors.torch import save_file
-from test_layers import stir
-from test_options import images
-from test_reparameterize import assert_equal, norms_of, outputs
 from timm.models._manipulate import group_parameters
 from timm.utils import reparameterize_model
 

@@ -10,7 +10,7 @@ import timm.optim
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import needs_timm_that_reads_folders
+from helpers import exports_max_pooling_of_any_size, needs_timm_that_reads_folders, run_in_precision
 from paper_order import in_paper_order
 from timm.layers import BlurPool2d, DropPath, FrozenBatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -545,16 +545,6 @@ def test_torch_compile_inductor():
             assert_close(compiled(x), model(x), tol=1e-3)
 
 
-def exports_max_pooling_of_any_size():
-    side = torch.export.Dim('side', min=32)
-    stem = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 7, stride=2, padding=3), torch.nn.MaxPool2d(3, 2, padding=1))
-    try:
-        torch.export.export(stem, (images(2, 80, 64),), dynamic_shapes=({2: side},))
-    except torch._dynamo.exc.UserError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize('features_only', [False, True])
 def test_torch_export_with_dynamic_shape(features_only):
     if not exports_max_pooling_of_any_size():
@@ -631,17 +621,6 @@ def test_sync_batch_norm_conversion_keeps_outputs(convert):
     assert isinstance(converted.vt_stage[0].tokenizer.logit_norm, nn.SyncBatchNorm)
     with torch.no_grad():
         assert_close(converted(images()), model(images()), tol=1e-5)
-
-
-def run_in_precision(model, x, precision):
-    """Outputs of a model that is turned to a half precision, or runs in autocast to bfloat16."""
-    if precision == 'autocast':
-        with torch.autocast('cpu', torch.bfloat16):
-            return model(x)
-    dtype = getattr(torch, precision)
-    result = model.to(dtype)(x.to(dtype))
-    assert result.dtype == dtype
-    return result
 
 
 @pytest.mark.parametrize('precision', ['float16', 'bfloat16', 'autocast'])

@@ -7,10 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from helpers import COMBINED, SINGLE, TINY, assert_equal, calibrated, images, name, stir
 from test_docs import run_blocks
-from test_layers import stir
-from test_options import COMBINED, SINGLE, TINY, calibrated, images, name
-from test_reparameterize import assert_equal
 from timm.utils import reparameterize_model
 
 import vt_zoo.layers

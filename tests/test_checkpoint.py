@@ -9,13 +9,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import as_in_version_0_1, needs_timm_that_reads_folders
+from helpers import as_in_version_0_1, change_config, images, needs_timm_that_reads_folders, tree, truncate
 
 import vt_zoo.files
 from vt_zoo.errors import InputError
 from vt_zoo.files import whole
 from vt_zoo.weights.files import read_tensors, write_model, write_tensors
-from vt_zoo.weights.loading import check_input_size, check_name, load_model
+from vt_zoo.weights.loading import check_input_size, load_model
 
 CLASSES = ['cat', 'dog', 'Zebra']
 
@@ -29,35 +29,20 @@ def create(name='test_vt_resnet', num_classes=3, **kwargs):
     return timm.create_model(name, num_classes=num_classes, **kwargs).eval()
 
 
-def images(batch=2, size=32):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
 def outputs(model):
     with torch.inference_mode():
-        return model(images())
+        return model(images(2, 32, 32))
 
 
-def change_config(folder, **changes):
-    config = json.loads((folder / 'config.json').read_text())
-    config.update(changes)
-    (folder / 'config.json').write_text(json.dumps(config))
-
-
-def put_file(path, text):
+def put(path, content, error=None):
+    """Write a file of a text, or a folder of texts by name; or fail once that is done."""
     with whole(path) as new:
-        new.write_text(text)
-
-
-def put_folder(path, **texts):
-    with whole(path) as new:
-        new.mkdir()
-        for name, text in texts.items():
+        if isinstance(content, dict):
+            new.mkdir()
+        for name, text in content.items() if isinstance(content, dict) else [('', content)]:
             (new / name).write_text(text)
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob('*') if p.is_file()}
+        if error:
+            raise error('no more')
 
 
 @pytest.fixture
@@ -67,71 +52,41 @@ def model_dir(tmp_path):
     return tmp_path / 'model'
 
 
-def test_file_appears_whole(tmp_path):
-    with whole(str(tmp_path / 'a.txt')) as new:
-        new.write_text('half')
-        assert not (tmp_path / 'a.txt').exists()
-        new.write_text('whole')
-    assert tree(tmp_path) == {'a.txt': 'whole'}
-
-
-def test_folder_appears_whole(tmp_path):
-    put_folder(tmp_path / 'a', x='1', y='2')
-    assert tree(tmp_path) == {'a/x': '1', 'a/y': '2'}
-
-
-def test_parents_are_made(tmp_path):
-    put_file(tmp_path / 'b' / 'c' / 'a.txt', 'text')
-    assert tree(tmp_path) == {'b/c/a.txt': 'text'}
-
-
-def test_file_is_replaced(tmp_path):
-    put_file(tmp_path / 'a.txt', 'old')
-    put_file(tmp_path / 'a.txt', 'new')
-    assert tree(tmp_path) == {'a.txt': 'new'}
-
-
-def test_folder_is_replaced(tmp_path):
-    put_folder(tmp_path / 'a', x='old', y='old')
-    put_folder(tmp_path / 'a', x='new')
-    assert tree(tmp_path) == {'a/x': 'new'}
+@pytest.mark.parametrize('old, new', [
+    (None, 'new'), ('old', 'new'), (None, {'x': '1', 'y': '2'}), ({'x': 'old', 'y': 'old'}, {'x': 'new', 'z': 'new'})])
+def test_file_or_folder_appears_whole(tmp_path, old, new):
+    path = tmp_path / 'parent' / 'a'
+    for content in filter(None, (old, new)):
+        put(str(path), content)
+    assert os.listdir(tmp_path / 'parent') == ['a']
+    assert new == (path.read_text() if path.is_file() else {p.name: p.read_text() for p in path.iterdir()})
 
 
 @pytest.mark.parametrize('error', [RuntimeError, OSError, KeyboardInterrupt, Stop])
-@pytest.mark.parametrize('before', [{}, {'a': 'old'}, {'a/x': 'old'}])
-@pytest.mark.parametrize('kind', ['file', 'folder'])
-def test_nothing_is_left_of_a_block_that_fails(tmp_path, error, before, kind):
-    for name, text in before.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    with pytest.raises(error), whole(tmp_path / 'a') as new:
-        if kind == 'folder':
-            new.mkdir()
-            new = new / 'x'
-        new.write_text('half')
-        raise error('no more')
+@pytest.mark.parametrize('old', [None, 'old', {'x': 'old'}])
+@pytest.mark.parametrize('new', ['half', {'x': 'half'}])
+def test_nothing_is_left_of_a_block_that_fails(tmp_path, error, old, new):
+    if old:
+        put(tmp_path / 'a', old)
+    before = tree(tmp_path)
+    with pytest.raises(error):
+        put(tmp_path / 'a', new, error)
     assert tree(tmp_path) == before
-    assert sorted(os.listdir(tmp_path)) == (['a'] if before else [])
 
 
-@pytest.mark.parametrize('before', [{'a': 'old'}, {'a/x': 'old'}])
+@pytest.mark.parametrize('old, new', [('old', 'new'), ({'x': 'old'}, {'x': 'new'})])
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
-def test_old_survives_where_the_new_cannot_take_its_name(tmp_path, monkeypatch, before, error):
-    for name, text in before.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+def test_old_survives_where_the_new_cannot_take_its_name(tmp_path, monkeypatch, old, new, error):
+    put(tmp_path / 'a', old)
+    before = tree(tmp_path)
 
     def replace(source, target):
         raise error('no more')
 
     monkeypatch.setattr(vt_zoo.files.os, 'replace', replace)
-    with pytest.raises(error), whole(tmp_path / 'a') as new:
-        if 'a' in before:
-            new.write_text('new')
-        else:
-            new.mkdir()
-            (new / 'x').write_text('new')
-    assert tree(tmp_path) == before
+    with pytest.raises(error):
+        put(tmp_path / 'a', new)
+    assert {path: content for path, content in tree(tmp_path).items() if path in before} == before
 
 
 def test_error_of_safetensors_is_one_of_the_place(tmp_path):
@@ -142,15 +97,15 @@ def test_error_of_safetensors_is_one_of_the_place(tmp_path):
 def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(OSError):
-        put_file(tmp_path / 'file' / 'a.txt', 'text')
-    assert tree(tmp_path) == {'file': ''}
+        put(tmp_path / 'file' / 'a.txt', 'text')
+    assert tree(tmp_path) == {'file': b''}
 
 
 @pytest.mark.parametrize('umask', [0o022, 0o027, 0o077])
 def test_files_have_the_mode_of_the_umask(tmp_path, umask):
     old = os.umask(umask)
     try:
-        put_file(tmp_path / 'a.txt', 'text')
+        put(tmp_path / 'a.txt', 'text')
         write_tensors(tmp_path / 'a.safetensors', {'x': torch.zeros(1)}, {})
         write_model(tmp_path / 'model', create(), CLASSES, {})
     finally:
@@ -265,86 +220,49 @@ def test_model_of_timm(tmp_path):
     assert torch.equal(outputs(load_model(str(tmp_path / 'model'))), outputs(model))
 
 
-def truncated(folder):
-    data = (folder / 'model.safetensors').read_bytes()
-    (folder / 'model.safetensors').write_bytes(data[:-100])
+def weights_of(name='test_vt_resnet', **kwargs):
+    return safetensors.torch.save(create(name, **kwargs).state_dict())
 
 
-def cut_in_the_header(folder):
-    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:100])
+def of_whole_numbers(data):
+    tensors = safetensors.torch.load(data)
+    return safetensors.torch.save({**tensors, 'conv1.weight': tensors['conv1.weight'].to(torch.int8)})
 
 
-def no_bytes(folder):
-    (folder / 'model.safetensors').write_bytes(b'')
+DAMAGE = {  # makes of the bytes of a file those of another
+    'truncated': lambda data: data[:-100],
+    'cut in the header': lambda data: data[:100],
+    'empty': lambda data: b'',
+    'text': lambda data: b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n',
+    'of another architecture': lambda data: weights_of('test_resnet'),
+    'of a larger model': lambda data: weights_of('vt_resnet18'),
+    'of other classes': lambda data: weights_of(num_classes=7),
+    'without classifier': lambda data: weights_of(num_classes=0),
+    'of whole numbers': of_whole_numbers,
+    'altered in the header': lambda data: data[:8] + bytes([data[8] ^ 1]) + data[9:],
+    'header of an exabyte': lambda data: struct.pack('<Q', 10 ** 18) + data[8:],
+    'header of more than the 100 MB that safetensors takes': (
+        lambda data: struct.pack('<Q', 101_000_000) + b'{}' + b' ' * 101_000_000),
+}
 
 
-def text(folder):
-    (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
-
-
-def pickled(folder):
-    torch.save(create().state_dict(), folder / 'model.safetensors')
-
-
-def of_another_architecture(folder):
-    safetensors.torch.save_file(create('test_resnet').state_dict(), folder / 'model.safetensors')
-
-
-def of_a_larger_model(folder):
-    safetensors.torch.save_file(create('vt_resnet18').state_dict(), folder / 'model.safetensors')
-
-
-def of_other_classes(folder):
-    safetensors.torch.save_file(create(num_classes=7).state_dict(), folder / 'model.safetensors')
-
-
-def altered_in_the_header(folder):
-    data = bytearray((folder / 'model.safetensors').read_bytes())
-    data[8] ^= 1
-    (folder / 'model.safetensors').write_bytes(data)
-
-
-def header_of_an_exabyte(folder):
-    data = (folder / 'model.safetensors').read_bytes()
-    (folder / 'model.safetensors').write_bytes(struct.pack('<Q', 10 ** 18) + data[8:])
-
-
-def header_above_the_limit(folder):
-    """A whole one of more than the 100 MB that safetensors takes."""
-    with (folder / 'model.safetensors').open('wb') as f:
-        f.write(struct.pack('<Q', 101_000_000))
-        f.write(b'{}' + b' ' * 101_000_000)
-
-
-def of_whole_numbers(folder):
-    tensors = create().state_dict()
-    tensors['conv1.weight'] = tensors['conv1.weight'].to(torch.int8)
-    safetensors.torch.save_file(tensors, folder / 'model.safetensors')
-
-
-def without_classifier(folder):
-    tensors = {k: v for k, v in create().state_dict().items() if not k.startswith('fc.')}
-    safetensors.torch.save_file(tensors, folder / 'model.safetensors')
-
-
-@pytest.mark.parametrize('damage', [
-    truncated, cut_in_the_header, no_bytes, text, pickled, of_another_architecture, of_a_larger_model, of_other_classes,
-    without_classifier, altered_in_the_header, header_of_an_exabyte, header_above_the_limit, of_whole_numbers])
+@pytest.mark.parametrize('damage', DAMAGE)
 def test_weights_that_do_not_fit(model_dir, damage, input_error):
     """The model that was loaded before stays as it is, although its file changes."""
-    model = load_model(str(model_dir))
-    damage(model_dir)
-    before = {p.name: p.read_bytes() for p in model_dir.iterdir()}
+    model, path = load_model(str(model_dir)), model_dir / 'model.safetensors'
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    before = tree(model_dir)
     with input_error(str(model_dir)):
         load_model(str(model_dir))
-    assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == before
+    assert tree(model_dir) == before
     assert torch.equal(outputs(model), outputs(create()))
 
 
-def test_weights_of_version_0_1(model_dir, input_error):
+@pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}])
+def test_weights_of_version_0_1(model_dir, kwargs, input_error):
     safetensors.torch.save_file(as_in_version_0_1(create().state_dict()), model_dir / 'model.safetensors')
     with input_error(f'{model_dir} cannot be loaded: its weights are of vt_zoo 0.1, .*: use that version, or train'):
-        load_model(str(model_dir))
+        load_model(str(model_dir), **kwargs)
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_only': True}])
@@ -365,15 +283,10 @@ def test_weights_of_version_0_1_by_any_way(tmp_path, kwargs):
             create().load_state_dict(old, strict=strict)
 
 
-def test_weights_of_version_0_1_for_other_classes(model_dir, input_error):
-    safetensors.torch.save_file(as_in_version_0_1(create().state_dict()), model_dir / 'model.safetensors')
-    with input_error(f'{model_dir} cannot be loaded: its weights are of vt_zoo 0.1'):
-        load_model(str(model_dir), num_classes=7)
-
-
 @pytest.mark.parametrize('name', ['', 'local-dir:'])
 def test_type_of_the_weights_is_named(model_dir, name, input_error):
-    of_whole_numbers(model_dir)
+    path = model_dir / 'model.safetensors'
+    path.write_bytes(of_whole_numbers(path.read_bytes()))
     with input_error(r'its weights conv1\.weight are of type I8, which is not floating point'):
         load_model(f'{name}{model_dir}')
 
@@ -396,42 +309,27 @@ def test_shards_come_back(shards):
     assert torch.equal(outputs(load_model(str(shards))), outputs(create()))
 
 
-def first_shard_is_missing(folder):
-    (folder / 'model-00001-of-00004.safetensors').unlink()
+SHARD, INDEX = 'model-00001-of-00004.safetensors', 'model.safetensors.index.json'
 
 
-def first_shard_is_truncated(folder):
-    path = folder / 'model-00001-of-00004.safetensors'
-    path.write_bytes(path.read_bytes()[:-100])
+def change_index(folder, change):
+    """Change the file of each tensor by name."""
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, 'weight_map': change(index['weight_map'])}))
 
 
-def index_leads_elsewhere(folder):
+def lead_elsewhere(folder):
     safetensors.torch.save_file({'fc.bias': torch.zeros(3)}, folder.parent / 'x.safetensors')
-    change_index(folder, '../x.safetensors')
-
-
-def index_leaves_a_shard_out(folder):
-    change_index(folder, None)
-
-
-def index_is_no_json(folder):
-    (folder / 'model.safetensors.index.json').write_text('{')
-
-
-def change_index(folder, shard_of_bias):
-    path = folder / 'model.safetensors.index.json'
-    index = json.loads(path.read_text())
-    first = 'model-00001-of-00004.safetensors'
-    index['weight_map'] = {
-        k: shard_of_bias if k == 'fc.bias' and shard_of_bias else v for k, v in index['weight_map'].items()
-        if shard_of_bias or v != first}
-    path.write_text(json.dumps(index))
+    change_index(folder, lambda files: {**files, 'fc.bias': '../x.safetensors'})
 
 
 @pytest.mark.parametrize('damage, match', [
-    (first_shard_is_missing, 'No such file'), (first_shard_is_truncated, 'SafetensorError|incomplete|deserializing'),
-    (index_leads_elsewhere, 'names files outside of the folder'), (index_is_no_json, 'property name'),
-    (index_leaves_a_shard_out, 'those of another model')])
+    (lambda folder: (folder / SHARD).unlink(), 'No such file'),
+    (lambda folder: truncate(folder / SHARD), 'SafetensorError|incomplete|deserializing'),
+    (lambda folder: (folder / INDEX).write_text('{'), 'property name'),
+    (lead_elsewhere, 'names files outside of the folder'),
+    (lambda folder: change_index(folder, lambda files: {k: v for k, v in files.items() if v != SHARD}),
+     'those of another model')], ids=['missing', 'truncated', 'no index', 'elsewhere', 'left out'])
 def test_shards_that_do_not_fit(shards, damage, match, input_error):
     damage(shards)
     with input_error(f'{shards} cannot be loaded: .*({match})'):
@@ -453,15 +351,8 @@ def test_pickle_is_not_run(model_dir, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('content', [
-    b'{', b'', b'[]', b'3', b'{}', b'\xff\xfe', b'{"architecture": "no_such_model", "num_classes": 3}'])
-def test_broken_config(model_dir, content, input_error):
-    (model_dir / 'config.json').write_bytes(content)
-    with input_error(str(model_dir)):
-        load_model(str(model_dir))
-
-
 @pytest.mark.parametrize('changes', [
+    b'{', b'', b'[]', b'3', b'{}', b'\xff\xfe', b'{"architecture": "no_such_model", "num_classes": 3}',
     {'architecture': 'no_such_model'},
     {'architecture': 'test_resnet'},
     {'num_classes': 7},
@@ -475,12 +366,12 @@ def test_broken_config(model_dir, content, input_error):
     {'pretrained_cfg': 'a text'},
 ])
 def test_config_that_does_not_fit(model_dir, changes, input_error):
-    change_config(model_dir, **changes)
+    if isinstance(changes, bytes):
+        (model_dir / 'config.json').write_bytes(changes)
+    else:
+        change_config(model_dir, **changes)
     with input_error(str(model_dir)):
         load_model(str(model_dir))
-
-
-def test_no_config(model_dir, input_error):
     (model_dir / 'config.json').unlink()
     with input_error('config'):
         load_model(str(model_dir))
@@ -506,13 +397,6 @@ def test_hub_that_cannot_be_reached(monkeypatch, tmp_path, input_error):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     with input_error('hf-hub:nobody/nothing'):
         load_model('hf-hub:nobody/nothing')
-
-
-def test_names():
-    check_name('test_vt_resnet')
-    check_name('resnet18')
-    with pytest.raises(InputError, match='no_such_model'):
-        check_name('no_such_model')
 
 
 def test_size_that_a_model_refuses_without_a_word(input_error):

@@ -258,10 +258,3 @@ def test_names_of_version_0_1(old):
         assert callable(getattr(vt_zoo.layers, old))
     with pytest.raises(ImportError):
         from vt_zoo.layers import nothing  # noqa: F401
-
-
-@pytest.mark.parametrize(('argument', 'value'), [
-    ('drop_path', -0.1), ('drop_path', 1.5), ('norm_layer', 'nope'), ('norm_layer', None)])
-def test_arguments_of_a_stage(argument, value):
-    with pytest.raises(ValueError, match=f'^{argument} must be .*got'):
-        VTStage(**{**SMALL, argument: value})

@@ -72,19 +72,11 @@ def test_transformer(num_heads):
     assert_equal(outputs(model, tokens), outputs(transformer, tokens))
 
 
-@pytest.mark.parametrize('options', [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}], ids=name)
-def test_vt_resnet(options):
-    check_vt_resnet(options, torch.float64)
-
-
-@pytest.mark.parametrize('options', [
-    pytest.param(o, marks=[] if o in SINGLE[:1] + COMBINED[:1] else pytest.mark.slow)
-    for o in [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}]], ids=name)
-def test_vt_resnet_in_single_precision(options):
-    check_vt_resnet(options, torch.float32)
-
-
-def check_vt_resnet(options, dtype):
+@pytest.mark.parametrize('options,dtype', [
+    pytest.param(o, dtype, marks=[] if dtype == torch.float64 or o in ({}, COMBINED[0]) else pytest.mark.slow)
+    for o in [*SINGLE, *COMBINED, {'norm_layer': 'groupnorm1'}] for dtype in TOLERANCE],
+    ids=lambda v: name(v) if isinstance(v, dict) else str(v))
+def test_vt_resnet(options, dtype):
     model = calibrated(**options).to(dtype)
     once = reparameterize_model(model)
     twice = reparameterize_model(once)
@@ -137,7 +129,8 @@ def test_kernels_of_a_stage(name, maps, batch):
     assert kernels.of_maps.total() <= maps, kernels.of_maps
 
 
-@pytest.mark.parametrize('kind', ['frozen', 'synchronised', 'features', 'other pooling', 'no classes', 'checkpointing'])
+@pytest.mark.parametrize('kind', [
+    'frozen', 'synchronised', 'features', 'other pooling', 'no classes', 'checkpointing', 'pruned'])
 def test_other_forms_of_the_model(kind):
     model = calibrated(last_projector=True).double()
     if kind == 'frozen':
@@ -153,6 +146,8 @@ def test_other_forms_of_the_model(kind):
         model.double()
     elif kind == 'no classes':
         model.reset_classifier(0)
+    elif kind == 'pruned':
+        model.prune_intermediate_layers([2])
     else:
         model.set_grad_checkpointing()
     once = reparameterize_model(model)

@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-import torch.nn as nn
+from helpers import norms_of
 from timm.utils import reparameterize_model
 
 from vt_zoo.export.formats import export
@@ -25,10 +25,6 @@ def trained(size=64, **options):
     with torch.no_grad():
         model(torch.randn(4, 3, size, size))
     return model.eval()
-
-
-def norms_of(model):
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize('options,size,kept', UNTRACED)
@@ -92,8 +88,3 @@ def test_clusters_do_not_hang_on_rounding(channels, num_tokens, size):
     centroids = kmeans(x)
     assert (torch.cat([kmeans(image[None]) for image in x]) - centroids).abs().max() < 2e-6
     assert (kmeans(x.double()) - centroids).abs().max() < 2e-6
-
-
-def test_dynamic_tokens_of_one_module_are_refused():
-    with pytest.raises(ValueError, match='dynamic_tokens=True is for modules after the first'):
-        timm.create_model('test_vt_resnet', layers=(1, 1, 1, 1), dynamic_tokens=True)

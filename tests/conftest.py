@@ -7,12 +7,13 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import MAX_SENTENCE, SIGNAL_AT, Forks
+from helpers import MAX_SENTENCE, SIGNAL_AT, Forks, run_command
 
 from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import finetune
@@ -54,14 +55,14 @@ def forks(tmp_path_factory):
 @pytest.fixture(scope='session')
 def command(forks):
     """Runs a command of vt-zoo: `command('models', '--json').stdout`."""
-    return forks.command
+    return partial(run_command, forks)
 
 
 @pytest.fixture(scope='session')
 def segment_command(tmp_path_factory):
     """As `command`, with what `vt-zoo segment` imports."""
     with closing(Forks(tmp_path_factory.mktemp('segment_command'), 'vt_zoo.cli', *SEGMENT_MODULES)) as forks:
-        yield forks.command
+        yield partial(run_command, forks)
 
 
 @pytest.fixture(scope='session')

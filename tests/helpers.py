@@ -1,16 +1,18 @@
 """Helpers that several test files import: processes of the command line, what they leave behind, models."""
 import copy
 import csv
+import io
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +24,7 @@ from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.utils import ModelEmaV3, reparameterize_model
 
 from vt_zoo._requirements import timm_is_at_least
+from vt_zoo.cli import main
 from vt_zoo.weights.loading import load_model
 
 # --- processes
@@ -105,8 +108,12 @@ class Forks:
 
     def __init__(self, folder, *modules):
         self.folder = folder
-        self.server = subprocess.Popen(
-            [sys.executable, '-c', FORKS, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.modules = modules
+
+    @cached_property
+    def server(self):
+        return subprocess.Popen(
+            [sys.executable, '-c', FORKS, *self.modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, code, *args, cwd=None, environment=None, out=None, timeout=TIMEOUT):
         """Run code as `python -c` would.
@@ -139,9 +146,33 @@ class Forks:
         return self.run(f'{before}\n{run}', *args, **kwargs)
 
     def close(self):
-        self.server.stdin.close()
-        self.server.wait(TIMEOUT)
-        self.server.stdout.close()
+        if 'server' in self.__dict__:
+            self.server.stdin.close()
+            self.server.wait(TIMEOUT)
+            self.server.stdout.close()
+
+
+def run_main(*args, cwd):
+    """Run a command of vt-zoo in this process: exit code, standard output, standard error, its lines that stay."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in range(2))
+    logger = logging.getLogger('vt_zoo')
+    level = logger.level
+    with pytest.MonkeyPatch.context() as patch, open(os.devnull) as stdin, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, 'stdin', stdin)
+        patch.setattr(logging.root, 'handlers', [])  # of pytest, without which the command sets up its own
+        patch.chdir(cwd)
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code
+    logger.setLevel(level)
+    stdout, stderr = (stream.buffer.getvalue().decode(errors='surrogateescape') for stream in (out, err))
+    return SimpleNamespace(code=code or 0, stdout=stdout, stderr=stderr, lines=lines_of(stderr))
+
+
+def run_command(forks, *args, cwd=None, **kwargs):
+    """Run a command of vt-zoo, in a fork where what it is to be given, as `before`, would stay in this process."""
+    return forks.command(*args, cwd=cwd, **kwargs) if kwargs else run_main(*args, cwd=cwd or forks.folder)
 
 
 # --- what commands say and leave behind

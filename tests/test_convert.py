@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import needs_timm_that_reads_folders
+from helpers import files, needs_timm_that_reads_folders, tree
 from huggingface_hub import load_torch_model
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from vt_zoo.weights.conversion import convert, read_checkpoint
+from vt_zoo.weights.conversion import convert
 from vt_zoo.weights.loading import load_model
 
 ARGUMENTS = {  # some of those that train.py keeps
@@ -87,18 +87,13 @@ def test_recovery_checkpoint(checkpoints, tmp_path):
     assert not {'epochs', 'top1'} & set(config(tmp_path / 'out')['training'])
 
 
-def test_preprocessing_is_that_of_the_training(last, tmp_path):
+def test_preprocessing_and_arguments_of_the_training_are_kept_without_paths(last, tmp_path):
     convert(last, tmp_path / 'out')
     model = load_model(str(tmp_path / 'out'))
     data = timm.data.resolve_model_data_config(model)
     assert (list(data['input_size']), list(data['mean']), data['crop_pct']) == ([3, 48, 48], [0.1, 0.2, 0.3], 0.9)
     assert data['std'] == model.default_cfg['std']
-
-
-def test_arguments_are_kept_without_paths(last, tmp_path):
-    convert(last, tmp_path / 'out')
-    training = config(tmp_path / 'out')['training']
-    assert training['arguments'] == {
+    assert config(tmp_path / 'out')['training']['arguments'] == {
         'model': 'test_vt_resnet', 'num_classes': 3, 'img_size': 48, 'model_kwargs': {'num_tokens': 8}, 'lr': 0.02,
         'opt': 'sgd', 'epochs': 5, 'pretrained': False, 'kd_model_name': 'a local folder', 'scale': [0.1, 1.0]}
     assert 'secret' not in (tmp_path / 'out' / 'config.json').read_text()
@@ -161,7 +156,9 @@ def test_weights_that_do_not_fit_into_half(tmp_path, input_error):
     convert(path, tmp_path / 'out', dtype=torch.bfloat16)
 
 
+@needs_timm_that_reads_folders
 def test_shards(last, tmp_path):
+    """Which timm does not read, as the help of the command says, unless there is one."""
     convert(last, tmp_path / 'out', max_shard_size='300KB')
     shards = sorted((tmp_path / 'out').glob('model-*.safetensors'))
     assert len(shards) > 2
@@ -174,19 +171,10 @@ def test_shards(last, tmp_path):
     other = create(num_tokens=8, seed=2)
     load_torch_model(other, tmp_path / 'out')
     assert same(other, expected)
-
-
-@needs_timm_that_reads_folders
-def test_timm_does_not_read_shards(last, tmp_path):
-    """As the help of the command says."""
-    convert(last, tmp_path / 'out', max_shard_size='300KB')
     with pytest.raises(RuntimeError, match='Missing key'):
         timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
-
-
-def test_one_shard_is_the_file_that_timm_reads(last, tmp_path):
-    convert(last, tmp_path / 'out', max_shard_size='1GB')
-    assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', 'model.safetensors']
+    convert(last, tmp_path / 'one', max_shard_size='1GB')
+    assert files(tmp_path / 'one') == ['config.json', 'model.safetensors']
 
 
 class Malicious:
@@ -197,56 +185,37 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize('name', ['a.pth.tar', 'a.safetensors'])
-def test_pickle_is_not_run(tmp_path, name, input_error):
-    torch.save({'state_dict': create().state_dict(), 'x': Malicious(str(tmp_path / 'run'))}, tmp_path / name)
-    with input_error(f'{name} is not read: it holds posix.mkdir' if name == 'a.pth.tar' else f'{name} cannot be read'):
-        convert(tmp_path / name, tmp_path / 'out', name='test_vt_resnet')
-    assert os.listdir(tmp_path) == [name]
+@pytest.mark.parametrize('make, match', [
+    (lambda run: {'epoch': 3}, 'holds no weights'), (lambda run: [1, 2], 'holds no weights'),
+    (lambda run: torch.zeros(3), 'holds no weights'), (lambda run: {'state_dict': {'x': 'text'}}, 'holds no weights'),
+    (lambda run: {'state_dict': {}}, 'holds no weights'),
+    (lambda run: {'state_dict': {'fc.weight': torch.zeros(3, 128)}},
+     r'is not of test_vt_resnet with 3 classes: \d+ of its'),
+    (lambda run: {**create().state_dict(), 'conv1.weight': create().state_dict()['conv1.weight'].to(torch.int8)},
+     r'weights conv1\.weight of type torch\.int8, which is not floating point'),
+    (lambda run: {'state_dict': create().state_dict(), 'x': Malicious(run)}, 'is not read: it holds posix.mkdir'),
+    (lambda run: create(), r'holds vt_zoo\.models\.vt_resnet\.VTResNet, only tensors and plain values are read')])
+def test_content_that_is_no_checkpoint(tmp_path, make, match, input_error):
+    torch.save(make(str(tmp_path / 'run')), tmp_path / 'a.pth')
+    with input_error(match):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', name='test_vt_resnet')
+    (tmp_path / 'a.pth').rename(tmp_path / 'a.safetensors')
+    with input_error('a.safetensors cannot be read'):
+        convert(tmp_path / 'a.safetensors', tmp_path / 'out', name='test_vt_resnet')
+    assert os.listdir(tmp_path) == ['a.safetensors'], 'nothing was run'
 
 
-def test_whole_model_is_refused(tmp_path, input_error):
-    torch.save(create(), tmp_path / 'model.pth')
-    with input_error(r'holds vt_zoo\.models\.vt_resnet\.VTResNet, only tensors and plain values are read'):
-        read_checkpoint(tmp_path / 'model.pth')
-
-
-def truncated(data):
-    return data[:len(data) // 2]
-
-
-def altered(data):
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
-
-
-def empty(data):
-    return b''
-
-
-def text(data):
-    return b'Not found\n'
-
-
-@pytest.mark.parametrize('damage', [truncated, altered, empty, text])
+@pytest.mark.parametrize('damage', [
+    lambda data: data[:len(data) // 2], lambda data: b'', lambda data: b'Not found\n',
+    lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:]],
+    ids=['truncated', 'empty', 'text', 'altered'])
 def test_damaged_checkpoint(last, tmp_path, damage, input_error):
     path = tmp_path / 'last.pth.tar'
     path.write_bytes(damage(last.read_bytes()))
-    before = path.read_bytes()
+    before = tree(tmp_path)
     with input_error(f'{path} (is damaged|is not read)'):
         convert(path, tmp_path / 'out')
-    assert os.listdir(tmp_path) == ['last.pth.tar']
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize('content, match', [
-    ({'epoch': 3}, 'holds no weights'), ([1, 2], 'holds no weights'), (torch.zeros(3), 'holds no weights'),
-    ({'state_dict': {'x': 'a text'}}, 'holds no weights'), ({'state_dict': {}}, 'holds no weights'),
-    ({'state_dict': {'fc.weight': torch.zeros(3, 128)}}, r'is not of test_vt_resnet with 3 classes: \d+ of its')])
-def test_content_that_is_no_checkpoint(tmp_path, content, match, input_error):
-    torch.save(content, tmp_path / 'a.pth')
-    with input_error(match):
-        convert(tmp_path / 'a.pth', tmp_path / 'out', name='test_vt_resnet')
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize('arguments, match', [
@@ -261,14 +230,6 @@ def test_arguments_that_do_not_fit(tmp_path, arguments, match, input_error):
     with input_error(match):
         convert(path, tmp_path / 'out')
     assert os.listdir(tmp_path) == ['run']
-
-
-def test_weights_of_whole_numbers(tmp_path, input_error):
-    state_dict = create().state_dict()
-    state_dict['conv1.weight'] = state_dict['conv1.weight'].to(torch.int8)
-    torch.save(state_dict, tmp_path / 'a.pth')
-    with input_error(r'weights conv1\.weight of type torch\.int8, which is not floating point'):
-        convert(tmp_path / 'a.pth', tmp_path / 'out', name='test_vt_resnet')
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ def files(digits):
     return {(p.parts[-3], p.parts[-2], int(p.stem)): p for p in digits.rglob('*') if p.is_file()}
 
 
-def test_pixels_are_the_scans(files):
+def test_files_are_the_scans_as_grey_png(files):
     scans = load_digits()
     for (_, name, index), path in files.items():
         assert str(scans.target[index]) == name
-        pixels = np.asarray(Image.open(path))
-        assert pixels.dtype == np.uint8
-        assert np.abs(pixels - scans.images[index] * 255 / 16).max() <= 0.5
+        with Image.open(path) as image:
+            assert (path.suffix, image.format, image.mode, image.size) == ('.png', 'PNG', 'L', (8, 8))
+            assert np.abs(np.asarray(image) - scans.images[index] * 255 / 16).max() <= 0.5
 
 
 def test_each_scan_is_in_one_of_train_and_val(files):
@@ -46,13 +46,6 @@ def test_split_is_fixed(files, digits, tmp_path):
     assert again == {p.relative_to(digits): p.read_bytes() for p in files.values()}
     sevens = sorted(index for split, name, index in files if (split, name) == ('val', '7'))
     assert sevens[:5] == FIRST_HELD_OUT_SEVENS
-
-
-def test_files_are_grey_png(files):
-    for path in files.values():
-        assert path.suffix == '.png'
-        with Image.open(path) as image:
-            assert (image.format, image.mode, image.size) == ('PNG', 'L', (8, 8))
 
 
 def test_without_scikit_learn(monkeypatch, tmp_path, input_error):

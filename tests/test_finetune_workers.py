@@ -1,13 +1,11 @@
 """A run of `finetune` is the same to the bit however many processes load its images, and keeps its order of classes."""
-import csv
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import run_by_two, words_of
+from helpers import history, interrupted_after, run_by_two, weights, words_of
 from safetensors.torch import load_file
-from timm.utils import ModelEmaV3
 
 from vt_zoo.classification.train import finetune
 from vt_zoo.weights.files import read_tensors, write_tensors
@@ -31,23 +29,7 @@ def whole(few_digits, settings, tmp_path_factory):
 
 def train(data_dir, out, settings, **kwargs):
     finetune(data_dir, out, settings, device='cpu', progress=False, **kwargs)
-    return (out / 'model' / 'model.safetensors').read_bytes()
-
-
-def interrupt(data_dir, out, settings, **kwargs):
-    """Ctrl-C in the second epoch."""
-    update_ema, calls = ModelEmaV3.update, []
-
-    def update(*args, **kwargs):
-        calls.append(args)
-        if len(calls) > STEPS + 2:
-            raise KeyboardInterrupt
-        update_ema(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelEmaV3, 'update', update)
-        with pytest.raises(KeyboardInterrupt):
-            train(data_dir, out, settings, **kwargs)
+    return weights(out)
 
 
 @pytest.mark.parametrize('workers', [1, 2])
@@ -57,7 +39,8 @@ def test_number_of_workers(few_digits, settings, whole, tmp_path, workers):
 
 @pytest.mark.parametrize('before, after', [(0, 2), (2, 0)])
 def test_going_on_with_another_number_of_workers(few_digits, settings, whole, tmp_path, before, after):
-    interrupt(few_digits, tmp_path / 'run', settings, workers=before)
+    with interrupted_after(STEPS + 2):
+        train(few_digits, tmp_path / 'run', settings, workers=before)
     assert train(few_digits, tmp_path / 'run', settings, workers=after, resume=True) == whole
 
 
@@ -66,7 +49,8 @@ def test_run_goes_on_in_its_own_order_of_classes(my_digits, tiny_settings, tmp_p
     data, checkpoint = tmp_path / 'data', tmp_path / 'run' / 'checkpoint.safetensors'
     for old, new in (('0', 'a'), ('1', 'A')):
         shutil.copytree(my_digits / 'train' / old, data / new)
-    interrupt(data, tmp_path / 'run', replace(tiny_settings, batch_size=4))
+    with interrupted_after(STEPS + 2):
+        train(data, tmp_path / 'run', replace(tiny_settings, batch_size=4))
     tensors, metadata = read_tensors(checkpoint)
     assert metadata['fingerprint']['classes'] == ['A', 'a']
     metadata['fingerprint']['classes'] = ['a', 'A']
@@ -84,7 +68,7 @@ def test_two_processes(two_processes, few_digits, tiny_arguments, tiny_settings,
     finetune(few_digits, tmp_path / 'one', replace(tiny_settings, **changes), device='cpu', progress=False)
     one, two = (load_file(tmp_path / name / 'model' / 'model.safetensors') for name in ('one', 'two'))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)
-    one, two = (list(csv.DictReader((tmp_path / name / 'history.csv').open())) for name in ('one', 'two'))
+    one, two = (history(tmp_path / name) for name in ('one', 'two'))
     for row, expected in zip(two, one, strict=True):
         assert {k: float(v) for k, v in row.items()} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, rel=1e-3)

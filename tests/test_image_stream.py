@@ -7,12 +7,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers import load_folder
+import timm
+import torch
+from helpers import change_config, load_folder
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.data.image_stream import Source, find_images, open_images
+from vt_zoo.weights.files import write_model
 
 NOT_UTF8 = os.fsdecode(b'caf\xe9.png')
+LABELS = ['Straße', '猫', os.fsdecode(b'caf\xe9')]
 
 
 @pytest.fixture
@@ -118,10 +123,6 @@ def test_forms_say_the_same(command, tiny_model, tree):
     assert rows[2]['image'] == f'{tree}/caf\\udce9.png'  # as the console can print it
 
 
-def test_only_one_form(command, tiny_model, picture_of):
-    assert command('predict', picture_of, '--model', tiny_model, '--json', '--csv').code == 2
-
-
 @pytest.fixture
 def picture_of(few_digits):
     return sorted((few_digits / 'val' / '1').iterdir())[0]
@@ -166,9 +167,7 @@ def test_reader_that_goes_away_amid_many(tiny_model, picture_of):
 @pytest.mark.parametrize('form', [[], ['--csv'], ['--json'], ['--jsonl']])
 @pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
 def test_names_that_the_console_cannot_print(command, my_model, picture_of, tmp_path, form, encoding):
-    config = json.loads((my_model / 'config.json').read_text())
-    config['label_names'] = ['Straße', '猫', os.fsdecode(b'caf\xe9')]
-    (my_model / 'config.json').write_text(json.dumps(config))
+    change_config(my_model, label_names=LABELS)
     shutil.copy(picture_of, tmp_path / NOT_UTF8)
     result = command(
         'predict', tmp_path / NOT_UTF8, '--model', my_model, *form,
@@ -179,16 +178,14 @@ def test_names_that_the_console_cannot_print(command, my_model, picture_of, tmp_
         entry = json.loads(text)
         entry, = entry if form == ['--json'] else [entry]
         assert entry['image'] == str(tmp_path / NOT_UTF8)
-        assert {top['label'] for top in entry['top']} == set(config['label_names'])
+        assert {top['label'] for top in entry['top']} == set(LABELS)
     else:
         words = 'caf\\udce9.png', '\\u732b', 'Stra\\xdfe' if encoding == 'ascii' else 'Straße'
         assert all(word in text for word in words)
 
 
 def test_card_and_pictures_of_names_that_are_not_utf8(command, my_model, picture_of, tmp_path):
-    config = json.loads((my_model / 'config.json').read_text())
-    config['label_names'] = ['Straße', '猫', os.fsdecode(b'caf\xe9')]
-    (my_model / 'config.json').write_text(json.dumps(config))
+    change_config(my_model, label_names=LABELS)
     result = command(
         'publish', my_model, '--repo-id', 'a/b', '--out', tmp_path / 'out', '--dry-run',
         before='import sys; sys.stdout.reconfigure(encoding="cp1252")')
@@ -214,12 +211,6 @@ def test_places_that_libraries_could_not_read(command, few_digits, tmp_path, wor
 @pytest.mark.parametrize('channels', [1, 4, 13])
 def test_models_of_other_channels(command, few_digits, tmp_path, channels, picture_of):
     """A grey model sees what timm's train.py showed it; of others the sentence says what can be done."""
-    import timm
-    import torch
-    from timm.data import create_transform, resolve_data_config
-
-    from vt_zoo.weights.files import write_model
-
     torch.manual_seed(0)
     model = timm.create_model('test_vt_resnet', num_classes=3, in_chans=channels).eval()
     write_model(tmp_path / 'model', model, None, {

@@ -31,6 +31,10 @@ def double_map(module, inputs, output):
     return output[0] * 2, output[1]
 
 
+def double_tokens(module, inputs, output):
+    return output[0], output[1] * 2
+
+
 class Warm(nn.Module):
     def forward(self, logits):
         return (logits / 3).softmax(-2)
@@ -91,23 +95,16 @@ def test_what_people_put_into_a_stage_stays(change):
             assert_equal(result, other)
 
 
-def test_hook_of_the_whole_stage_stays():
-    model = calibrated().double()
-    model.vt_stage.register_forward_hook(lambda module, inputs, output: (output[0], output[1] * 2))
-    x = images(dtype=torch.float64)
-    with torch.no_grad():
-        assert_equal(reparameterize_model(model)(x), model(x))
+class OwnStage(VTStage):
+    def forward(self, x, tokens=None):
+        x, tokens = super().forward(x, tokens)
+        return x, tokens.square()
 
 
-def test_subclass_of_the_stage_stays():
-    class Own(VTStage):
-        def forward(self, x, tokens=None):
-            x, tokens = super().forward(x, tokens)
-            return x, tokens.square()
-
-    model = calibrated().double()
-    model.vt_stage.__class__ = Own
-    x = images(dtype=torch.float64)
+@pytest.mark.parametrize('change', [hook('vt_stage', double_tokens), become('vt_stage', OwnStage)], ids=lambda c: c[0])
+def test_what_people_make_of_the_whole_stage_stays(change):
+    model, x = calibrated().double(), images(dtype=torch.float64)
+    change[1](model)
     with torch.no_grad():
         assert_equal(reparameterize_model(model)(x), model(x))
 

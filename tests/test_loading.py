@@ -1,10 +1,10 @@
 """`vt_zoo.load`: both tasks, from names, folders of runs and releases, and the hub."""
-import json
 import shutil
 
 import pytest
 import timm
 import torch
+from helpers import change_config
 from hub_server import hub_server
 
 import vt_zoo
@@ -59,22 +59,15 @@ def test_hub(kind, tiny_run, segment_run, hub_client, tmp_path):
     assert same(loaded.model, vt_zoo.load(folder).model)
 
 
-def test_hub_that_has_no_such_model(hub_client, tmp_path, input_error):
-    (tmp_path / 'hub').mkdir()
-    with hub_server(tmp_path / 'hub') as server:
-        hub_client(server.url)
-        with input_error('model hf-hub:someone/model cannot be loaded: '):
-            vt_zoo.load('hf-hub:someone/model')
-
-
-def test_segmenter_of_the_hub_with_other_weights(segment_run, hub_client, tmp_path, input_error):
+def test_hub_that_gives_no_such_model_or_other_weights(segment_run, hub_client, tmp_path, input_error):
     folder = shutil.copytree(segment_run.out / 'last', tmp_path / 'hub' / 'someone' / 'model')
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, 'token_dim': 64}))
+    change_config(folder, token_dim=64)
     with hub_server(tmp_path / 'hub') as server:
         hub_client(server.url)
         with input_error('its weights are those of another model'):
             vt_zoo.load('hf-hub:someone/model')
+        with input_error('model hf-hub:someone/other cannot be loaded: '):
+            vt_zoo.load('hf-hub:someone/other')
 
 
 @pytest.mark.parametrize('task, needed', [('classification', 'a classifier'), ('segmentation', 'a segmenter')])
@@ -92,7 +85,6 @@ def test_what_is_not_there(name, input_error):
 
 def test_number_of_classes(tiny_run, tmp_path, input_error):
     folder = shutil.copytree(tiny_run.out / 'model', tmp_path / 'model')
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, 'label_names': ['a', 'b']}))
+    change_config(folder, label_names=['a', 'b'])
     with input_error(f'model {folder} has 3 classes, its config.json names 2'):
         vt_zoo.load(folder)

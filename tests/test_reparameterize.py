@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.inference import fold_neck
 from vt_zoo.inference.stage import GroupedTokenMap, fold_maps
-from vt_zoo.layers import TokenTransformer
 from vt_zoo.layers.linear import GroupedTokenLinear, PixelLinear, TokenLinear
 
 BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
@@ -37,7 +36,8 @@ BATCH_STATISTICS = partial(nn.BatchNorm2d, track_running_stats=False)
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('cls,options,kept', [
-    (PixelLinear, {}, nn.Conv2d), (TokenLinear, {}, nn.Linear), (GroupedTokenLinear, {'groups': 2}, GroupedTokenMap)])
+    (PixelLinear, {}, nn.Conv2d), (PixelLinear, {'norm_layer': partial(nn.BatchNorm2d, affine=False)}, nn.Conv2d),
+    (TokenLinear, {}, nn.Linear), (GroupedTokenLinear, {'groups': 2}, GroupedTokenMap)])
 def test_norm_folds_into_its_map(cls, options, kept, dtype):
     linear = build(cls, 6, 8, **options, dtype=dtype)
     x = torch.randn(2, 6, 3, 5) if cls is PixelLinear else torch.randn(2, 5, 6)
@@ -55,21 +55,6 @@ def test_other_norms_are_kept(cls, norm_layer):
     model = fold_maps(copy.deepcopy(linear))
     assert type(model) is cls and len(norms_of(model)) == 1
     assert torch.equal(outputs(model, x), outputs(linear, x))
-
-
-def test_norm_without_affine_folds():
-    linear = build(PixelLinear, 6, 8, norm_layer=partial(nn.BatchNorm2d, affine=False))
-    x = torch.randn(2, 6, 3, 5).double()
-    assert_equal(outputs(fold_maps(copy.deepcopy(linear)), x), outputs(linear, x))
-
-
-@pytest.mark.parametrize('num_heads', [1, 2])
-def test_transformer(num_heads):
-    transformer = build(TokenTransformer, 8, num_heads=num_heads, key_groups=1)
-    tokens = torch.randn(2, 5, 8).double()
-    model = fold_maps(copy.deepcopy(transformer))
-    assert not norms_of(model)
-    assert_equal(outputs(model, tokens), outputs(transformer, tokens))
 
 
 @pytest.mark.parametrize('options,dtype', [
@@ -182,14 +167,6 @@ def test_classifier_after_the_reduction():
         torch.manual_seed(0)
         m.reset_classifier(3, 'max')
     assert_equal(outputs(once, images()), outputs(model, images()))
-
-
-def test_reduction_in_place():
-    model = calibrated()
-    expected = outputs(model, images())
-    model.reparameterize()
-    assert not norms_of(model)
-    assert_equal(outputs(model, images()), expected)
 
 
 @pytest.mark.parametrize('options', [{}, {'num_heads': 4}], ids=name)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache, cached_property
@@ -154,17 +155,21 @@ class Forks:
 
 def run_main(*args, cwd):
     """Run a command of vt-zoo in this process: exit code, standard output, standard error, its lines that stay."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in range(2))
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), 'utf-8', e, write_through=True) for e in ('strict', 'backslashreplace'))
     logger = logging.getLogger('vt_zoo')
     level = logger.level
     with pytest.MonkeyPatch.context() as patch, open(os.devnull) as stdin, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, 'stdin', stdin)
         patch.setattr(logging.root, 'handlers', [])  # of pytest, without which the command sets up its own
         patch.chdir(cwd)
-        try:
-            code = main([str(a) for a in args])
-        except SystemExit as e:
-            code = e.code
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)  # as Python does; pytest would record the others
+            warnings.showwarning = lambda *args, **kwargs: print(warnings.formatwarning(*args[:4]), file=sys.stderr)
+            try:
+                code = main([str(a) for a in args])
+            except SystemExit as e:
+                code = e.code
     logger.setLevel(level)
     stdout, stderr = (stream.buffer.getvalue().decode(errors='surrogateescape') for stream in (out, err))
     return SimpleNamespace(code=code or 0, stdout=stdout, stderr=stderr, lines=lines_of(stderr))

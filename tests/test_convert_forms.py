@@ -80,17 +80,12 @@ def test_what_is_not_of_the_model_is_told(converted, weights, caplog):
     assert "the model is what is below 'model.', left out: head.weight" in caplog.text
 
 
-def test_checkpoint_of_deit(converted, weights):
+def test_checkpoint_of_deit(converted, weights, tmp_path):
     """Whose `args` are not those of timm's train.py: an input size is one number, `model` a name of its own."""
     args = argparse.Namespace(model='deit_tiny', input_size=48, nb_classes=3, data_path='/secret', model_ema=True)
     state_dict, said = converted({'model': weights[0], 'model_ema': weights[1], 'epoch': 2, 'args': args})
     assert same(state_dict, weights[1])
     assert said.epoch is None
-
-
-def test_size_of_the_images_of_deit(tmp_path, weights):
-    torch.save({'model': weights[0], 'args': argparse.Namespace(input_size=48)}, tmp_path / 'a.pth')
-    convert(tmp_path / 'a.pth', tmp_path / 'out', name=NAME)
     assert tuple(load_model(str(tmp_path / 'out')).pretrained_cfg['input_size']) == (3, 48, 48)
 
 

@@ -225,7 +225,7 @@ def test_stage_that_is_put_in_is_asked():
         assert_equal(once(x), model(x))
 
 
-# --- slices, float16, names of 0.1
+# --- slices, float16
 
 
 def test_slice_has_hooks_of_its_own():
@@ -245,13 +245,3 @@ def test_gathering_large_pixels_in_half_precision(value):
     result = gather(attn, pixels.half())
     assert result.dtype == torch.float16
     torch.testing.assert_close(result.float(), torch.full((1, 2, 3), value), rtol=2e-3, atol=0)
-
-
-@pytest.mark.parametrize('old', ['KMeans', 'PixelLinear', 'split_heads', 'token_grid'])
-def test_names_of_version_0_1(old):
-    import vt_zoo.layers
-
-    with pytest.warns(DeprecationWarning, match=f'{old} is vt_zoo.layers.'):
-        assert callable(getattr(vt_zoo.layers, old))
-    with pytest.raises(ImportError):
-        from vt_zoo.layers import nothing  # noqa: F401

@@ -22,6 +22,10 @@ IMPORTS = [  # old module, old name, where it is, its name there
     ('vt_zoo.segmentation.train', 'train', 'vt_zoo.segmentation', 'train_segmenter'),
     ('vt_zoo.segmentation.composed_digits', 'write_composed_digits', 'vt_zoo.data', 'write_composed_digits'),
     ('vt_zoo.layers', 'TokenNorm', 'vt_zoo.layers.linear', 'TokenNorm'),
+    ('vt_zoo.layers', 'PixelLinear', 'vt_zoo.layers.linear', 'PixelLinear'),
+    ('vt_zoo.layers', 'KMeans', 'vt_zoo.layers.kmeans', 'KMeans'),
+    ('vt_zoo.layers', 'split_heads', 'vt_zoo.layers.attention', 'split_heads'),
+    ('vt_zoo.layers', 'token_grid', 'vt_zoo.layers.tokenizer', 'token_grid'),
 ]
 
 

@@ -104,9 +104,6 @@ def test_options_reach_every_module(options):
     with_code = [i for i in range(3) if options.get('position_code') and (i == 0 or options.get('projector', True))]
     assert codes == [f'{i}.tokenizer.position_code' for i in with_code]
     if options.get('token_mixer', 'transformer') == 'transformer':
-        heads = options.get('num_heads', 1)
-        assert all(m.transformer.num_heads == heads for m in stage)
-        assert all(m.projector is None or m.projector.num_heads == heads for m in stage)
         assert all(hasattr(m.transformer.value, 'conv') == options.get('attention_values', False) for m in stage)
         assert [m.transformer.drop_path.drop_prob for m in stage] == pytest.approx([0.24, 0.32, 0.4])
     x = images(2, 48, 64)
@@ -177,7 +174,6 @@ def test_saved_model_keeps_its_arguments(options, tmp_path):
 
 @pytest.mark.parametrize('word,options', [
     ('token_mixer', {'token_mixer': 'gcn'}),
-    ('tokenizer', {'tokenizer': 'kmeans'}),
     ('recurrent', {'recurrent': False, 'tokenizer': 'pooling'}),
     ('recurrent', {'recurrent': False, 'tokenizer': 'clustering'}),
     ('dynamic_tokens', {'dynamic_tokens': True, 'tokenizer': 'pooling'}),
@@ -191,10 +187,6 @@ def test_saved_model_keeps_its_arguments(options, tmp_path):
     ('projector', {'projector': False, 'features_only': True, 'out_indices': (0, 1)}),
     ('projector', {'projector': False, 'features_only': True, 'tokenizer': 'pooling'}),
     ('num_tokens', {'tokenizer': 'pooling', 'num_tokens': 5}),
-    ('num_tokens', {'tokenizer': 'pooling', 'num_tokens': 7}),
-    ('num_tokens', {'tokenizer': 'pooling', 'num_tokens': 10}),
-    ('pooling', {'tokenizer': 'pooling', 'num_tokens': 5}),
-    ('num_tokens', {'num_tokens': 0}),
     ('position_code', {'position_code': True, 'tokenizer': 'pooling'}),
     ('num_heads', {'num_heads': 3}),
     ('num_heads', {'num_heads': 32}),

@@ -11,8 +11,7 @@ import pytest
 import timm
 from hub_server import hub_server
 from safetensors.torch import save_file
-from timm.models import _registry
-from timm_plugin import list_models, list_pretrained, registered_models, token_models
+from timm_plugin import registered_models
 
 import vt_zoo
 from vt_zoo._requirements import timm_is_at_least
@@ -109,22 +108,3 @@ def test_timm_suite(timm_tests, tested_models, hub, tmp_path):
 
 def test_each_model_is_tested():
     assert sorted([*MODELS, *LARGER_MODELS]) == sorted(registered_models())
-
-
-def test_listings_for_timm_hold_our_models_only():
-    ours = registered_models()
-    tagged = timm.list_models(ours, include_tags=True)
-    assert list_models() == list_models(module=['resnet']) == list_models(exclude_filters=['resnet*']) == ours
-    assert list_models('resnet*') == list_models(module='resnet') == []
-    assert token_models() == ours
-    assert list_models(filter=['vit_*', 'deit*'], include_tags=True) == tagged
-    assert list_models(exclude_filters=['resnet*', 'vit_*'], include_tags=True) == []
-
-
-def test_listings_for_timm_of_models_with_weights(monkeypatch):
-    tagged = timm.list_pretrained('vt_resnet18')[0]
-    with_weights = {'resnet18', 'resnet18.a1_in1k', 'vt_resnet18', tagged}
-    monkeypatch.setattr(_registry, '_model_has_pretrained', with_weights)
-    assert list_models(pretrained=True) == list_pretrained() == list_pretrained('vt_*') == [tagged]
-    assert list_models(pretrained=True, include_tags=False) == ['vt_resnet18']
-    assert list_pretrained('test_*') == list_pretrained(exclude_filters=['vit_*']) == []

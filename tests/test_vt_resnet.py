@@ -77,34 +77,6 @@ def test_counts_are_the_papers_rule(name):
     assert runs < 0.99 * MACS[name]
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101])
-def test_trunk_has_the_parameters_of_timms_resnet(depth):
-    model = create(f'vt_resnet{depth}', device='meta')
-    trunk = trunk_state_dict(create(f'resnet{depth}', device='meta'))
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith(('vt_stage.', 'fc.'))}
-    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in trunk.items()}
-    loaded = model.load_state_dict(trunk, strict=False, assign=True)
-    assert loaded.unexpected_keys == []
-    # torch itself adds the counters of norms that a state dict does not know
-    assert {k for k in loaded.missing_keys if not k.endswith('num_batches_tracked')} == {
-        k for k in model.state_dict()
-        if k.startswith(('vt_stage.', 'fc.')) and not k.endswith('num_batches_tracked')}
-    assert {k.split('.')[0] for k in loaded.missing_keys} == {'vt_stage', 'fc'}
-
-
-def test_registry():
-    names = [*WEIGHTS, 'test_vt_resnet']
-    assert set(names) <= set(timm.list_models('*vt_resnet*'))
-    for name in names:
-        model = create(name, device='meta')
-        modules = dict(model.named_modules())
-        assert isinstance(modules[model.default_cfg['first_conv']], nn.Conv2d)
-        assert modules[model.default_cfg['classifier']] is model.get_classifier()
-        assert model.default_cfg['num_classes'] == model.num_classes == (10 if name == 'test_vt_resnet' else 1000)
-        model = create(name, feature_dim=72, device='meta')
-        assert model.feature_info[-1]['num_chs'] == 72
-
-
 # --- constructor
 
 

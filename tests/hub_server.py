@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.server.folder / repo / file
         if not path.is_file():
             return self._send(404, X_Error_Code='EntryNotFound' if path.parent.is_dir() else 'RepoNotFound')
-        headers = {'ETag': f'"{_etag(path)}"', 'X_Repo_Commit': COMMIT, 'Accept_Ranges': 'bytes'}
+        headers = {'ETag': f'"{_etag(path)}"', 'X_Repo_Commit': COMMIT}
         if self.command == 'HEAD':
             return self._send(200, Content_Length=str(path.stat().st_size), **headers)
         content = path.read_bytes()
@@ -131,17 +131,11 @@ class _Handler(BaseHTTPRequestHandler):
             fault, self.server.fault = self.server.fault, None
         if callable(fault):
             content = fault(content)
-        start = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        if _is_large(path):
-            self.server.starts.append(int(start[1]) if start else 0)
-        if start:
-            headers['Content_Range'] = f'bytes {start[1]}-{len(content) - 1}/{len(content)}'
-            content = content[int(start[1]):]
         if isinstance(fault, int):  # the connection breaks after so many bytes
             self._send(200, content[:fault], Content_Length=str(len(content)), **headers)
             self.close_connection = True
             return None
-        return self._send(206 if start else 200, content, **headers)
+        return self._send(200, content, **headers)
 
     def _tree(self, repo):
         entries = []
@@ -227,13 +221,13 @@ class _Handler(BaseHTTPRequestHandler):
 def hub_server(folder):
     """Serve the files folder/ORG/NAME/FILE, and take uploads with the token WRITER.
 
-    Gives the server, with its address `url`, its `requests` as (method, path), the byte at which each download of
-    weights `starts` and the `visibility` that was asked for each new repository. `fault` befalls the next download of
-    weights: a number of bytes after which the connection breaks, or a function that changes the content.
+    Gives the server, with its address `url`, its `requests` as (method, path) and the `visibility` that was asked for
+    each new repository. `fault` befalls the next download of weights: a number of bytes after which the connection
+    breaks, or a function that changes the content.
     """
     server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
-    server.folder, server.requests, server.starts = Path(folder), [], []
-    server.fault, server.uploads, server.visibility = None, {}, {}
+    server.folder, server.requests, server.fault = Path(folder), [], None
+    server.uploads, server.visibility = {}, {}
     server.url = f'http://127.0.0.1:{server.server_port}'
     thread = Thread(target=server.serve_forever)
     thread.start()

@@ -1,6 +1,5 @@
 """`vt-zoo explore`: a real server, a real browser."""
 import io
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from test_cli import check_refused
 
 from vt_zoo.analysis.explorer import look
 from vt_zoo.analysis.records import capture_tokens
@@ -249,38 +249,22 @@ def test_size_that_a_segmenter_sees(save_segmenter, eval_size, size, expected):
     (['--model', 'test_vt_resnet', '--port', '65536'], "'65536' is not a port from 0 to 65535"),
     ([], '--model')])
 def test_refused(command, words, expected):
-    result = command('explore', '--port', '0', *words)
-    assert result.code == 2
-    assert expected in result.stderr and 'Traceback' not in result.stderr
+    check_refused(command('explore', '--port', '0', *words), expected)
 
 
 def test_model_without_tokens(command, tmp_path):
     pytest.importorskip('gradio')
     timm.models.save_for_hf(timm.create_model('test_resnet'), tmp_path / 'resnet', safe_serialization=True)
-    result = command('explore', '--port', '0', '--model', tmp_path / 'resnet')
-    assert result.code == 2
-    assert 'has no tokens to look at' in result.stderr
-
-
-def test_model_with_too_few_names(command, my_model):
-    config = json.loads((my_model / 'config.json').read_text())
-    config['label_names'] = config['label_names'][:2]
-    (my_model / 'config.json').write_text(json.dumps(config))
-    result = command('explore', '--port', '0', '--model', my_model)
-    assert result.code == 2
-    assert 'has 3 classes, its config.json names 2' in result.stderr
+    check_refused(command('explore', '--port', '0', '--model', tmp_path / 'resnet'), 'has no tokens to look at')
 
 
 def test_busy_port(command):
     with socket.create_server(('127.0.0.1', 0)) as other:
         port = other.getsockname()[1]
         result = command('explore', '--model', 'test_vt_resnet', '--port', port)
-    assert result.code == 2
-    assert f'port {port} cannot be used: Address already in use' in result.lines[0] and len(result.lines) == 1
+    check_refused(result, f'port {port} cannot be used: Address already in use')
 
 
 def test_without_gradio(command):
-    result = command(
-        'explore', '--model', 'test_vt_resnet', '--port', '0', before="import sys; sys.modules['gradio'] = None")
-    assert result.code == 2
-    assert result.lines == ["vt-zoo: error: the explorer needs gradio: pip install 'vt_zoo[explore]'"]
+    result = command('explore', '--model', 'test_vt_resnet', before="import sys; sys.modules['gradio'] = None")
+    check_refused(result, "the explorer needs gradio: pip install 'vt_zoo[explore]'")

@@ -40,6 +40,13 @@ def explore(temporary, out, err):
     runpy.run_module('vt_zoo', run_name='__main__', alter_sys=True)
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 class Explorer:
     """A process of the command whose temporary files are in a folder."""
 
@@ -50,10 +57,8 @@ class Explorer:
         self.process.start()
 
     def ready(self):
-        deadline = time.monotonic() + SECONDS
-        while not self.out.exists() or not self.out.read_text().endswith('\n'):
-            assert self.process.is_alive() and time.monotonic() < deadline, self.err.read_text()
-            time.sleep(0.02)
+        wait_until(lambda: (self.out.exists() and self.out.read_text().endswith('\n')) or not self.process.is_alive())
+        assert self.process.is_alive(), self.err.read_text()
         self.port = int(self.out.read_text().split()[1].rpartition(':')[2])
         return self
 
@@ -174,12 +179,15 @@ def paths(explorer, picture, tmp_path_factory):
     return [str(p) for p in foreign(explorer, picture, tmp_path_factory.mktemp('fifo'))]
 
 
-@pytest.mark.parametrize('address', [
+@pytest.mark.parametrize('path', [
     '/gradio_api/run/open_image', '/gradio_api/run/open_image/', '/gradio_api/api/open_image',
     '/gradio_api/call/open_image', '/gradio_api/call/v2/open_image', '/run/open_image', '//gradio_api/run/open_image',
-    '/gradio_api/process_recording', '/gradio_api/vibe-edit', '/login'])
-def test_functions_are_not_there(explorer, picture, address):
-    assert explorer.post(address, {'data': [file(picture)]}).status == 404
+    '/gradio_api/process_recording', '/gradio_api/vibe-edit', '/login', '/docs', '/redoc', '/openapi.json', '/docs/',
+    '/docs/oauth2-redirect', '/gradio_api/openapi.json', '/gradio_api/docs', '/monitoring', '/monitoring/summary',
+    '/gradio_api/vibe-code', '/gradio_api/runs', '/gradio_api/deep_link', '/gradio_api/token', '/gradio_api/dev/reload',
+    '/gradio_api/proxy=http://127.0.0.1:1/', '/gradio_api/custom_component/1/client/component/x.js'])
+def test_closed(explorer, picture, path):
+    assert explorer.ask(path).status == explorer.post(path, {'data': [file(picture)]}).status == 404
 
 
 def test_opens_nothing_else(explorer, paths):
@@ -225,13 +233,14 @@ def test_shows_nothing_else(explorer, paths):
 def test_own_hosts_and_origins(explorer, host):
     host = host.format(explorer.port)
     assert explorer.ask(Host=host).status == 200
-    assert explorer.ask(Host=host, Origin=f'http://{host}').status == 200
+    assert explorer.ask(Host=host, Origin=f'http://{host}').status == 200  # `ask` looks for headers of CORS
+    asked = explorer.ask('/config', 'OPTIONS', Host=host, Origin=f'http://{host}', Access_Control_Request_Method='POST')
+    assert asked.status == 405
 
 
 @pytest.mark.parametrize('host', [
-    'evil.example', 'evil.example:{}', 'localhost', '127.0.0.1', '[::1]', '127.0.0.1:1', 'localhost:1', '[::1]:1',
-    'localhost.evil.example:{}', '127.0.0.1.evil.example:{}', 'localhost.:{}', '0.0.0.0:{}', '127.0.0.2:{}',
-    'me@localhost:{}', '', '127.0.0.1:{}:{}'])
+    'evil.example', 'evil.example:{}', 'localhost', '127.0.0.1:1', 'localhost.evil.example:{}', 'localhost.:{}',
+    '0.0.0.0:{}', '127.0.0.2:{}', 'me@localhost:{}', '', '127.0.0.1:{}:{}'])
 @pytest.mark.parametrize('path', ['/', '/config', '/gradio_api/upload'])
 def test_other_hosts(explorer, host, path):
     host = host.format(*[explorer.port] * 2)
@@ -264,12 +273,6 @@ def test_answer_to_a_body_that_comes_late(explorer):
         assert connection.recv(65536).startswith(b'HTTP/1.1 403')
 
 
-def test_no_cors(explorer):
-    own = f'http://127.0.0.1:{explorer.port}'
-    assert explorer.ask('/config', Origin=own).status == 200  # `ask` looks at the headers
-    assert explorer.ask('/config', 'OPTIONS', Origin=own, Access_Control_Request_Method='POST').status == 405
-
-
 def test_host_lines(explorer):
     own = f'Host: 127.0.0.1:{explorer.port}'
     assert b' 200 ' in explorer.raw('GET / HTTP/1.1', own)
@@ -285,15 +288,6 @@ def test_host_lines(explorer):
 def test_proxy_headers_change_nothing(explorer):
     answer = explorer.ask('/config', X_Forwarded_Host='evil.example', X_Gradio_Server='http://evil.example')
     assert answer.status == 200 and 'evil.example' not in answer.text
-
-
-@pytest.mark.parametrize('path', [
-    '/docs', '/redoc', '/openapi.json', '/docs/', '/docs/oauth2-redirect', '/gradio_api/openapi.json',
-    '/gradio_api/docs', '/monitoring', '/monitoring/summary', '/gradio_api/vibe-code', '/gradio_api/runs',
-    '/gradio_api/deep_link', '/gradio_api/token', '/gradio_api/dev/reload',
-    '/gradio_api/proxy=http://127.0.0.1:1/', '/gradio_api/custom_component/1/client/component/x.js'])
-def test_closed(explorer, path):
-    assert explorer.ask(path).status == 404
 
 
 def test_bad_bodies(explorer):
@@ -314,17 +308,12 @@ def test_uploads_are_bounded(tmp_path, picture):
     with running(tmp_path) as explorer:
         for i in range(14):
             last = uploaded(explorer, bytes([i]) + content)
-        deadline = time.monotonic() + SECONDS  # it answers before it deletes
-        while sum(path.stat().st_size for path in explorer.files()) > 256 * 2 ** 20:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        # it answers before it deletes
+        wait_until(lambda: sum(path.stat().st_size for path in explorer.files()) <= 256 * 2 ** 20)
         assert last in explorer.files()
         for start in (0, 520):
             assert explorer.upload(*(b'%d' % i for i in range(start, start + 520))).status == 200
-        deadline = time.monotonic() + SECONDS  # it answers first
-        while len(explorer.files()) > 1000:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: len(explorer.files()) <= 1000)
         assert len(explorer.files()) > 900
         os.kill(explorer.process.pid, signal.SIGTERM)
         assert explorer.wait()[0] == 128 + signal.SIGTERM

@@ -1,7 +1,5 @@
 """Models from a hub on the loopback, by the hub's real client: downloads, cache, resumption, damage."""
-import hashlib
 import json
-import os
 import subprocess
 import sys
 
@@ -9,8 +7,6 @@ import pytest
 import timm
 import torch
 from hub_server import environment, hub_server, newer_client
-from huggingface_hub import HfApi, hf_hub_download
-from safetensors.torch import save_file
 
 from vt_zoo.weights.files import write_model
 from vt_zoo.weights.loading import load_model
@@ -51,11 +47,6 @@ def files(folder, pattern='*'):
     return [p for p in folder.rglob(pattern) if p.is_file() and not p.is_symlink()]
 
 
-def altered(content):
-    """The last weight is another."""
-    return content[:-1] + bytes([content[-1] ^ 1])
-
-
 @pytest.mark.parametrize('load', [load_model, lambda name: timm.create_model(name, pretrained=True)])
 def test_download(hub, client, model, load):
     assert same(load(NAME), model)
@@ -68,14 +59,6 @@ def test_second_time_from_the_cache(hub, client, model):
     assert same(load_model(NAME), model)
     assert downloads(hub) == []
     assert ('HEAD', '/someone/digits/resolve/main/model.safetensors') in hub.requests
-
-
-def test_offline_from_the_cache(hub, client, model, monkeypatch):
-    load_model(NAME)
-    del hub.requests[:]
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert same(load_model(NAME), model)
-    assert hub.requests == []
 
 
 def test_hub_that_went_away(hub, hub_client, model):
@@ -105,23 +88,10 @@ def test_revision(hub, client, model):
 
 
 @newer_client
-def test_broken_download_is_resumed(hub, client, tmp_path):
-    """The client keeps what it got in whole chunks of 10 MiB, and asks for the rest."""
-    content = torch.randn(6 * MB)
-    save_file({'x': content}, tmp_path / 'hub' / 'someone' / 'digits' / 'model.safetensors')
-    hub.fault = 15 * MB
-    path = hf_hub_download('someone/digits', 'model.safetensors')
-    assert hub.starts == [0, 10 * 2 ** 20]
-    with open(path, 'rb') as f:
-        assert hashlib.sha256(f.read()).hexdigest() == os.path.basename(os.readlink(path))
-
-
-@newer_client
-def test_broken_download_of_less_than_a_chunk(hub, client, model):
-    """It begins anew."""
+def test_broken_download_begins_anew(hub, client, model):
     hub.fault = MB
     assert same(load_model(NAME), model)
-    assert hub.starts == [0, 0]
+    assert downloads(hub).count('model.safetensors') == 2
 
 
 @newer_client
@@ -131,27 +101,18 @@ def test_truncated_file(hub, client, model, input_error):
         load_model(NAME)
     assert files(client, '*incomplete*') == []
     assert same(load_model(NAME), model)
-    assert len(hub.starts) == 2
+    assert downloads(hub).count('model.safetensors') == 2
 
 
 def test_altered_file(hub, client, model, input_error):
     """Over HTTP the client does not look at the content, so that timm takes it; load_model refuses."""
-    hub.fault = altered
+    hub.fault = lambda content: content[:-1] + bytes([content[-1] ^ 1])
     assert not same(timm.create_model(NAME, pretrained=True), model)
     with input_error(f'{NAME} cannot be loaded: .* not what the hub announced, delete /'):
         load_model(NAME)
     file, = (p for p in files(client) if p.stat().st_size > MB)
     file.unlink()
     assert same(load_model(NAME), model)
-
-
-@newer_client
-def test_altered_file_is_found_by_the_client(hub, client):
-    """`hf cache verify`."""
-    hub.fault = altered
-    hf_hub_download('someone/digits', 'model.safetensors')
-    result = HfApi(endpoint=hub.url).verify_repo_checksums('someone/digits')
-    assert [mismatch['path'] for mismatch in result.mismatches] == ['model.safetensors']
 
 
 def test_altered_header(hub, client, input_error):

@@ -17,8 +17,6 @@ import torch
 from documents import blocks
 from timm_plugin import registered_models
 
-import vt_zoo
-
 ROOT = Path(__file__).parents[1]
 (_, FROM_CLONE), (_, FROM_GITHUB) = blocks('docs/libraries.md', 'python', name='hub')
 
@@ -140,10 +138,16 @@ def github(checkout, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope='module')
-def hub(python, checkout, tmp_path_factory):
-    """What torch.hub makes of the checkout."""
-    return python(SCRIPT, checkout.parent, checkout, cwd=tmp_path_factory.mktemp('elsewhere'))
+def test_checkout(python, checkout, tmp_path):
+    hub = python(SCRIPT, checkout.parent, checkout, cwd=tmp_path)
+    assert sorted(hub['names']) == sorted(registered_models())
+    for name in registered_models():
+        assert timm.model_entrypoint(name).__doc__.strip() in hub['docs'][name]
+    assert len(hub['files']) > 1
+    assert all(Path(file).is_relative_to(checkout) for file in hub['files'])
+    assert hub['architecture'] == 'vt_resnet50'
+    assert hub['same_type'] and hub['same_outputs']
+    assert hub['shape'] == [2, 10]
 
 
 def logits_of_the_weights():
@@ -157,21 +161,6 @@ def check_shipped_model(report, folder):
     assert not any(Path(path).is_relative_to(folder) for path in report['path'])
     torch.testing.assert_close(torch.tensor(report['logits']), logits_of_the_weights())
     assert report['registered'] == timm.list_models('*vt_resnet*')
-
-
-def test_list_and_help_are_of_the_registered_models(hub):
-    assert sorted(hub['names']) == sorted(registered_models())
-    for name in hub['names']:
-        assert timm.model_entrypoint(name).__doc__.strip() in hub['docs'][name]
-
-
-def test_load_imports_the_checkout_and_gives_the_model_of_timm(hub, checkout):
-    assert len(hub['files']) > 1
-    assert all(Path(file).is_relative_to(checkout) for file in hub['files'])
-    assert not Path(vt_zoo.__file__).is_relative_to(checkout)
-    assert hub['architecture'] == 'vt_resnet50'
-    assert hub['same_type'] and hub['same_outputs']
-    assert hub['shape'] == [2, 10]
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Publishing: the folder, its model card, the upload by the hub's real client to a hub on the loopback."""
 import argparse
-import csv
 import json
 import os
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -86,13 +86,6 @@ def test_metadata(release, tiny_run):
     assert data.get('base_model') is None
 
 
-def test_accuracy_is_that_of_the_history(release, tiny_run):
-    """The last line that `finetune` wrote while it trained."""
-    with (tiny_run.out / 'history.csv').open(newline='') as f:
-        *_, last = csv.DictReader(f)
-    assert card_of(release).data.eval_results[0].metric_value == pytest.approx(float(last['val_top1']) / 100, abs=1e-6)
-
-
 def test_text(release, tiny_run, tiny_settings):
     text = card_of(release).text
     rows = dict(line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| `'))
@@ -160,16 +153,10 @@ def test_base_model(hub, few_digits, tiny_settings, tmp_path):
 def test_upload(hub, release, tmp_path):
     assert upload(release, REPO) == (f'{hub.url}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567', False)
     assert tree(tmp_path / 'hub' / REPO) == tree(release)
+    assert hub.visibility == {REPO: None}
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
     assert torch.equal(logits(model), logits(load_model(str(release))))
     assert model.pretrained_cfg['label_names'] == ['0', '1', '2']
-
-
-@newer_client
-@pytest.mark.parametrize('private, visibility', [(True, 'private'), (False, None)])
-def test_visibility_of_a_new_repository(hub, release, private, visibility):
-    upload(release, REPO, private)
-    assert hub.visibility == {REPO: visibility}
 
 
 @newer_client
@@ -257,36 +244,23 @@ def test_hub_that_cannot_be_reached(hub, hub_client, release, input_error):
         upload(release, REPO)
 
 
+def change_weights(change):
+    def damage(folder):
+        path = folder / 'model.safetensors'
+        path.write_bytes(change(path.read_bytes()))
+    return damage
+
+
 def of_other_classes(folder):
     safetensors.torch.save_file(create(num_classes=7).state_dict(), folder / 'model.safetensors')
 
 
-def truncated(folder):
-    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-100])
-
-
-def pickled(folder):
-    torch.save(create().state_dict(), folder / 'model.safetensors')
-
-
-def of_a_model_that_is_not_there(folder):
-    change_config(folder, architecture='no_such_model')
-
-
-def too_few_names(folder):
-    change_config(folder, label_names=['a'])
-
-
-def odd_training(folder):
-    change_config(folder, training={'val_correct': 'many', 'val_images': []})
-
-
-def text_for_training(folder):
-    change_config(folder, training='a long one')
-
-
 @pytest.mark.parametrize('damage', [
-    of_other_classes, truncated, pickled, of_a_model_that_is_not_there, too_few_names, odd_training, text_for_training])
+    of_other_classes, change_weights(lambda content: content[:-100]), change_weights(pickle.dumps),
+    lambda folder: change_config(folder, architecture='no_such_model'),
+    lambda folder: change_config(folder, label_names=['a']),
+    lambda folder: change_config(folder, training={'val_correct': 'many', 'val_images': []}),
+    lambda folder: change_config(folder, training='a long one')])
 def test_folder_that_cannot_be_published(my_model, tmp_path, damage, input_error):
     damage(my_model)
     before = tree(tmp_path)
@@ -346,8 +320,8 @@ def test_command(command, release, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize('words, holds', [
-    (['--repo-id', 'digits'], "repo-id must be org/name of letters, digits, \"-\", \"_\" and \".\", got 'digits'"),
-    ([], '--repo-id'), (['--repo-id', REPO, '--out', '.'], '. is there already')])
+    (['--repo-id', 'digits'], 'repo-id must be org/name'), ([], '--repo-id'),
+    (['--repo-id', REPO, '--out', '.'], '. is there already')])
 def test_command_refuses(command, offline, tiny_model, words, holds):
     result = command('publish', tiny_model, *words, before=offline)
     assert (result.code, result.stdout, len(result.lines)) == (2, '', 1), result.stderr
@@ -355,8 +329,9 @@ def test_command_refuses(command, offline, tiny_model, words, holds):
 
 
 def test_command_on_a_full_disk(command, offline, limit_file_size, tiny_model, tmp_path):
-    words = ['--repo-id', REPO, '--dry-run', '--out', tmp_path / 'release']
+    out = tmp_path / 'release'
+    words = ['--repo-id', REPO, '--dry-run', '--out', out]
     result = command('publish', tiny_model, *words, before=f'{offline}; {limit_file_size(500_000)}')
     assert (result.code, result.stdout, len(result.lines)) == (2, '', 1), result.stderr
-    assert 'cannot read or write' in result.lines[0]
+    assert f'cannot read or write {out / "model.safetensors"}: ' in result.lines[0]
     assert os.listdir(tmp_path) == []

@@ -2,7 +2,6 @@
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -12,18 +11,14 @@ import pytest
 import yaml
 from helpers import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
 from PIL import Image
-from torch.utils.data import DataLoader
+from test_cli import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
+from test_segmentation_train import WRITTEN, outcome
 
 from vt_zoo.data.composed_digits import CLASSES
-from vt_zoo.segmentation.datasets import load_dataset
-from vt_zoo.segmentation.metrics import evaluate
-from vt_zoo.segmentation.settings import SegmentSettings
-from vt_zoo.segmentation.transforms import eval_transform
+from vt_zoo.segmentation.settings import list_segmentation_recipes
 from vt_zoo.weights import load
 
 OPTIONAL = ['segmentation_models_pytorch', 'accelerate', 'torchmetrics']
-WRITTEN = ['best', 'history.csv', 'last']
-
 # makes a package one that is not installed
 WITHOUT = '''
 from importlib.machinery import PathFinder
@@ -36,20 +31,10 @@ BAD_TRAINING = {
     'unknown recipe': (['--config', 'no_such_recipe'], ['no_such_recipe', *SegmentSettings.recipes()]),
     'unknown architecture': (['--arch', 'unet'], ['arch', "'unet'", 'vt_fpn, panoptic_fpn']),
     'unknown encoder': (['--encoder-name', 'tu-no_such'], ["'tu-no_such'"]),
-    'number for a word': (['--arch', '5'], ['arch', '5']),
     'word for a number': (['--iterations', 'many'], ['iterations', "'many'", 'whole number']),
-    'no iterations': (['--iterations', '0'], ['iterations', 'at least 1', '0']),
-    'negative rate': (['--lr', '-0.1'], ['lr', 'above 0', '-0.1']),
-    'rate of nan': (['--lr', '.nan'], ['lr', 'nan']),
     'rate too high': (['--lr', '1e6', '--checkpoint-every', '8', '--eval-every', '8'], ['the loss became', 'lower lr']),
-    'crop of one number': (['--crop-size', '32'], ['crop_size', 'a list of 2 numbers', '32']),
     'no YAML': (['--crop-size', '[32'], ['crop_size', "'[32'"]),
-    'unknown layout': (['--format', 'voc'], ["'voc'", 'coco_stuff', 'lip']),
     'another layout': (['--format', 'coco_stuff'], ['train2017', 'does not exist']),
-    'unknown optimizer': (['--opt', 'no_such'], ['opt', "'no_such'"]),
-    'unknown precision': (['--precision', 'fp8'], ['precision', "'fp8'", 'bf16']),
-    'unknown device': (['--device', 'abacus'], ['abacus', 'cpu']),
-    'negative workers': (['--workers', '-1'], ['workers', '-1']),
     'unknown word': (['--no-such-word'], ['--no-such-word']),
 }
 
@@ -60,33 +45,12 @@ def train_words(composed, segment_arguments):
 
 
 @pytest.fixture(scope='module')
-def measures(segment_model, composed):
-    """Of segment_model on the validation images."""
-    loaded = load(segment_model)
-    mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
-    dataset = load_dataset('folder', composed, 'val', eval_transform(mean, std))
-    return evaluate(loaded.model, DataLoader(dataset), len(loaded.classes))
-
-
-@pytest.fixture(scope='module')
 def picture(composed):
     return composed / 'images' / 'val' / '00000.png'
 
 
-def outcome(out):
-    return [(out / path).read_bytes() for path in (
-        'best/model.safetensors', 'last/model.safetensors', 'history.csv')]
-
-
-def test_help(command):
-    assert 'segment' in command('--help').stdout
-    for action, words in {
-            'train': ['--config', '--data-dir', '--resume', '--lr', '--crop-size', *SegmentSettings.recipes()],
-            'eval': ['--model', '--data-dir', '--format', '--json'], 'predict': ['IMAGE', '--model', '--out']}.items():
-        result = command('segment', action, '--help')
-        assert (result.code, result.stderr) == (0, '')
-        for word in (f'usage: vt-zoo segment {action}', *words):
-            assert word in result.stdout
+def test_help_names_the_recipes(command):
+    assert all(name in command('segment', 'train', '--help').stdout for name in list_segmentation_recipes())
 
 
 @pytest.mark.slow
@@ -144,29 +108,6 @@ def test_train_with_words_that_cannot_be_used(segment_command, train_words, tmp_
     assert len(result.lines) == 1
     assert result.stdout == '' or 'the loss became' in result.lines[0], 'of what is found before the first iteration'
     assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize('make, words', [
-    (lambda folder: folder / 'missing', ['missing', 'does not exist']),
-    (lambda folder: folder, ['images', 'does not exist']),
-    (lambda folder: (folder / 'file').touch() or folder / 'file', ['file', 'not a folder']),
-])
-def test_train_on_data_that_are_not_there(segment_command, segment_arguments, tmp_path, make, words):
-    data_dir = make(tmp_path)
-    result = segment_command('segment', 'train', '--data-dir', data_dir, *segment_arguments, '--out', tmp_path / 'run')
-    check_refused(result, *words)
-    assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_train_on_a_broken_image(segment_command, my_composed, segment_arguments, tmp_path, workers):
-    path = my_composed / 'images' / 'train' / '00002.png'
-    path.write_bytes(path.read_bytes()[:100])
-    result = segment_command(
-        'segment', 'train', '--data-dir', my_composed, *segment_arguments, '--workers', workers,
-        '--out', tmp_path / 'run')
-    check_refused(result, f'image {path} cannot be read')
-    assert len(result.lines) == 1
 
 
 @pytest.mark.parametrize('place', ['file', 'file/run', '/proc/no_such_place', '/proc'])
@@ -245,8 +186,9 @@ def test_ctrl_c_with_workers_in_a_real_process(segment_command, train_words, tmp
     assert {'checkpoint.safetensors'} <= set(os.listdir(out)) <= {'checkpoint.safetensors', 'best'}
 
 
-def test_eval_as_json(segment_command, segment_model, composed, measures):
-    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', composed, '--json')
+def test_eval_as_json(segment_command, segment_run, composed):
+    measures = segment_run.result.last
+    result = segment_command('segment', 'eval', '--model', segment_run.out, '--data-dir', composed, '--json')
     assert (result.code, result.lines) == (0, [])
     printed = json.loads(result.stdout)
     assert printed == {
@@ -255,8 +197,9 @@ def test_eval_as_json(segment_command, segment_model, composed, measures):
     assert None in printed['iou'].values(), 'a class is absent'
 
 
-def test_eval_as_a_table(segment_command, segment_model, composed, measures):
-    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', composed, '--workers', '2')
+def test_eval_as_a_table(segment_command, segment_run, composed):
+    measures = segment_run.result.last
+    result = segment_command('segment', 'eval', '--model', segment_run.out, '--data-dir', composed, '--workers', '2')
     assert (result.code, result.lines) == (0, [])
     *rows, last = result.stdout.splitlines()
     assert [row.split()[0] for row in rows] == CLASSES
@@ -271,16 +214,12 @@ def test_eval_on_the_training_part(segment_command, segment_model, composed):
     assert json.loads(result.stdout)['images'] == 7
 
 
-def test_eval_on_other_classes(segment_command, segment_model, my_composed):
-    (my_composed / 'classes.txt').write_text('\n'.join([*CLASSES[:-1], 'nine']))
+@pytest.mark.parametrize('classes, words', [
+    ([*CLASSES[:-1], 'nine'], ['9', 'nine']), ([f'class number {i}' for i in range(200)], ['class number 0'])])
+def test_eval_on_other_classes(segment_command, segment_model, my_composed, classes, words):
+    (my_composed / 'classes.txt').write_text('\n'.join(classes))
     result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', my_composed)
-    check_refused(result, segment_model, my_composed, '9', 'nine')
-
-
-def test_eval_on_a_data_set_of_many_other_classes(segment_command, segment_model, my_composed):
-    (my_composed / 'classes.txt').write_text('\n'.join(f'class number {i}' for i in range(200)))
-    result = segment_command('segment', 'eval', '--model', segment_model, '--data-dir', my_composed)
-    check_refused(result, 'class number 0')
+    check_refused(result, segment_model, my_composed, *words)
 
 
 @pytest.mark.parametrize('words, holds', [
@@ -354,14 +293,6 @@ def test_predict_without_a_model(segment_command, picture, tiny_model, tmp_path)
     check_refused(result, tiny_model, 'is a classifier', 'needed is a segmenter')
 
 
-def test_weights_of_another_model_give_one_line(segment_command, picture, my_segment_model, tmp_path):
-    config = json.loads((my_segment_model / 'config.json').read_text())
-    (my_segment_model / 'config.json').write_text(json.dumps({**config, 'token_dim': 64}))
-    result = segment_command('segment', 'predict', picture, '--model', my_segment_model, '--out', tmp_path / 'out')
-    check_refused(result, 'its weights are those of another model')
-    assert len(result.lines) == 1
-
-
 def test_no_action(command):
     check_refused(command('segment'), 'ACTION')
 
@@ -409,12 +340,6 @@ def test_interrupted_prediction_leaves_whole_files(segment_command, signal_at, c
     check_interrupted(result)
     assert files(tmp_path) == [
         f'out/{name}' for name in ('00000_classes.png', '00000_overlay.png', '00001_overlay.png')]
-
-
-def test_models_are_copied_without_their_run(segment_command, picture, segment_model, tmp_path):
-    """A folder of a model is all that is needed."""
-    model = shutil.copytree(segment_model, tmp_path / 'model')
-    assert segment_command('segment', 'predict', picture, '--model', model, '--out', tmp_path / 'out').code == 0
 
 
 def test_predict_of_a_folder_in_each_form(segment_command, segment_model, composed, tmp_path):

@@ -158,10 +158,13 @@ def test_folder_may_hold_other_files(tmp_path):
     make_folder(tmp_path)
     (tmp_path / 'images' / 'train' / 'Thumbs.db').write_bytes(b'')
     save(noise(6, 8, 3), tmp_path / 'images' / 'train' / 'C.JPG')
-    save(noise(6, 8, high=3), tmp_path / 'masks' / 'train' / 'C.png')
+    save(noise(6, 8, 3), tmp_path / 'images' / 'train' / 'd.tif')
+    (tmp_path / 'images' / 'train' / '._a.png').write_bytes(b'\0\5\26\7')
+    for name in ('C', 'd'):
+        save(noise(6, 8, high=3), tmp_path / 'masks' / 'train' / f'{name}.png')
     save(noise(6, 8, high=3), tmp_path / 'masks' / 'train' / 'without_image.png')
     assert sorted(image.name for image, _ in load_dataset('folder', tmp_path, 'train').samples) == [
-        'C.JPG', 'a.png', 'b.png']
+        'C.JPG', 'a.png', 'b.png', 'd.tif']
 
 
 @pytest.mark.parametrize('text, match', [

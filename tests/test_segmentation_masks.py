@@ -9,7 +9,6 @@ import zlib
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from vt_zoo.data.label_map import read_label_map
@@ -20,7 +19,6 @@ from vt_zoo.segmentation.label_counts import LabelCounts, check_classes, count_l
 from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.weights import load
-from vt_zoo.weights.files import read_tensors
 
 CLASSES = ['background', 'crack']
 SMALL = {'crop_size': [32, 32], 'iterations': 2, 'eval_every': 2, 'batch_size': 2}
@@ -309,26 +307,6 @@ def test_cache_folder_that_cannot_be_written(tmp_path, cache):
 
 # going on
 
-def test_checkpoint_before_each_evaluation(tmp_path, segment_settings, monkeypatch):
-    root = make(tmp_path / 'data', [binary(1)] * 2)
-    settings = {'checkpoint_every': 1000, 'iterations': 4, 'eval_every': 2}
-    run(root, tmp_path / 'whole', segment_settings, **settings)
-
-    def fail(*args, **kwargs):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, 'evaluate', fail)
-        with pytest.raises(KeyboardInterrupt):
-            run(root, tmp_path / 'run', segment_settings, **settings)
-    metadata = read_tensors(tmp_path / 'run' / 'checkpoint.safetensors')[1]
-    assert (metadata['iteration'], metadata['history']) == (2, [])
-    run(root, tmp_path / 'run', segment_settings, resume=True, **settings)
-    assert (tmp_path / 'run' / 'history.csv').read_text() == (tmp_path / 'whole' / 'history.csv').read_text()
-    for name in ('best', 'last'):
-        one, other = ((tmp_path / run / name / 'model.safetensors').read_bytes() for run in ('run', 'whole'))
-        assert one == other
-
-
 @pytest.mark.parametrize('change', ['fewer', 'other masks', 'nothing'])
 def test_validation_part_may_change(tmp_path, segment_settings, monkeypatch, caplog, change):
     root = make(tmp_path / 'data', [binary(1)] * 2)
@@ -356,23 +334,3 @@ def test_label_map_may_not_change(tmp_path, segment_settings, monkeypatch, input
         run(root, tmp_path / 'run', segment_settings)
     with input_error('holds a run with label_map = None'):
         run(root, tmp_path / 'run', segment_settings, resume=True, label_map={0: 0, 1: 1})
-
-
-def test_recipe_with_a_map_can_be_written(tmp_path):
-    settings = SegmentSettings.read(None, {'label_map': {0: 0, 255: 1}})
-    (tmp_path / 'a.yaml').write_text(yaml.safe_dump({'label_map': settings.label_map}))
-    assert SegmentSettings.read(str(tmp_path / 'a.yaml')).label_map == settings.label_map
-
-
-def test_images_of_other_kinds(tmp_path):
-    """Of a part with JPEG and TIFF images none is left out."""
-    for part in ('images', 'masks'):
-        (tmp_path / part / 'train').mkdir(parents=True)
-    (tmp_path / 'classes.txt').write_text('a\nb\n')
-    for name in ('1.jpg', '2.tif', '3.webp'):
-        Image.new('RGB', (4, 4)).save(tmp_path / 'images' / 'train' / name)
-        Image.new('L', (4, 4), 1).save(tmp_path / 'masks' / 'train' / f'{name.split(".")[0]}.png')
-    (tmp_path / 'images' / 'train' / '._1.jpg').write_bytes(b'\0\5\26\7')
-    dataset = load_dataset('folder', tmp_path, 'train')
-    assert [path.name for path, _ in dataset.samples] == ['1.jpg', '2.tif', '3.webp']
-    assert [image.size for image, _ in dataset] == [(4, 4)] * 3

@@ -92,16 +92,6 @@ def test_pipeline_reads_digits(shipped, digits):
     assert sum(label == Path(path).parent.name for label, path in zip(labels, paths)) >= 29
 
 
-def test_forgotten_import(shipped, tmp_path):
-    """The document says what transformers says then."""
-    folder = Path(shipped)
-    config = json.loads((folder / 'config.json').read_text())
-    (tmp_path / 'config.json').write_text(json.dumps({**config, 'architecture': 'not_registered'}))
-    (tmp_path / 'model.safetensors').symlink_to(folder / 'model.safetensors')
-    with pytest.raises(ImportError, match='is not supported in your version of timm'):
-        transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
-
-
 def train(model, folder, out, transform):
     """Three steps; gives their losses."""
     trainer = transformers.Trainer(
@@ -167,26 +157,6 @@ def test_backbone(source):
         torch.testing.assert_close(list(backbone.eval()(x).feature_maps), expected(x))
 
 
-def test_thawed_backbone_learns():
-    backbone = backbone_of('test_vt_resnet', out_indices=[4])
-    backbone.unfreeze_batch_norm_2d()
-    optimizer = torch.optim.SGD(backbone.train().parameters(), lr=0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        backbone(images(4, 3, 64, 64)).feature_maps[0].square().mean().backward()
-        optimizer.step()
-    assert [n for n, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
-def test_hidden_states_of_the_backbone():
-    x = images(1, 3, 64, 64)
-    with torch.inference_mode():
-        outputs = backbone_of('test_vt_resnet', out_indices=[0, 1, 2, 3, 4])(x, output_hidden_states=True)
-    assert len(outputs.hidden_states) == 5
-    for state, feature in zip(outputs.hidden_states, outputs.feature_maps, strict=True):
-        assert torch.equal(state, feature)
-
-
 @pytest.mark.parametrize('writer', ['ours', 'shards', "timm's"])
 def test_folder_of(writer, tmp_path):
     folder = tmp_path / 'release'
@@ -203,10 +173,3 @@ def test_folder_of(writer, tmp_path):
     assert isinstance(model, transformers.TimmWrapperForImageClassification)
     assert model.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
     assert torch.equal(model(images(2, 3, 32, 32)).logits, create()(images(2, 3, 32, 32)))
-
-
-def test_clash_of_num_classes(tmp_path):
-    """What write_release takes out of timm's config, where timm wrote it."""
-    timm.models.save_for_hf(create(), str(tmp_path / 'model'), model_args={'num_classes': 3}, safe_serialization=True)
-    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_classes'"):
-        transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'model')

@@ -50,16 +50,10 @@ def test_shapes(model, height, width):
         assert record.tokens.shape == (3, TOKENS, TOKEN_DIM)
     assert first.projection.shape == (3, TOKENS, *pixels)
     assert last.projection is None
-
-
-def test_shares_sum_to_one(model):
-    for record in capture_tokens(model, images(2, 48, 96)):
-        shares = [record.attention.flatten(2).sum(-1), record.relation.sum(-1)]
-        if record.projection is not None:
-            shares.append(record.projection.sum(1))
-        for share in shares:
-            torch.testing.assert_close(share, torch.ones_like(share))
-        assert record.attention.min() >= 0
+    shares = [share for r in (first, last) for share in (r.attention.sum((2, 3)), r.relation.sum(-1))]
+    for share in (*shares, first.projection.sum(1)):
+        torch.testing.assert_close(share, torch.ones_like(share))
+    assert min(first.attention.min(), last.attention.min()) >= 0
 
 
 def test_tokens_are_those_of_the_model(model):
@@ -302,13 +296,6 @@ def test_picture_shows_the_attention(tmp_path):
     a, b, c = (np.asarray(Image.open(tmp_path / f'{name}.png')).astype(int) for name in 'abc')
     assert (a == c).all()
     assert a.shape != b.shape or np.abs(a - b).mean() > 1
-
-
-@pytest.mark.parametrize('size, batch', [((48, 32), 1), ((32, 64), 3)])
-def test_picture_of_images_that_are_not_square(tmp_path, size, batch):
-    maps = attention(batch, 5, size[1] // 16, size[0] // 16)
-    draw_token_attention(pictures(batch, size), maps, ['x'] * batch, tmp_path / 'tokens.png')
-    assert (tmp_path / 'tokens.png').stat().st_size > 1000
 
 
 def test_figure_6(tmp_path):

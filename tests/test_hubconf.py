@@ -40,30 +40,11 @@ print(json.dumps({
 '''
 
 # torch.hub.list and help take no local folder: they find it in the cache, where an earlier download would be
-SCRIPT = '''
+LIST_AND_HELP = '''
 import torch
-hub_dir, checkout = sys.argv[2:]
-torch.hub.set_dir(hub_dir)
+torch.hub.set_dir(sys.argv[2])
 names = torch.hub.list('owner/vt_zoo:main', trust_repo=True, verbose=False)
-docs = {name: torch.hub.help('owner/vt_zoo:main', name, trust_repo=True) for name in names}
-model = torch.hub.load(checkout, 'vt_resnet50', source='local', num_classes=10, pretrained=False).eval()
-assert checkout not in sys.path
-
-import timm
-twin = timm.create_model('vt_resnet50', num_classes=10).eval()
-twin.load_state_dict(model.state_dict())
-image = torch.randn(2, 3, 64, 64)
-with torch.inference_mode():
-    outputs, twin_outputs = model(image), twin(image)
-print(json.dumps({
-    'names': names,
-    'docs': docs,
-    'files': sorted({m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'vt_zoo'}),
-    'architecture': model.pretrained_cfg['architecture'],
-    'same_type': type(model) is type(twin),
-    'shape': list(outputs.shape),
-    'same_outputs': torch.equal(outputs, twin_outputs),
-}))
+print(json.dumps({name: torch.hub.help('owner/vt_zoo:main', name, trust_repo=True) for name in names}))
 '''
 
 # Every https://HOST/PATH is asked of our server as /HOST/PATH.
@@ -138,20 +119,11 @@ def github(checkout, tmp_path_factory):
     return root
 
 
-def test_checkout(python, checkout, tmp_path):
-    hub = python(SCRIPT, checkout.parent, checkout, cwd=tmp_path)
-    assert sorted(hub['names']) == sorted(registered_models())
-    for name in registered_models():
-        assert timm.model_entrypoint(name).__doc__.strip() in hub['docs'][name]
-    assert len(hub['files']) > 1
-    assert all(Path(file).is_relative_to(checkout) for file in hub['files'])
-    assert hub['architecture'] == 'vt_resnet50'
-    assert hub['same_type'] and hub['same_outputs']
-    assert hub['shape'] == [2, 10]
-
-
-def logits_of_the_weights():
-    return timm.create_model('test_vt_resnet', pretrained=True).eval()(torch.ones(1, 3, 64, 64))
+def test_list_and_help(python, checkout, tmp_path):
+    docs = python(LIST_AND_HELP, checkout.parent, cwd=tmp_path)
+    assert sorted(docs) == sorted(registered_models())
+    for name, doc in docs.items():
+        assert timm.model_entrypoint(name).__doc__.strip() in doc
 
 
 def check_shipped_model(report, folder):
@@ -159,11 +131,11 @@ def check_shipped_model(report, folder):
     assert report['files']
     assert all(Path(file).is_relative_to(folder) for file in [*report['files'], report['weights']])
     assert not any(Path(path).is_relative_to(folder) for path in report['path'])
-    torch.testing.assert_close(torch.tensor(report['logits']), logits_of_the_weights())
+    model = timm.create_model('test_vt_resnet', pretrained=True).eval()
+    torch.testing.assert_close(torch.tensor(report['logits']), model(torch.ones(1, 3, 64, 64)))
     assert report['registered'] == timm.list_models('*vt_resnet*')
 
 
-@pytest.mark.slow
 def test_document_from_a_clone(python, checkout, tmp_path):
     (tmp_path / 'clone').symlink_to(checkout)
     check_shipped_model(python(FROM_CLONE + REPORT, cwd=tmp_path), tmp_path / 'clone')

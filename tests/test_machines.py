@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from vt_zoo.cli.arguments import positive_float
-from vt_zoo.cli.main import create_parser, main
+from vt_zoo.cli.main import COMMANDS, create_parser, main
 from vt_zoo.data import image_stream
 from vt_zoo.data.folders import find_images
 from vt_zoo.data.images import find_split
@@ -204,17 +204,6 @@ def test_finetune_waits_for_nobody_who_is_gone(command, few_digits, tiny_argumen
     assert sorted(os.listdir(out)) == ['history.csv', 'model']
 
 
-def test_segment_train_into_a_folder_that_is_held(segment_command, composed, segment_arguments, holder, tmp_path):
-    out = tmp_path / 'run'
-    out.mkdir()
-    holder(out / '.lock')
-    for more in ([], ['--resume'], ['--overwrite']):
-        check_refused(
-            segment_command('segment', 'train', '--data-dir', composed, *segment_arguments, '--out', out, *more),
-            f'{out} is being written by another process')
-    assert os.listdir(out) == ['.lock']
-
-
 @pytest.mark.parametrize('words, name', [
     (['export', 'MODEL', '--format', 'torchscript', '--out', 'a.pt'], 'a.pt'),
     (['publish', 'MODEL', '--repo-id', 'a/b', '--dry-run', '--out', 'a'], 'a'),
@@ -316,18 +305,11 @@ def test_memory_that_does_not_suffice(monkeypatch, capsys):
 
 # --- how Python was started
 
-@pytest.mark.slow  # Python compiles all of torch anew
-def test_help_without_docstrings():
-    code = (
-        'import io, sys\nfrom contextlib import redirect_stdout, suppress\nfrom vt_zoo.cli.main import COMMANDS, main\n'
-        'for words in ([], *([name] for name in COMMANDS)):\n'
-        '    with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):\n'
-        '        main([*words, "--help"])\n'
-        '    print(len(text.getvalue().split("\\n\\n")[1]) > 20)\n')
-    environment = {**os.environ, 'PYTHONOPTIMIZE': '2'}
-    result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, '')
-    assert result.stdout.split() == 14 * ['True']
+def test_help_without_docstrings(monkeypatch):
+    text = create_parser().format_help()
+    for module in COMMANDS.values():
+        monkeypatch.setattr(module, '__doc__', None)
+    assert create_parser().format_help() == text
 
 
 @pytest.mark.slow

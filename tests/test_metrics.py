@@ -65,11 +65,6 @@ def test_interaction():
     np.testing.assert_allclose(interaction_map(a, w).sum((-2, -1)), 1, rtol=1e-12)
 
 
-def test_interaction_without_relation_is_the_attention():
-    a = attention()
-    torch.testing.assert_close(interaction_map(a, torch.eye(3, dtype=torch.float64).expand(2, 3, 3)), a)
-
-
 def test_interaction_of_a_pyramid():
     """Tokens of two levels, one transformer: the coarse level's attention counts in the fine one's map."""
     fine, coarse = attention(1, 2, 4, 4), attention(1, 2, 2, 2, seed=1)

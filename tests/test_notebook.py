@@ -88,8 +88,3 @@ def test_file_is_lean():
     assert all(cell.metadata == {} for cell in COMMITTED.cells)
     words = re.sub(r'"image/png": "[^"]+"', '', content)
     assert not re.search(r'/tmp|/home|/root|/work|/usr|site-packages|20\d\d-\d\d|\d%\|', words)
-
-
-@pytest.mark.parametrize('link', re.findall(r'\]\(([^)#]+)', ''.join(cell.source for cell in COMMITTED.cells)))
-def test_files_that_are_linked(link):
-    assert (NOTEBOOK.parent / link).exists()

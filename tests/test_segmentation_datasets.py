@@ -5,25 +5,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vt_zoo.segmentation.datasets import FORMATS, SegmentationDataset, load_dataset
 
 NAMES = ['000000000139', '000000000285']
 LIP_NAMES = ['100034_483681', '10005_205677']
-
-# how stored pixels are turned upright for an EXIF orientation, in NumPy's words
-UPRIGHT = {
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-    8: lambda a: np.rot90(a, 1),
-}
-
 
 def noise(*shape, high=256, seed=0):
     return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
@@ -168,6 +155,7 @@ def test_folder_may_hold_other_files(tmp_path):
 
 
 @pytest.mark.parametrize('text, match', [
+    (None, 'classes.txt does not exist'),
     (b'', 'classes.txt is empty'),
     (b'\n\n', 'classes.txt is empty'),
     (b'sky\n\nsea\n', 'classes.txt has an empty line'),
@@ -175,15 +163,9 @@ def test_folder_may_hold_other_files(tmp_path):
     (b'a\n' * 256, '256 classes'),
 ])
 def test_folder_with_wrong_classes(tmp_path, input_error, text, match):
-    make_folder(tmp_path)
-    (tmp_path / 'classes.txt').write_bytes(text)
+    path = make_folder(tmp_path) / 'classes.txt'
+    path.unlink() if text is None else path.write_bytes(text)
     with input_error(match):
-        load_dataset('folder', tmp_path, 'train')
-
-
-def test_folder_without_classes(tmp_path, input_error):
-    (make_folder(tmp_path) / 'classes.txt').unlink()
-    with input_error('classes.txt does not exist'):
         load_dataset('folder', tmp_path, 'train')
 
 
@@ -241,37 +223,22 @@ def test_panoptic_mask_that_is_grey(tmp_path, input_error):
         load_dataset('coco_panoptic_stuff', tmp_path, 'val')[1]
 
 
-def changed(content):
-    def change(path):
-        path.write_bytes(content(json.loads(path.read_text())))
-    return change
-
-
-def without_first_image(content):
-    return json.dumps(content | {'annotations': content['annotations'][1:]}).encode()
-
-
-def without_categories(content):
-    return json.dumps({k: v for k, v in content.items() if k != 'categories'}).encode()
-
-
-def without_the_sea(content):
-    return json.dumps(content | {'categories': content['categories'][1:]}).encode()
-
-
-def instances(content):
-    return json.dumps(content | {'annotations': [{'id': 1, 'image_id': 2, 'category_id': 3}]}).encode()
+def changed(change):
+    return lambda path: path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 @pytest.mark.parametrize('change, match', [
     (lambda path: path.unlink(), r'panoptic_val2017\.json does not exist'),
-    (changed(lambda _: b'{"annotations": ['), r'panoptic_val2017\.json cannot be read'),
-    (changed(lambda _: b'\xff' * 10_000), r'panoptic_val2017\.json cannot be read'),
-    (changed(lambda _: b'[]'), r'panoptic_val2017\.json cannot be read'),
-    (changed(without_categories), r'panoptic_val2017\.json cannot be read'),
-    (changed(instances), r'panoptic_val2017\.json cannot be read'),
-    (changed(without_the_sea), r'panoptic_val2017\.json has a segment of category 155'),
-    (changed(without_first_image), rf'panoptic_val2017\.json has no segments for {NAMES[0]}\.png'),
+    (lambda path: path.write_bytes(b'{"annotations": ['), r'panoptic_val2017\.json cannot be read'),
+    (lambda path: path.write_bytes(b'\xff' * 10_000), r'panoptic_val2017\.json cannot be read'),
+    (changed(lambda content: []), r'panoptic_val2017\.json cannot be read'),
+    (changed(lambda content: {'annotations': content['annotations']}), r'panoptic_val2017\.json cannot be read'),
+    (changed(lambda content: content | {'annotations': [{'id': 1, 'image_id': 2, 'category_id': 3}]}),
+     r'panoptic_val2017\.json cannot be read'),
+    (changed(lambda content: content | {'categories': content['categories'][1:]}),
+     r'panoptic_val2017\.json has a segment of category 155'),
+    (changed(lambda content: content | {'annotations': content['annotations'][1:]}),
+     rf'panoptic_val2017\.json has no segments for {NAMES[0]}\.png'),
 ])
 def test_panoptic_json(tmp_path, input_error, change, match):
     make_panoptic(tmp_path)
@@ -414,7 +381,7 @@ def exif(orientation):
     return tags
 
 
-@pytest.mark.parametrize('orientation', UPRIGHT)
+@pytest.mark.parametrize('orientation', range(1, 9))
 def test_mask_is_turned_with_its_image(tmp_path, orientation):
     make_folder(tmp_path)
     labels = noise(6, 8, high=3)
@@ -423,7 +390,7 @@ def test_mask_is_turned_with_its_image(tmp_path, orientation):
     save(colours[labels], tmp_path / 'images' / 'train' / 'a.png', exif=exif(orientation))
     save(labels, tmp_path / 'masks' / 'train' / 'a.png')
     image, mask = load_dataset('folder', tmp_path, 'train')[0]
-    assert (mask == UPRIGHT[orientation](labels)).all()
+    assert (np.asarray(image) == ImageOps.exif_transpose(Image.open(tmp_path / 'images' / 'train' / 'a.png'))).all()
     assert (np.asarray(image) == colours[mask]).all()
 
 

@@ -1,6 +1,6 @@
 """Recipes of segmentation runs, the refusal of bad ones, and the learning rate against torch's own schedulers."""
 import re
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ PAPER = {
 
 
 def write(folder, text):
-    (folder / 'recipe.yaml').write_text(text)
+    (folder / 'recipe.yaml').write_text(text, errors='surrogateescape')
     return str(folder / 'recipe.yaml')
 
 
@@ -40,8 +40,9 @@ def test_recipe_has_the_values_of_the_paper(name):
     assert settings.encoder_weights is True
 
 
-def test_defaults_without_a_recipe():
-    assert SegmentSettings.read(None) == SegmentSettings.read(None, {}) == SegmentSettings()
+def test_defaults(tmp_path):
+    assert read_settings(None) == read_settings(None, {}) == SegmentSettings()
+    assert read_settings(write(tmp_path, '# nothing\n')) == SegmentSettings()
 
 
 def test_overrides_replace_the_recipe():
@@ -49,18 +50,6 @@ def test_overrides_replace_the_recipe():
     assert (settings.lr, settings.arch, settings.eval_size, settings.crop_size) == (1.0, 'panoptic_fpn', None, (64, 32))
     assert isinstance(settings.lr, float)
     assert settings.batch_size == 96
-
-
-def test_what_is_written_is_read(tmp_path):
-    settings = SegmentSettings(
-        lr=1e-3, steps=[5, 7], mean=(0.1, 0.2, 0.3), std=(1., 1., 2.), eval_size=(3, 4), crop_size=(32, 64))
-    text = '\n'.join(f'{name}: {list(value) if isinstance(value, tuple) else value}'
-                     for name, value in asdict(settings).items() if value is not None)
-    assert SegmentSettings.read(write(tmp_path, text)) == settings
-
-
-def test_empty_recipe(tmp_path):
-    assert SegmentSettings.read(write(tmp_path, '# nothing\n')) == SegmentSettings()
 
 
 @pytest.mark.parametrize('text, value', [
@@ -111,6 +100,7 @@ def test_value_that_is_not_allowed(name, value, allowed, input_error):
     ('[1, 2]', ['recipe.yaml', 'fields and values']),
     ('lr 0.1', ['recipe.yaml', 'fields and values']),
     ('lr: [', ['recipe.yaml', 'cannot be read']),
+    ('\udcff\udcfe\0', ['recipe.yaml', 'cannot be read']),  # no text
     ('lr: !!python/object/apply:os.system [ls]', ['recipe.yaml', 'cannot be read']),
     ('lr: fast', ['lr', "'fast'", 'a number']),
 ])
@@ -119,21 +109,12 @@ def test_recipe_that_cannot_be_used(tmp_path, text, words, input_error):
         SegmentSettings.read(write(tmp_path, text))
 
 
-def test_recipe_that_is_no_text(tmp_path, input_error):
-    (tmp_path / 'recipe.yaml').write_bytes(b'\xff\xfe\x00')
-    with input_error(r'recipe\.yaml cannot be read'):
-        SegmentSettings.read(str(tmp_path / 'recipe.yaml'))
-
-
-@pytest.mark.parametrize('name', ['no_such_recipe', 'no/such/recipe.yaml'])
-def test_missing_recipe(name, input_error):
-    with input_error(f'config {name} is neither a file nor one of camvid, coco_stuff, digits, lip'):
-        SegmentSettings.read(name)
-
-
-def test_folder_in_place_of_a_recipe(tmp_path, input_error):
-    with input_error('cannot be read'):
-        SegmentSettings.read(str(tmp_path))
+@pytest.mark.parametrize('name, match', [
+    ('no_such_recipe', 'config no_such_recipe is neither a file nor one of camvid, coco_stuff, digits, lip'),
+    ('no/such/recipe.yaml', 'config no/such/recipe.yaml is neither a file nor'), ('.', 'cannot be read')])
+def test_missing_recipe(name, match, input_error):
+    with input_error(match):
+        read_settings(name)
 
 
 def rates(settings, iterations):
@@ -180,10 +161,3 @@ def test_warmup(schedule):
     without = SegmentSettings(iterations=40, lr=0.3, schedule=schedule, steps=[16])
     assert rates(with_warmup, range(10)) == pytest.approx([0.3 * (0.001 + 0.999 * i / 10) for i in range(10)])
     assert rates(with_warmup, range(10, 40)) == pytest.approx(rates(without, range(10, 40)))
-
-
-def test_learning_rate_of_the_paper():
-    settings = SegmentSettings.read('coco_stuff')
-    iterations = (0, 999, 1000, 59999, 60000, 79999, 80000, 89999)
-    assert rates(settings, iterations) == pytest.approx(
-        [4e-5, 0.03996, 0.04, 0.04, 0.004, 0.004, 0.0004, 0.0004], rel=1e-3)

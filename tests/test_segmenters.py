@@ -63,11 +63,6 @@ def test_what_is_saved_is_loaded(tmp_path, arch, kind, eval_size):
     assert torch.equal(loaded.model(x), given(x))
 
 
-def test_files(saved):
-    assert sorted(os.listdir(saved)) == ['README.md', 'config.json', 'model.safetensors']
-    assert os.listdir(saved.parent) == ['model']
-
-
 def test_folder_is_replaced(my_saved):
     (my_saved / 'old.txt').write_text('old')
     model = create()
@@ -97,7 +92,9 @@ def test_loading_never_fetches_weights_of_the_encoder(my_saved, tmp_path, monkey
     VTFPN.from_pretrained(my_saved)
 
 
-def test_card(saved):
+def test_files_and_card(saved):
+    assert sorted(os.listdir(saved)) == ['README.md', 'config.json', 'model.safetensors']
+    assert os.listdir(saved.parent) == ['model']
     card = ModelCard.load(saved / 'README.md')
     assert card.data.library_name == 'vt_zoo'
     assert card.data.license == 'apache-2.0'
@@ -144,7 +141,6 @@ DAMAGES = {
         lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'), 'holds no model.safetensors'),
     'config is no JSON': (change_file('config.json', b'{'), 'cannot be loaded'),
     'config is a list': (change_file('config.json', b'[1]'), 'cannot be loaded'),
-    'config is no text': (change_file('config.json', b'\xff\xfe'), 'cannot be loaded'),
     'config is empty': (change_file('config.json', b''), 'cannot be loaded'),
     'another library\'s config': (change_file('config.json', b'{"mean": 0.5}'), "no '_model_class'"),
     'no classes': (lambda f: change_config(f, _classes='remove'), "has no '_classes'"),
@@ -155,7 +151,6 @@ DAMAGES = {
     'the other class': (
         lambda f: change_config(f, _model_class='PanopticFPN'), 'holds|cannot be loaded'),
     'too few names': (lambda f: change_config(f, _classes=['sky']), 'has 4 classes, its config.json names 1'),
-    'too many names': (lambda f: change_config(f, _classes=['sky'] * 5), 'has 4 classes, its config.json names 5'),
     'unknown encoder': (lambda f: change_config(f, encoder_name='tu-no_such'), 'cannot be loaded.*no_such'),
     'other channels': (lambda f: change_config(f, token_dim=64), 'weights are those of another model'),
     'head that cannot be': (lambda f: change_config(f, head_channels=40), 'cannot be loaded.*multiple of 32'),
@@ -179,14 +174,11 @@ def test_damaged_folder(my_saved, damage, words, input_error):
         load(str(my_saved), 'segmentation')
 
 
-def test_missing_folder(tmp_path, input_error):
-    with input_error('no_such_model does not exist'):
-        load(str(tmp_path / 'no_such_model'), 'segmentation')
-
-
-def test_file_in_place_of_a_folder(saved, input_error):
+def test_what_is_no_folder(saved, tmp_path, input_error):
     with input_error(r'config\.json'):
         load(str(saved / 'config.json'), 'segmentation')
+    with input_error('no_such_model does not exist'):
+        load(str(tmp_path / 'no_such_model'), 'segmentation')
 
 
 @pytest.mark.parametrize('name', ['resnet50.a1_in1k', 'test_resnet', 'vt_resnet50'])

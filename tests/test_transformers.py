@@ -73,17 +73,6 @@ def test_image_processor(source, few_digits):
     assert torch.equal(processor(image)['pixel_values'], transform(image)[None])
 
 
-def test_pipeline(source, few_digits):
-    classify = transformers.pipeline('image-classification', source.name)
-    path = next((few_digits / 'val' / '1').iterdir())
-    model = load_model(source.folder)
-    transform = create_transform(**resolve_model_data_config(model))
-    with torch.inference_mode():
-        expected = model(transform(Image.open(path).convert('RGB'))[None]).softmax(-1)[0].tolist()
-    found = {answer['label']: answer['score'] for answer in classify(str(path))}
-    assert found == pytest.approx(dict(zip('012', expected)), abs=1e-5)
-
-
 def test_pipeline_reads_digits(shipped, digits):
     """Grey files of 8x8 pixels, as they are."""
     classify = transformers.pipeline('image-classification', shipped)
@@ -157,17 +146,14 @@ def test_backbone(source):
         torch.testing.assert_close(list(backbone.eval()(x).feature_maps), expected(x))
 
 
-@pytest.mark.parametrize('writer', ['ours', 'shards', "timm's"])
+@pytest.mark.parametrize('writer', ['shards', "timm's"])
 def test_folder_of(writer, tmp_path):
     folder = tmp_path / 'release'
     if writer == 'shards':
         write_model(folder, create(), ['a', 'b', 'c'], {'input_size': (3, 32, 32)}, max_shard_size='300KB')
     else:
-        if writer == 'ours':
-            write_model(tmp_path / 'model', create(), ['a', 'b', 'c'], {'input_size': (3, 32, 32)})
-        else:
-            timm.models.save_for_hf(
-                create(), str(tmp_path / 'model'), {'label_names': ['a', 'b', 'c']}, {'num_classes': 3}, True)
+        timm.models.save_for_hf(
+            create(), str(tmp_path / 'model'), {'label_names': ['a', 'b', 'c']}, {'num_classes': 3}, True)
         write_release(tmp_path / 'model', folder, REPO)
     model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     assert isinstance(model, transformers.TimmWrapperForImageClassification)

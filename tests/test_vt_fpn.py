@@ -25,10 +25,21 @@ pytest.importorskip('segmentation_models_pytorch')
 import timm.layers
 import torch
 import torch.nn as nn
-from hub_server import WRITER, hub_server
-from huggingface_hub import ModelCard
+from hub_server import hub_server
 from paper_order import in_paper_order
 from safetensors.torch import load_file, save_file
+from test_layers import (
+    array,
+    assert_close,
+    filter_reference,
+    mapped,
+    pixels,
+    projector_reference,
+    stir,
+    transformer_reference,
+)
+from test_options import bilinear
+from test_vt_resnet import run_in_precision
 
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
@@ -180,50 +191,6 @@ def test_model_is_its_equations(cls, size):
         np.testing.assert_allclose(array(result[b]), resized(expected, size), rtol=1e-9, atol=1e-9)
 
 
-# --- what a neck relates
-
-
-def permuted(x, permutation):
-    return x.flatten(2)[:, :, permutation].reshape(x.shape)
-
-
-def changed_pixels(neck, features, level, row, column):
-    """Where the levels change when one pixel of one map does: a mask (H, W) for each level."""
-    others = [f.clone() for f in features]
-    others[level][:, :, row, column] += 3
-    with torch.no_grad():
-        return [(a != b).any(0).any(0) for a, b in zip(neck(features), neck(others), strict=True)]
-
-
-@pytest.mark.parametrize('level', range(4))
-@pytest.mark.parametrize('corner', [0, -1])
-def test_tokens_see_the_whole_image(level, corner):
-    for mask in changed_pixels(small_neck(VTNeck), maps(), level, corner, corner):
-        assert mask.all()
-
-
-def test_convolutions_see_their_surroundings():
-    sizes = [(16, 16), (8, 8), (4, 4), (2, 2)]
-    for level in range(4):
-        masks = changed_pixels(small_neck(FPNNeck), maps(sizes=sizes), level, 0, 0)
-        for i, mask in enumerate(masks):
-            side = 2 ** (level - i) + 1 if i <= level else 0  # the pixel, enlarged, and its neighbours
-            expected = torch.zeros_like(mask)
-            expected[:side, :side] = True
-            assert torch.equal(mask, expected)
-
-
-def test_vt_neck_does_not_know_where_pixels_are():
-    neck, features = small_neck(VTNeck), maps()
-    orders = [torch.randperm(f[0, 0].numel(), generator=torch.Generator().manual_seed(1)) for f in features]
-    with torch.no_grad():
-        expected = [permuted(level, order) for level, order in zip(neck(features), orders)]
-        result = neck([permuted(f, order) for f, order in zip(features, orders)])
-    for r, e, f in zip(result, expected, neck(features), strict=True):
-        close(r, e, tol=1e-10)
-        assert not torch.allclose(r, f)
-
-
 def test_necks_begin_as_their_laterals():
     torch.manual_seed(0)
     neck, features = VTNeck(CHS, 32, 3, 20).double().train(), maps()
@@ -241,24 +208,6 @@ def test_logits_have_the_size_of_the_image(cls, size):
         logits = calibrated(cls)(images(1, *size))
     assert logits.shape == (1, 5, *size)
     assert logits.isfinite().all()
-
-
-@pytest.mark.parametrize('cls', MODELS)
-@pytest.mark.parametrize('in_channels,classes', [(1, 1), (4, 20)])
-def test_channels_and_classes(cls, in_channels, classes):
-    model = small(cls, in_channels=in_channels, classes=classes).eval()
-    assert model(images(1, in_channels=in_channels)).shape == (1, classes, 64, 96)
-
-
-@pytest.mark.parametrize('activation,function', [
-    ('sigmoid', torch.sigmoid), ('softmax2d', lambda x: x.softmax(1)), ('tanh', torch.tanh), (None, lambda x: x),
-    (nn.Sigmoid, torch.sigmoid)])
-def test_activation_is_of_the_output(activation, function):
-    logits = calibrated()
-    model = small(activation=activation).eval()
-    model.load_state_dict(logits.state_dict())
-    with torch.no_grad():
-        assert torch.equal(model(images()), function(logits(images())))
 
 
 @pytest.mark.parametrize('encoder', [
@@ -296,18 +245,6 @@ def test_norm_layer_is_the_necks():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.decoder.modules())
     assert any(isinstance(m, timm.layers.LayerNorm2d) for m in model.decoder.neck.modules())
     assert model.eval()(images()).isfinite().all()
-
-
-def test_weights_of_the_encoder_are_not_fetched_unless_asked_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        'segmentation_models_pytorch.encoders.timm_universal.timm.create_model',
-        lambda name, pretrained=False, **kwargs: asked.append(pretrained) or real(name, **kwargs))
-    real = timm.models.create_model
-    for weights, pretrained in ((None, False), (True, True)):
-        asked.clear()
-        small(encoder_weights=weights)
-        assert any(asked) == pretrained
 
 
 BAD = [
@@ -352,14 +289,6 @@ def test_costs_of_models_are_tables_9_and_10(cls, encoder, size, classes, printe
     model = in_paper_order(on_meta(cls, f'tu-{encoder}', classes=classes))
     assert count_multiply_adds(model, (3, *size)) == pytest.approx(timms * 1e9, rel=1e-4)
     assert count_multiply_adds(stride_first(model), (3, *size)) == pytest.approx(printed * 1e9, rel=0.005)
-
-
-@pytest.mark.parametrize('encoder', ['tu-vt_resnet50', 'resnet50'])
-def test_large_encoders(encoder):
-    model = on_meta(VTFPN, encoder, classes=20)
-    assert model(torch.empty(1, 3, 473, 473, device='meta')).shape == (1, 20, 473, 473)
-    assert count_multiply_adds(model, (3, 64, 64)) < count_multiply_adds(
-        on_meta(PanopticFPN, encoder, classes=20), (3, 64, 64))
 
 
 # --- numerics
@@ -417,21 +346,6 @@ def test_tokens_of_60800_pixels_in_half_precision(dtype, seed):
     assert relative_error(result, expected) < 2.5 * relative_error(of_rounded, expected)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_neck_at_60800_pixels_in_half_precision(dtype):
-    sizes = [(200, 304), (100, 152), (50, 76), (25, 38)]
-    neck, features = small_neck(VTNeck), [2 * f + 1 for f in maps(1, sizes=sizes)]
-    half = copy.deepcopy(neck).to(dtype)
-    rounded = [f.to(dtype) for f in features]
-    with torch.no_grad():
-        expected, result = neck(features), half(rounded)
-        of_rounded = copy.deepcopy(half).double()([f.double() for f in rounded])
-    rounding = np.mean([relative_error(r, e) for r, e in zip(of_rounded, expected, strict=True)])
-    for level, e in zip(result, expected, strict=True):
-        assert level.dtype == dtype
-        assert relative_error(level, e) < 3 * rounding
-
-
 def test_logits_beyond_the_range_of_float16():
     x, tokens = torch.full((1, 4, 20, 30), 100).half(), torch.full((1, 3, 8), 1000).half()
     x[:, :, 0, 0] *= -1
@@ -484,21 +398,6 @@ def test_sync_batch_norm_conversion_keeps_outputs(convert):
         close(converted(images()), model(images()), tol=1e-5)
 
 
-@pytest.mark.parametrize('cls', MODELS)
-def test_freeze_encoder(cls):
-    model = calibrated(cls)
-    before = copy.deepcopy(model.state_dict())
-    model.freeze_encoder()
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(images()).square().mean().backward()
-    optimizer.step()
-    changed = {name.split('.')[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {'decoder', 'segmentation_head'}
-    model.unfreeze_encoder()
-    assert all(p.requires_grad for p in model.parameters())
-
-
 # --- compilers
 
 
@@ -520,22 +419,6 @@ def test_torch_compile_training():
     reference(features).square().mean().backward()
     for (name, p), expected in zip(decoder.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad - expected.grad).norm() < 1e-3 * expected.grad.norm() + 1e-4, name
-
-
-@pytest.mark.parametrize('cls', [VTFPN, pytest.param(PanopticFPN, marks=pytest.mark.slow)])
-def test_torch_export_with_dynamic_shape(cls):
-    if not exports_max_pooling_of_any_size():
-        pytest.skip(f"torch {torch.__version__} refuses to export a ResNet's stem, 7x7 convolution and max pooling, "
-                    'at any size')
-    # test_resnet pools with ceil_mode, which export refuses at any size
-    model = calibrated(cls, encoder_name='tu-test_vt_resnet')
-    # at 32 the last map is one pixel, and export takes sizes of 1 for constants
-    dynamic_shape = {
-        0: torch.export.Dim('batch'), 2: torch.export.Dim('height', min=33), 3: torch.export.Dim('width', min=33)}
-    exported = torch.export.export(model, (images(2, 80, 64),), dynamic_shapes=(dynamic_shape,)).module()
-    with torch.no_grad():
-        for x in (images(2, 80, 64), images(1, 33, 33), images(3, 33, 47), images(5, 65, 100)):
-            close(exported(x), model(x))
 
 
 # --- saving and loading
@@ -637,19 +520,3 @@ def test_loading_from_the_hub_asks_for_nothing_but_the_model(saved, hub_client, 
         with pytest.raises(ValueError, match=r'must be safetensors, the repository holds pytorch_model\.bin'):
             VTFPN.from_pretrained('me/pickle')
     assert not (tmp_path / 'unpickled').exists()
-
-
-@pytest.mark.parametrize('cls', MODELS)
-def test_push_to_hub(cls, hub_client, tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', WRITER)
-    (tmp_path / 'hub').mkdir()
-    model = calibrated(cls)
-    with hub_server(tmp_path / 'hub') as server:
-        hub_client(server.url)
-        model.push_to_hub('someone/segmenter', model_card_kwargs={'dataset': 'some images', 'metrics': {'mIoU': 0.5}})
-        loaded = cls.from_pretrained('someone/segmenter')
-    with torch.no_grad():
-        assert torch.equal(loaded(images()), model(images()))
-    card = ModelCard.load(tmp_path / 'hub' / 'someone' / 'segmenter' / 'README.md')
-    assert (card.data.license, card.data.pipeline_tag) == ('apache-2.0', 'image-segmentation')
-    assert 'some images' in card.text and 'mIoU: 0.5' in card.text and f'import {cls.__name__}' in card.text

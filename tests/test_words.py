@@ -75,20 +75,11 @@ def test_name_of_an_exported_file(name, file_format, expected, tmp_path, monkeyp
     assert default_out('.', file_format).parent == tmp_path / 'run'
 
 
-def test_export_beside_and_over(command, tmp_path):
-    words = ['export', 'test_vt_resnet', '--format', 'torchscript']
-    path = tmp_path / 'test_vt_resnet.pt'
-    assert command(*words, cwd=tmp_path).code == 0
-    path.write_text('mine')
-    refused = command(*words, cwd=tmp_path)
-    assert (refused.code, len(refused.lines)) == (2, 1), refused.stderr
-    assert f'{path.name} is there already' in refused.stderr and '--overwrite' in refused.stderr
-    assert path.read_text() == 'mine'
-    assert command(*words, '--overwrite', cwd=tmp_path).code == 0
-    assert torch.jit.load(path)(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
-    (tmp_path / 'folder.pt').mkdir()
-    refused = command(*words, '--out', 'folder.pt', '--overwrite', cwd=tmp_path)
-    assert refused.code == 2 and 'out must be a file' in refused.stderr
+def test_folder_where_the_exported_file_would_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'test_vt_resnet.pt').mkdir()
+    assert main(['export', 'test_vt_resnet', '--format', 'torchscript', '--overwrite']) == 2
+    assert 'out must be a file' in capsys.readouterr().err
 
 
 def test_disk_that_the_tools_do_not_name(tmp_path, digits, monkeypatch):

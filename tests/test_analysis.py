@@ -107,7 +107,7 @@ def test_model_is_as_before(model, training):
         assert not record.attention.requires_grad and not record.tokens.requires_grad
     assert hooks(model) == []
     assert model.training == training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert training or all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_hooks_are_gone_after_an_error(model):

@@ -55,11 +55,6 @@ def test_analysis(tmp_path):
         assert len(list(tmp_path.glob(pattern))) == number, pattern
 
 
-def test_each_command_is_shown():
-    lines = [line.split() for _, block in blocks('docs/analysis.md', 'sh') for line in block.splitlines()]
-    assert {words[1] for words in lines} == {'tokens', 'segment', 'locality'}
-
-
 def test_inference_form(capsys):
     (_, block), = blocks('docs/speed.md', 'python')
     exec(compile(block, 'docs/speed.md', 'exec'), {})

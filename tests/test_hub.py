@@ -1,4 +1,4 @@
-"""Models from a hub on the loopback, by the hub's real client: downloads, cache, resumption, damage."""
+"""Models from a hub on the loopback, by the hub's real client: downloads, cache, damage."""
 import json
 import subprocess
 import sys

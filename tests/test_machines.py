@@ -20,8 +20,8 @@ from vt_zoo.data import image_stream
 from vt_zoo.data.folders import find_images
 from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
-from vt_zoo.files import hold, run_folder, whole
-from vt_zoo.segmentation.settings import SegmentSettings
+from vt_zoo.files import run_folder, whole
+from vt_zoo.segmentation.settings import SegmentSettings, read_settings
 
 SECONDS = 60  # in which a command ends that waits for nothing
 HOLD = '''
@@ -116,6 +116,12 @@ def test_val_that_is_a_link_to_train(my_digits, input_error):
 
 # --- what is no regular file
 
+def test_pipe_as_image(command, pipe, tiny_model):
+    path = pipe('a.png')
+    result = command('tokens', path, '--out', path.parent / 'out', '--model', tiny_model, timeout=SECONDS)
+    assert result.code == 2 and f'image {path} is a pipe' in result.stderr
+
+
 def test_what_is_no_regular_file_among_images(command, segment_command, my_model, my_segment_model, pipe, tmp_path):
     """Each has its error, named in a folder or by itself, and the others go on."""
     (tmp_path / 'images').mkdir()
@@ -173,7 +179,6 @@ def test_pipe_in_a_segmentation_set(segment_command, my_composed, segment_argume
     (['segment', 'train', '--data-dir', '.', '--config', 'a.yaml'], 'a.yaml'),
     (['predict', 'a.png', '--model', 'm'], 'm/config.json'),
     (['tokens', 'a.png', '--out', 'o', '--model', 'm'], 'm/config.json'),
-    (['tokens', 'a.png', '--out', 'o', '--model', 'm'], 'a.png'),
     (['quantize', 'a.onnx', '--images', '.', '--out', 'b.onnx'], 'a.onnx')])
 def test_pipe_as_file(command, pipe, tiny_model, tmp_path, words, name):
     shutil.copytree(tiny_model, tmp_path / 'm')
@@ -227,14 +232,6 @@ def test_what_was_written_since_the_caller_looked_stays(tmp_path):
     with pytest.raises(InputError, match='there already'), whole(tmp_path / 'a', replace=False):
         raise AssertionError
     assert tree(tmp_path) == {'a': b'theirs'}
-
-
-def test_lock_is_held_again_within_itself(tmp_path):
-    with hold(tmp_path / 'lock', tmp_path):
-        with hold(tmp_path / 'lock', tmp_path):
-            pass
-        assert (tmp_path / 'lock').exists()
-    assert os.listdir(tmp_path) == []
 
 
 def test_folder_of_a_run_that_wrote_nothing_is_gone(tmp_path):

@@ -45,7 +45,8 @@ def test_python_block(checkout, folder, block, monkeypatch, capsys):
     monkeypatch.chdir(folder if 'vt_zoo_quickstart' in block else checkout)
     exec(compile(block, 'a document', 'exec'), {})
     printed = capsys.readouterr().out.replace('torch.Size([', '(').replace('])', ')')
-    assert re.findall(SHAPE, printed) == shapes_shown(block)
+    shown = shapes_shown(block)
+    assert re.findall(SHAPE, printed)[:len(shown)] == shown  # a loop prints more
 
 
 @pytest.fixture(scope='module')

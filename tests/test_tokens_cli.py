@@ -149,7 +149,9 @@ def test_tokens_refused(command, pictures, tmp_path, words, expected):
     timm.models.save_for_hf(timm.create_model('test_resnet'), tmp_path / 'resnet', safe_serialization=True)
     (tmp_path / 'empty').mkdir()
     words = [pictures / word if word.endswith('.png') else word for word in words]
-    check_refused(command('tokens', *words, '--out', tmp_path / 'out', cwd=tmp_path), expected)
+    result = command('tokens', *words, '--out', tmp_path / 'out', cwd=tmp_path)
+    check_refused(result)
+    assert expected in result.stderr
     assert not (tmp_path / 'out').exists()
 
 

@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from documents import blocks
 from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm.utils import ModelEmaV3, reparameterize_model
 
@@ -28,10 +29,49 @@ from vt_zoo._requirements import timm_is_at_least
 from vt_zoo.cli import main
 from vt_zoo.weights.loading import load_model
 
+# --- documents
+
+SHAPE = r'\([\d, ]+\)'
+
+
+def shapes_shown(block):
+    comments = [line.split('#')[1] for line in block.splitlines() if line.lstrip().startswith('print(') and '#' in line]
+    return re.findall(SHAPE, ''.join(comments))
+
+
+def shell_words(line, folder):
+    """Words of a command, with the files that its patterns stand for, as a shell gives them."""
+    shell = f'{line.split()[0]}() {{ printf "%s\\n" "$@"; }}; {line}'
+    return subprocess.run(['bash', '-c', shell], cwd=folder, capture_output=True, text=True).stdout.splitlines()
+
+
+def run_blocks(document, folder, name=''):
+    """Run blocks of a document in a folder and in this process; the shapes that Python prints are those it shows.
+
+    Returns:
+        The variables that its Python leaves.
+    """
+    names, printed = {}, []
+    names['print'] = lambda *values: printed.append(' '.join(map(str, values)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for language, block in blocks(document, 'python', 'sh', name=name):
+            if language == 'sh':
+                for line in block.splitlines():
+                    assert main(shell_words(line, folder)) == 0, line
+            else:
+                printed.clear()
+                exec(compile(block, 'a document', 'exec'), names)
+                text = '\n'.join(printed).replace('torch.Size([', '(').replace('])', ')')
+                assert re.findall(SHAPE, text) == shapes_shown(block)
+    return names
+
+
 # --- processes
 
 
 TIMEOUT = 600
+WRITTEN = ['best', 'history.csv', 'last']  # by a run of segmentation
 MAX_SENTENCE = 400  # characters, paths among them
 
 # Imports modules once and forks a process a job, which runs code as `python -c` would and ends without tearing the
@@ -231,6 +271,12 @@ def weights(out):
     return (out / 'model' / 'model.safetensors').read_bytes()
 
 
+def outcome(out):
+    """All that a run of segmentation is judged by."""
+    models = [(out / name / 'model.safetensors').read_bytes() for name in ('best', 'last')]
+    return [*models, (out / 'history.csv').read_text()]
+
+
 def history(out):
     with (out / 'history.csv').open(newline='') as f:
         return list(csv.DictReader(f))
@@ -389,6 +435,36 @@ def vt_fpn():
     torch.manual_seed(0)
     model = VTFPN('tu-test_resnet', classes=3, token_dim=32, pyramid_channels=32, head_channels=64)
     stir(model.decoder.neck)  # or its projections, which start at zero, would hide what comes before them
+    return model.eval()
+
+
+def small_segmenter(cls=None, **kwargs):
+    """A VT-FPN, or another segmentation model, of a few hundred thousand random weights."""
+    from vt_zoo.models.vt_fpn import VTFPN
+    cls = cls or VTFPN
+    tokens = {'num_tokens': 4, 'token_dim': 24} if cls is VTFPN else {}
+    torch.manual_seed(0)
+    return cls(**{
+        'encoder_name': 'tu-test_resnet', 'classes': 5, 'pyramid_channels': 32, 'head_channels': 32, **tokens,
+        **kwargs})
+
+
+@cache
+def _calibrated_segmenter_state(cls, kwargs):
+    """State of a small model with random affine values in its norms and true statistics, so that no branch is zero."""
+    model = stir(small_segmenter(cls, **dict(kwargs)))
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+            m.reset_running_stats()
+    with torch.no_grad():
+        model.train()(images(4, 64, 96, seed=1, in_chans=dict(kwargs).get('in_channels', 3)))
+    return model.state_dict()
+
+
+def calibrated_segmenter(cls=None, **kwargs):
+    model = small_segmenter(cls, **kwargs)
+    model.load_state_dict(_calibrated_segmenter_state(cls, tuple(kwargs.items())))
     return model.eval()
 
 

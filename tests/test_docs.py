@@ -1,51 +1,14 @@
 """The documents' commands and Python run as they stand, from top to bottom, and print what they show."""
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from documents import blocks
+from helpers import run_blocks
 
-from vt_zoo.cli import main
 from vt_zoo.export.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
-SHAPE = r'\([\d, ]+\)'
-
-
-def shapes_shown(block):
-    comments = [line.split('#')[1] for line in block.splitlines() if line.lstrip().startswith('print(') and '#' in line]
-    return re.findall(SHAPE, ''.join(comments))
-
-
-def shell_words(line, folder):
-    """Words of a command, with the files that its patterns stand for, as a shell gives them."""
-    shell = f'{line.split()[0]}() {{ printf "%s\\n" "$@"; }}; {line}'
-    return subprocess.run(['bash', '-c', shell], cwd=folder, capture_output=True, text=True).stdout.splitlines()
-
-
-def run_blocks(document, folder, name=''):
-    """Run blocks of a document in a folder and in this process; the shapes that Python prints are those it shows.
-
-    Returns:
-        The variables that its Python leaves.
-    """
-    names, printed = {}, []
-    names['print'] = lambda *values: printed.append(' '.join(map(str, values)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for language, block in blocks(document, 'python', 'sh', name=name):
-            if language == 'sh':
-                for line in block.splitlines():
-                    assert main(shell_words(line, folder)) == 0, line
-            else:
-                printed.clear()
-                exec(compile(block, 'a document', 'exec'), names)
-                text = '\n'.join(printed).replace('torch.Size([', '(').replace('])', ')')
-                assert re.findall(SHAPE, text) == shapes_shown(block)
-    return names
-
-
 @pytest.mark.slow
 def test_analysis(tmp_path):
     run_blocks('docs/analysis.md', tmp_path)

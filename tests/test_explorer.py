@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import check_refused
 from PIL import Image
-from test_cli import check_refused
 
 from vt_zoo.analysis.explorer import look
 from vt_zoo.analysis.records import capture_tokens

@@ -243,10 +243,11 @@ def test_a_file_that_does_not_run(tmp_path, monkeypatch, input_error):
 
 
 def test_segmenters_that_cannot_be_exported(segment_model, tmp_path, input_error):
-    from test_segmenters import create, save
+    from vt_zoo.segmentation import SegmentSettings, create_segmenter
     with input_error('is for images of any size: add --dynamic-size'):
         export(str(segment_model), 'onnx', tmp_path / 'a.onnx')
-    save(tmp_path / 'model', create(encoder_name='tu-test_vt_resnet'))
+    model = create_segmenter(SegmentSettings(encoder_name='tu-test_vt_resnet', token_dim=32), 2)
+    write_segmenter(tmp_path / 'model', model, ['sky', 'sea'], (0.1, 0.2, 0.3), (1., 0.5, 0.3))
     with input_error('model cannot be written as torchscript: '):
         export(str(tmp_path / 'model'), 'torchscript', tmp_path / 'a.pt')
     assert os.listdir(tmp_path) == ['model']

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import check_refused, files, tree, weights
 from PIL import Image
 
-from vt_zoo.cli.arguments import positive_float
 from vt_zoo.cli.main import COMMANDS, create_parser, main
 from vt_zoo.data import image_stream
 from vt_zoo.data.folders import find_images
 from vt_zoo.data.images import find_split
 from vt_zoo.errors import InputError
 from vt_zoo.files import run_folder, whole
-from vt_zoo.segmentation.settings import SegmentSettings, read_settings
+from vt_zoo.segmentation.settings import SegmentSettings
 
 SECONDS = 60  # in which a command ends that waits for nothing
 HOLD = '''

@@ -8,9 +8,8 @@ import pytest
 import timm
 import torch
 from documents import blocks
-from helpers import Forks
+from helpers import SHAPE, shapes_shown, shell_words
 from paper_order import in_paper_order
-from test_docs import SHAPE, shapes_shown, shell_words
 from torch.utils.flop_counter import FlopCounterMode
 
 from vt_zoo.analysis.cost import count_multiply_adds, count_weights

@@ -15,10 +15,12 @@ from helpers import (
     assert_equal,
     build,
     calibrated,
+    calibrated_segmenter,
     images,
     name,
     norms_of,
     outputs,
+    small_segmenter,
     stir,
 )
 from safetensors.torch import load_file, save_file
@@ -198,10 +200,10 @@ def test_reduced_form_is_scripted_compiled_and_exported():
 @pytest.mark.parametrize('norm_layer', ['batchnorm2d', 'groupnorm1'])
 def test_vt_fpn(dtype, norm_layer, tmp_path):
     pytest.importorskip('segmentation_models_pytorch')
-    from test_vt_fpn import VTFPN, small
-    from test_vt_fpn import calibrated as calibrated_fpn
+    from vt_zoo.models.vt_fpn import VTFPN
 
-    model = (calibrated_fpn() if norm_layer == 'batchnorm2d' else stir(small(norm_layer=norm_layer))).to(dtype)
+    plain = norm_layer == 'batchnorm2d'
+    model = (calibrated_segmenter() if plain else stir(small_segmenter(norm_layer=norm_layer))).to(dtype)
     projectors = model.decoder.neck.projectors
     assert not any((projector.value.norm.weight == 0).any() for projector in projectors)
     once = reparameterize_model(model)
@@ -211,7 +213,7 @@ def test_vt_fpn(dtype, norm_layer, tmp_path):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in once.modules())
 
     save_file(once.state_dict(), tmp_path / 'reduced.safetensors')
-    other = reparameterize_model(small(VTFPN, norm_layer=norm_layer).eval()).to(dtype)
+    other = reparameterize_model(small_segmenter(VTFPN, norm_layer=norm_layer).eval()).to(dtype)
     other.load_state_dict(load_file(tmp_path / 'reduced.safetensors'))
     assert torch.equal(outputs(other, x), outputs(once, x))
 
@@ -270,7 +272,6 @@ def test_statistics_of_the_batch_in_the_neck():
 
 def test_encoder_that_cannot_be_traced_keeps_its_norms():
     pytest.importorskip('segmentation_models_pytorch')
-    from test_vt_fpn import calibrated as calibrated_fpn
 
     class Sorted(nn.Module):
         def __init__(self, encoder):
@@ -280,7 +281,7 @@ def test_encoder_that_cannot_be_traced_keeps_its_norms():
         def forward(self, x):
             return self.encoder(x if x.sum() > 0 else -x)
 
-    model = calibrated_fpn()
+    model = calibrated_segmenter()
     norms = len([m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d)])
     model.encoder = Sorted(model.encoder)
     once = reparameterize_model(model)

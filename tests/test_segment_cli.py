@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
+from helpers import WRITTEN, check_interrupted, check_refused, files, interrupt_at_checkpoint, outcome, tree
 from PIL import Image
-from test_cli import check_interrupted, check_refused, files, interrupt_at_checkpoint, tree
-from test_segmentation_train import WRITTEN, outcome
 
 from vt_zoo.data.composed_digits import CLASSES
-from vt_zoo.segmentation.settings import list_segmentation_recipes
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.weights import load
 
 OPTIONAL = ['segmentation_models_pytorch', 'accelerate', 'torchmetrics']
@@ -49,7 +47,7 @@ def picture(composed):
 
 
 def test_help_names_the_recipes(command):
-    assert all(name in command('segment', 'train', '--help').stdout for name in list_segmentation_recipes())
+    assert all(name in command('segment', 'train', '--help').stdout for name in SegmentSettings.recipes())
 
 
 def test_train_by_a_recipe(segment_command, composed, picture, segment_settings, segment_run, tmp_path):

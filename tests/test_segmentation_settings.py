@@ -41,8 +41,8 @@ def test_recipe_has_the_values_of_the_paper(name):
 
 
 def test_defaults(tmp_path):
-    assert read_settings(None) == read_settings(None, {}) == SegmentSettings()
-    assert read_settings(write(tmp_path, '# nothing\n')) == SegmentSettings()
+    assert SegmentSettings.read(None) == SegmentSettings.read(None, {}) == SegmentSettings()
+    assert SegmentSettings.read(write(tmp_path, '# nothing\n')) == SegmentSettings()
 
 
 def test_overrides_replace_the_recipe():
@@ -114,7 +114,7 @@ def test_recipe_that_cannot_be_used(tmp_path, text, words, input_error):
     ('no/such/recipe.yaml', 'config no/such/recipe.yaml is neither a file nor'), ('.', 'cannot be read')])
 def test_missing_recipe(name, match, input_error):
     with input_error(match):
-        read_settings(name)
+        SegmentSettings.read(name)
 
 
 def rates(settings, iterations):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_by_two, words_of
+from helpers import WRITTEN, outcome, run_by_two, tree, words_of
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import tree
 from torch.utils.data import DataLoader
 
 from vt_zoo.segmentation import train as train_module
@@ -27,8 +26,6 @@ from vt_zoo.training.sampling import IterationBatches, SeededDataset
 from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_tensors
 
-WRITTEN = ['best', 'history.csv', 'last']
-
 
 def run(data_dir, out, settings, resume=False, overwrite=False, workers=0, **changes):
     settings = SegmentSettings.read(None, {**settings, **changes})
@@ -37,11 +34,6 @@ def run(data_dir, out, settings, resume=False, overwrite=False, workers=0, **cha
 
 def weights(folder):
     return (folder / 'model.safetensors').read_bytes()
-
-
-def outcome(out):
-    """All that a run is judged by."""
-    return [weights(out / name) for name in ('best', 'last')] + [(out / 'history.csv').read_text()]
 
 
 def history(out):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import check_refused
 from PIL import Image
-from test_cli import check_refused
 from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.metrics import attention_correlation, effective_rank, token_cosine

@@ -3,12 +3,13 @@ import copy
 import json
 import pickle
 import shutil
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import exports_max_pooling_of_any_size, run_in_precision, stir
+from helpers import calibrated_segmenter as calibrated
+from helpers import run_in_precision, stir
+from helpers import small_segmenter as small
 from reference import (
     array,
     assert_close,
@@ -28,18 +29,6 @@ import torch.nn as nn
 from hub_server import hub_server
 from paper_order import in_paper_order
 from safetensors.torch import load_file, save_file
-from test_layers import (
-    array,
-    assert_close,
-    filter_reference,
-    mapped,
-    pixels,
-    projector_reference,
-    stir,
-    transformer_reference,
-)
-from test_options import bilinear
-from test_vt_resnet import run_in_precision
 
 from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.layers import FilterTokenizer, Projector, TokenTransformer
@@ -49,34 +38,6 @@ MODELS = [VTFPN, PanopticFPN]
 NECKS = [VTNeck, FPNNeck]
 CHS = (6, 5, 8, 7)
 SIZES = [(9, 12), (5, 6), (3, 3), (2, 2)]  # of the maps of an image of 33x47
-
-
-def small(cls=VTFPN, **kwargs):
-    """A model of a few hundred thousand weights with random ones."""
-    tokens = {'num_tokens': 4, 'token_dim': 24} if cls is VTFPN else {}
-    torch.manual_seed(0)
-    return cls(**{
-        'encoder_name': 'tu-test_resnet', 'classes': 5, 'pyramid_channels': 32, 'head_channels': 32, **tokens,
-        **kwargs})
-
-
-@cache
-def _calibrated_state(cls, kwargs):
-    """State of a small model with random affine values in its norms and true statistics, so that no branch is zero."""
-    model = stir(small(cls, **dict(kwargs)))
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = None
-            m.reset_running_stats()
-    with torch.no_grad():
-        model.train()(images(4, in_channels=dict(kwargs).get('in_channels', 3), seed=1))
-    return model.state_dict()
-
-
-def calibrated(cls=VTFPN, **kwargs):
-    model = small(cls, **kwargs)
-    model.load_state_dict(_calibrated_state(cls, tuple(kwargs.items())))
-    return model.eval()
 
 
 def images(batch=2, height=64, width=96, in_channels=3, seed=0):

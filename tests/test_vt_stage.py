@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
-from helpers import COMBINED, SINGLE, TINY, assert_equal, calibrated, images, name, stir
-from test_docs import run_blocks
+from helpers import COMBINED, SINGLE, TINY, assert_equal, calibrated, images, name, run_blocks, stir
 
 import vt_zoo.layers
 from vt_zoo.analysis.metrics import effective_rank

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import weights
 from safetensors import safe_open
 from timm.data import ImageDataset, create_loader, resolve_data_config
 from timm_plugin import list_pretrained
@@ -17,10 +18,7 @@ from timm_plugin import list_pretrained
 from vt_zoo.classification.train import finetune
 from vt_zoo.weights.loading import load_model
 
-sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
-import weights
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NO_HUB = {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': 'http://127.0.0.1:9'}
 HELD_OUT = 450
 LOGGED = json.loads((ROOT / 'benchmarks' / 'results' / 'digits_weights.json').read_text())['runs']

@@ -76,7 +76,7 @@ def _environment(hub, home):
     """Environment for timm's tests, without what would make pytest or timm run them otherwise or leave some out."""
     env = {k: v for k, v in os.environ.items() if k not in ('GITHUB_ACTIONS', 'PYTEST_ADDOPTS', 'PYTEST_PLUGINS')}
     env['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'
-    env['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), str(Path(vt_zoo.__file__).parents[1])])
+    env['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(vt_zoo.__file__).parents[1])])
     env['TIMEOUT'] = str(TEST_TIMEOUT)
     env.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1')
     return env

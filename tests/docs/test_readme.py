@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vt_zoo.analysis.cost import count_multiply_adds, count_weights
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text()
 PAGES = ['README.md', 'docs/getting_started.md', 'docs/models.md']
 LINKING = [
@@ -138,5 +138,5 @@ def costs_of(neck):
 def test_files_that_are_linked(name):
     document = ROOT / name
     targets = re.findall(r'\]\(([^)]+)\)', document.read_text())
-    files = [target.split('#')[0] for target in targets if '://' not in target]  # tests/test_site.py follows the rest
+    files = [target.split('#')[0] for target in targets if '://' not in target]  # test_site.py follows the rest
     assert [file for file in files if not (document.parent / file).exists()] == []

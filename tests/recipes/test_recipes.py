@@ -168,7 +168,7 @@ def test_keys_are_arguments_of_train_py(train_py, name):
 
 
 def commands_of_the_docs():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     text = ''.join((root / name).read_text() for name in ('README.md', 'docs/training.md')).replace('\\\n', ' ')
     return [line for line in text.splitlines() if re.match(r'(torchrun|python) .*train\.py ', line)]
 

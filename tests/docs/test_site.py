@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip('myst_nb')
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARY = [
     path for path in (ROOT / 'vt_zoo').rglob('*.py') if 'cli' not in path.parts and '__all__ =' in path.read_text()]
 

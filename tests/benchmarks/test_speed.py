@@ -5,14 +5,11 @@ import re
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
+import speed
 import torch
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))
-import speed
 
 ROUNDS = 3
 SMALL = {

@@ -8,7 +8,7 @@ from helpers import run_blocks
 
 from vt_zoo.export.formats import FORMATS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_analysis(tmp_path):
     run_blocks('docs/analysis.md', tmp_path)
@@ -38,7 +38,7 @@ def test_each_format_is_shown():
 
 @pytest.mark.slow
 def test_libraries(tmp_path):
-    """All but torch.hub, which tests/test_hubconf.py runs where vt_zoo is not installed."""
+    """All but torch.hub, which tests/models/test_hubconf.py runs where vt_zoo is not installed."""
     pytest.importorskip('transformers')
     names = run_blocks('docs/libraries.md', tmp_path)
     assert names['answers'][0]['label'] == '3'

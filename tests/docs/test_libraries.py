@@ -1,7 +1,7 @@
 """VT-ResNets in the libraries around timm, each the real one: what docs/libraries.md says of them.
 
-transformers is in tests/test_transformers.py, torch.hub in tests/test_hubconf.py,
-scikit-learn's probe in tests/test_docs.py.
+transformers is in tests/docs/test_transformers.py, torch.hub in tests/models/test_hubconf.py,
+scikit-learn's probe in tests/docs/test_docs.py.
 """
 import math
 import re
@@ -16,7 +16,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-DOCUMENT = (Path(__file__).parents[1] / 'docs' / 'libraries.md').read_text()
+DOCUMENT = (Path(__file__).parents[2] / 'docs' / 'libraries.md').read_text()
 TRUNK_NORMS = ('bn1', 'layer1', 'layer2', 'layer3')
 
 

@@ -9,7 +9,7 @@ digits is the best of four on the training images alone, a quarter of them held 
 files (see benchmarks/cifar.py), on which the model is trained at 96x96 and from there on at 128x128.
 
 The results are benchmarks/results/digits_weights and cifar10_weights, .md and .json; what was interrupted goes on where
-it was. All of the digits take about 40 minutes on one CPU core, a seed of CIFAR-10 about 90.
+it was. All of the digits take about 40 minutes on one CPU core, a seed of CIFAR-10 about 150.
 """
 import argparse
 import json
@@ -46,7 +46,7 @@ SPLITS = 3
 FIRST = FinetuneSettings(
     model='test_vt_resnet.untrained', img_size=96, epochs=20, lr=0.1, batch_size=128, weight_decay=5e-4,
     warmup_epochs=1, smoothing=0., scale=(0.6, 1.0), color_jitter=0., precision='bfloat16')
-CIFAR10 = [FIRST, replace(FIRST, img_size=128, epochs=8, lr=0.03)]
+CIFAR10 = [FIRST, replace(FIRST, img_size=128, epochs=24)]
 DATA = {
     'digits': "scikit-learn's digits, 1,347 training and 450 held-out scans of 8x8.",
     'cifar10': 'CIFAR-10 as JPEG files, which is not the official data, 50,000 training and 10,000 held-out pictures.',

@@ -216,8 +216,11 @@ def run_main(*args, cwd):
 
 
 def run_command(forks, *args, cwd=None, **kwargs):
-    """Run a command of vt-zoo, in a fork where what it is to be given, as `before`, would stay in this process."""
-    return forks.command(*args, cwd=cwd, **kwargs) if kwargs else run_main(*args, cwd=cwd or forks.folder)
+    """Run a command of vt-zoo, in a fork where something would stay in this process: what it is given, as `before`, and
+    what `explore` sets, which is a server for as long as its process lives."""
+    if kwargs or args[0] == 'explore':
+        return forks.command(*args, cwd=cwd, **kwargs)
+    return run_main(*args, cwd=cwd or forks.folder)
 
 
 # --- what commands say and leave behind

@@ -1,4 +1,4 @@
-"""The equations of the paper as modules, one concept a file."""
+"""The paper's equations as modules, one concept per file."""
 from .._moved import old_names
 from .projector import Projector
 from .token_mixer import GraphMixer, LinearMixer

@@ -1,12 +1,12 @@
-"""Attention between tokens and pixels: what tokenizer, transformer and projector share.
+"""Attention between tokens and pixels, shared by tokenizer, transformer and projector.
 
-float16 is why there is more to it than `torch.softmax`. A product of two activations can leave its range, and softmax
-makes NaN of an infinity: `finite` brings logits back into it. The share of one of tens of thousands of pixels is below
-its normal numbers: a softmax over pixels is taken `in_float32`, and `gather` multiplies the shares by 16, which brings
-most of them into the range, and divides the product by 16 again.
+float16 is the reason why `torch.softmax` alone is not enough. A product of two activations can overflow float16, and
+softmax turns an infinity into NaN, so `finite` clamps the logits to the range. With tens of thousands of pixels, the
+share of a single one is too small for a normal float16 number, so the softmax over pixels is taken `in_float32`;
+`gather` multiplies the shares by 16, which brings most of them into the range, and divides the product by 16 again.
 
-`finite`, `in_float32`, `gather`, `add_mixed` and `apart` branch on types and shapes, which torch.fx cannot trace: each
-module that calls them registers them with `torch.fx.wrap`.
+`finite`, `in_float32`, `gather`, `add_mixed` and `apart` branch on types and shapes, which torch.fx cannot trace, so
+each module that calls them registers them with `torch.fx.wrap`.
 """
 import torch
 
@@ -14,31 +14,31 @@ __all__ = ['merge_heads', 'split_heads']
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:
-    """Logits, within the range of float16 where they are in it."""
+    """Replace NaN and infinities in float16 logits by finite values; other types are returned unchanged."""
     return torch.nan_to_num(logits) if logits.dtype == torch.float16 else logits
 
 
 def in_float32(logits: torch.Tensor) -> torch.Tensor:
-    """Logits, in float32 where they are in float16."""
+    """Convert float16 logits to float32; other types are returned unchanged."""
     return logits.float() if logits.dtype == torch.float16 else logits
 
 
 def gather(attn: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """A^T V: tokens (B, L, C) of shares A^T (B, L, H*W) and values of the pixels (B, C, H, W)."""
+    """A^T V: gather pixel values (B, C, H, W) into tokens (B, L, C) by their shares A^T (B, L, H*W)."""
     pixels = values.flatten(2).transpose(1, 2)
     if attn.dtype == values.dtype:
         return torch.bmm(attn, pixels)
     none = pixels.new_zeros(1, 1, 1)
-    return torch.baddbmm(none, (16 * attn).to(values.dtype), pixels, beta=0, alpha=1 / 16)  # what it sums is in float32
+    return torch.baddbmm(none, (16 * attn).to(values.dtype), pixels, beta=0, alpha=1 / 16)  # it accumulates in float32
 
 
 def pixel_products(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(X T^T)^T: products (B, L, H*W) of tokens (B, L, C) with the pixels of a feature map (B, C, H, W)."""
+    """(X T^T)^T: dot products (B, L, H*W) of tokens (B, L, C) with the pixels of a feature map (B, C, H, W)."""
     return torch.bmm(x.flatten(2).transpose(1, 2), tokens.transpose(1, 2)).transpose(1, 2)
 
 
 def apart(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Tokens (B, L, C) once for each head, with zeros in the channels of the others: (B, heads * L, C)."""
+    """Repeat tokens (B, L, C) once per head, with zeros in the channels of all other heads: (B, heads * L, C)."""
     if num_heads == 1:
         return tokens
     own = torch.eye(num_heads, device=tokens.device, dtype=tokens.dtype).repeat_interleave(
@@ -47,10 +47,10 @@ def apart(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def add_mixed(x: torch.Tensor, attn: torch.Tensor, value: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
-    """X + A^T V: values of tokens (B, L, C), mixed by shares (B * heads, L, H*W), on a feature map (B, C, H, W).
+    """X + A^T V: add token values (B, L, C), mixed by shares (B * heads, L, H*W), to a feature map (B, C, H, W).
 
-    One product that writes the sum, in the memory format of x: a map of its own for the mixture costs more time than
-    the arithmetic.
+    A single matrix product writes the sum in the memory format of x: a separate map for the mixture would cost more
+    time than the arithmetic.
     """
     value = split_heads(value, num_heads)
     if num_heads == 1 and not x.is_contiguous():

@@ -1,4 +1,4 @@
-"""K-means of the pixels of each image, for the clustering tokenizer (appendix C of the paper)."""
+"""K-means over the pixels of each image, for the clustering tokenizer (appendix C of the paper)."""
 import math
 
 import torch
@@ -9,10 +9,10 @@ __all__ = ['KMeans']
 
 
 def _nearest(products: torch.Tensor) -> torch.Tensor:
-    """Index (B, 1, H*W) of the largest of the products (B, L, H*W), of several that are equal the first.
+    """Index (B, 1, H*W) of the largest of the products (B, L, H*W); the first one in case of a tie.
 
-    A map of fewer rows than the grid of the first centroids gives equal centroids, whose products differ by rounding
-    alone, which is another one in each batch.
+    If the map has fewer rows than the grid of initial centroids, some centroids are equal. Their products then differ
+    only by rounding, which varies from batch to batch.
     """
     top = products.amax(dim=1, keepdim=True)
     tie = 2e-6
@@ -27,20 +27,20 @@ torch.fx.wrap('_nearest')
 
 
 class KMeans(nn.Module):
-    """Spherical k-means: pixels and centroids have unit length, the nearest centroid is that of the largest product.
+    """Spherical k-means: pixels and centroids have unit length, and the nearest centroid has the largest dot product.
 
-    Deterministic: centroids start from the down-sampled map, then come a fixed number of Lloyd's iterations. A centroid
-    that no pixel is nearest to stays where it is. No gradients flow through it.
+    It is deterministic: centroids start from the down-sampled map and are refined by a fixed number of Lloyd's
+    iterations. A centroid that is nearest to no pixel stays where it is. No gradients flow through it.
     """
 
     def __init__(self, num_tokens: int, iterations: int = 5) -> None:
         """
         Args:
-            num_tokens: Centroids L.
-            iterations: Lloyd's iterations. The paper gives no number; after 5 few pixels change on 14x14.
+            num_tokens: Number of centroids L.
+            iterations: Number of Lloyd's iterations. The paper gives none; on 14x14 maps, few pixels change after 5.
         """
         super().__init__()
-        self.side = math.isqrt(num_tokens - 1) + 1  # of the smallest square grid with at least L cells
+        self.side = math.isqrt(num_tokens - 1) + 1  # side of the smallest square grid with at least L cells
         self.cells = [i * self.side ** 2 // num_tokens for i in range(num_tokens)]
         self.iterations = iterations
 
@@ -62,6 +62,6 @@ class KMeans(nn.Module):
                 nearest = _nearest(products)  # (B, 1, H*W)
                 members = torch.zeros_like(products).scatter(1, nearest, 1.)  # (B, L, H*W)
                 sums = (members @ pixels.transpose(1, 2)).to(centroids.dtype)
-                some = sums.abs().amax(-1, keepdim=True) > 0  # neither empty nor of black pixels only
+                some = sums.abs().amax(-1, keepdim=True) > 0  # False if a cluster is empty or all black
                 centroids = torch.where(some, F.normalize(sums, dim=-1), centroids)
         return centroids

@@ -1,14 +1,14 @@
 """Linear maps and the norms that follow most of them: the building blocks of the VT module.
 
-The paper writes every map of a VT as a matrix product and calls it a point-wise convolution. Here each is a map without
-bias, `conv`, and `norm`, both children that are called: hooks, adapters and parametrizations of them run. Pixels are
-(B, C, H, W) and `conv` is a 1x1 convolution. Tokens are (B, L, C) and `conv` is the same map as nn.Linear, which is
-faster on them; their norm sees an image of height 1 and width L, so that one class of norm, and whatever converts it
-(SyncBatchNorm, frozen norms), serves both.
+The paper writes every map of a VT as a matrix product and calls it a point-wise convolution. Here each one is a map
+without bias, `conv`, followed by `norm`. Both are child modules that are actually called, so their hooks, adapters and
+parametrizations run. Pixels are (B, C, H, W), and `conv` is a 1x1 convolution. Tokens are (B, L, C), and `conv` is the
+same map as an nn.Linear, which is faster on them; their norm sees an image of height 1 and width L, so that one class
+of norm, and whatever converts it (SyncBatchNorm, frozen norms), serves both.
 
-Maps that the paper puts on all H*W pixels beside a softmax stand on the L tokens instead, where the product of the two
-is the same: A^T (X W_V) = (A^T X) W_V, and (X W_K)(T W_TR)^T = X (T W_TR W_K^T)^T. These maps, the value and key maps
-of a tokenizer and the query map of a projector, have no norm.
+Maps that the paper applies to all H*W pixels next to a softmax are applied to the L tokens instead, where the product
+is the same: A^T (X W_V) = (A^T X) W_V, and (X W_K)(T W_TR)^T = X (T W_TR W_K^T)^T. These maps, which are the value and
+key maps of a tokenizer and the query map of a projector, have no norm.
 """
 import math
 from functools import partial
@@ -24,12 +24,12 @@ OF_0_1 = 'its weights are of vt_zoo 0.1, whose VT module was another one: use th
 
 
 def pixel_groups(in_chs: int, out_chs: int, group_width: int = 64) -> int:
-    """Number of groups of a map that the paper puts on pixels, 64 output channels wide each.
+    """Number of groups of a map that the paper applies to pixels, each 64 output channels wide.
 
     Args:
         in_chs: Input channels.
         out_chs: Output channels.
-        group_width: Output channels of a group. 64 reproduces the multiply-adds of the paper's Tables 2 to 7.
+        group_width: Output channels per group. 64 reproduces the multiply-adds of the paper's Tables 2 to 7.
 
     Returns:
         The largest number of groups, at most out_chs // group_width, that divides both channel counts.
@@ -47,7 +47,7 @@ def _image_to_tokens(image: torch.Tensor) -> torch.Tensor:
 
 
 class _NormedLinear(nn.Module):
-    """A linear map `conv` without bias, and the norm of what it makes."""
+    """A linear map without bias, `conv`, followed by a norm."""
 
     def __init__(self, conv: nn.Module, norm_layer: Optional[LayerType]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _NormedLinear(nn.Module):
             unexpected_keys: List[str],
             error_msgs: List[str],
     ) -> None:
-        """Refuse weights of vt_zoo 0.1 by any way of loading, also where `strict=False` would leave its norms out."""
+        """Refuse weights of vt_zoo 0.1 however they are loaded, even if `strict=False` would skip their norms."""
         if isinstance(self.norm, nn.Identity) and OF_0_1 not in error_msgs and any(
                 name.startswith(f'{prefix}norm.') for name in state_dict):
             error_msgs.append(OF_0_1)
@@ -79,7 +79,7 @@ class _NormedLinear(nn.Module):
 
 
 class PixelLinear(_NormedLinear):
-    """Linear map of each pixel and a norm: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Linear map of each pixel, followed by a norm: (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(
             self,
@@ -93,7 +93,7 @@ class PixelLinear(_NormedLinear):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            norm_layer: Norm over channels of an NCHW tensor.
+            norm_layer: Norm over the channels of an NCHW tensor.
         """
         super().__init__(nn.Conv2d(in_chs, out_chs, 1, bias=False, device=device, dtype=dtype), norm_layer)
 
@@ -103,7 +103,7 @@ class PixelLinear(_NormedLinear):
 
 
 class GroupedTokenLinear(_NormedLinear):
-    """Linear map of groups of each token's channels and a norm: (B, L, C_in) -> (B, L, C_out)."""
+    """Linear map of each token, with its channels in groups, followed by a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def __init__(
             self,
@@ -118,8 +118,8 @@ class GroupedTokenLinear(_NormedLinear):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            groups: Groups of channels that are mapped apart.
-            norm_layer: Norm over channels of an NCHW tensor; None for none.
+            groups: Number of groups of channels, each of which is mapped separately.
+            norm_layer: Norm over the channels of an NCHW tensor; None for no norm.
         """
         super().__init__(
             nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, device=device, dtype=dtype), norm_layer)
@@ -130,7 +130,7 @@ class GroupedTokenLinear(_NormedLinear):
 
 
 class TokenLinear(_NormedLinear):
-    """Linear map of each token and a norm: (B, L, C_in) -> (B, L, C_out)."""
+    """Linear map of each token, followed by a norm: (B, L, C_in) -> (B, L, C_out)."""
 
     def __init__(
             self,
@@ -144,7 +144,7 @@ class TokenLinear(_NormedLinear):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            norm_layer: Norm over channels of an NCHW tensor; None for none.
+            norm_layer: Norm over the channels of an NCHW tensor; None for no norm.
         """
         super().__init__(nn.Linear(in_chs, out_chs, bias=False, device=device, dtype=dtype), norm_layer)
 
@@ -161,7 +161,7 @@ def token_linear(
         device=None,
         dtype=None,
 ) -> nn.Module:
-    """Create a linear map of tokens and its norm, with the channels in groups where there is more than one."""
+    """Create a linear map of tokens and its norm, with grouped channels if `groups` is more than one."""
     if groups == 1:
         return TokenLinear(in_chs, out_chs, norm_layer, device=device, dtype=dtype)
     return GroupedTokenLinear(in_chs, out_chs, groups, norm_layer, device=device, dtype=dtype)
@@ -174,7 +174,8 @@ class TokenNorm(nn.Module):
         """
         Args:
             dim: Token channels.
-            norm_layer: Norm over channels of an NCHW tensor. A batch norm takes its statistics over images and tokens.
+            norm_layer: Norm over the channels of an NCHW tensor. A batch norm takes its statistics over images and
+                tokens.
         """
         super().__init__()
         self.norm = get_norm_layer(norm_layer)(dim, device=device, dtype=dtype)
@@ -185,15 +186,15 @@ class TokenNorm(nn.Module):
 
 
 def create_logit_norm(num_tokens: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Module:
-    """Create the norm of a tokenizer's logits (B, L, H, W): one scale a token, learned over a batch.
+    """Create the norm of a tokenizer's logits (B, L, H, W): one scale per token, normalised over a batch.
 
-    It is what keeps the first epochs free of spikes of the loss while the learning rate rises. (The shift that a batch
-    norm also has is constant over the pixels, so the softmax over them cancels it.) Only a batch norm can do this:
-    other norms mix tokens, so with them the logits stay as they are.
+    It prevents spikes of the loss in the first epochs, while the learning rate rises. (A batch norm also has a shift,
+    but it is constant over the pixels, so the softmax over them cancels it.) Only a batch norm can do this: other norms
+    mix tokens, so with them the logits stay as they are.
 
     Args:
-        num_tokens: Tokens L.
-        norm_layer: The norm of the rest of the module.
+        num_tokens: Number of tokens L.
+        norm_layer: The norm used in the rest of the module.
 
     Returns:
         A batch norm over L channels, or an identity.

@@ -1,4 +1,4 @@
-"""Position code of a token, from where its pixels lie (first version of the paper)."""
+"""Position code of a token: where its pixels are (first version of the paper)."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ __all__ = ['PositionCode']
 
 
 class PositionCode(nn.Module):
-    """Code of the token coefficients A: down-sampled to a fixed grid, then compressed by a linear map.
+    """Encode the token coefficients A: down-sample them to a fixed grid, then compress them by a linear map.
 
-    The down-sampling makes it independent of the input's size.
+    The down-sampling makes the code independent of the input's size.
     """
 
-    DIM = 64  # channels of the code; the summaries of the first version give none
-    GRID = 8  # cells a side of the down-sampled A
+    DIM = 64  # channels of the code; the summaries of the first version give no number
+    GRID = 8  # cells along each side of the down-sampled A
 
     def __init__(self, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> None:
         """

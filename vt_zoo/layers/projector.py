@@ -1,4 +1,4 @@
-"""Projector: from the tokens back to the pixels (section 3.3 of the paper)."""
+"""The projector, which writes tokens back to the pixels (section 3.3 of the paper)."""
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerType
@@ -16,10 +16,10 @@ torch.fx.wrap('finite')
 class Projector(nn.Module):
     """Projector, equation (5): X_out = X_in + softmax_L((X_in W_Q)(T W_K)^T) T.
 
-    W_Q, which the paper puts on the pixels, is a map of the tokens: (X_in W_Q)(T W_K)^T = X_in (T W_K W_Q^T)^T.
+    W_Q, which the paper applies to the pixels, is applied to the tokens: (X_in W_Q)(T W_K)^T = X_in (T W_K W_Q^T)^T.
 
-    A linear map stands on the T that is added where T and X_out differ in channels, and on the skip where X_in and
-    X_out do. The logits are divided by the square root of the output channels.
+    If T and X_out differ in channels, the T that is added goes through a linear map; so does the skip if X_in and
+    X_out differ. The logits are divided by the square root of the output channels.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class Projector(nn.Module):
             in_chs: Channels C_in of the incoming feature map.
             out_chs: Channels C_out of the outgoing feature map.
             token_dim: Token channels CT.
-            norm_layer: Norm after each linear map but the query map.
+            norm_layer: Norm after each linear map except the query map.
             drop_path: Stochastic depth rate of the projection.
-            num_heads: Heads of the attention, each on its share of the channels (first version of the paper).
-            attention_values: Put a value map on T also where the channels are equal (first version of the paper).
-            query_group_width: Output channels of a group of the query map. 64 reproduces Tables 2 to 7, 16 Tables 9
-                and 10.
+            num_heads: Attention heads, each on its share of the channels (first version of the paper).
+            attention_values: Apply a value map to T even if the channels are equal (first version of the paper).
+            query_group_width: Output channels per group of the query map. 64 reproduces Tables 2 to 7, 16 reproduces
+                Tables 9 and 10.
 
         Raises:
-            ValueError: The output channels cannot be divided into so many heads.
+            ValueError: `num_heads` does not divide the output channels.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -68,7 +68,7 @@ class Projector(nn.Module):
         self.skip = PixelLinear(in_chs, out_chs, norm_layer, **dd) if in_chs != out_chs else nn.Identity()
 
     def zero_init_last(self) -> None:
-        """Start the projection at zero, so that the outgoing map begins as the skip."""
+        """Start the projection at zero, so that the outgoing map is the skip at first."""
         if getattr(self.value.norm, 'weight', None) is not None:
             nn.init.zeros_(self.value.norm.weight)
 
@@ -85,5 +85,5 @@ class Projector(nn.Module):
         filters = self.query(apart(self.key(tokens), self.num_heads)) * self.scale  # T W_K W_Q^T: (B, heads * L, C_in)
         logits = pixel_products(filters, x).unflatten(1, (self.num_heads, -1)).flatten(0, 1)
         attn = self.softmax(finite(logits))  # softmax_L((X W_Q)(T W_K)^T): (B * heads, L, H*W)
-        value = self.drop_path(self.value(tokens))  # the projection is linear in it: the same as dropping that
+        value = self.drop_path(self.value(tokens))  # same as dropping the projection, which is linear in it
         return add_mixed(self.skip(x), attn, value, self.num_heads)

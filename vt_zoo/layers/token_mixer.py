@@ -1,4 +1,4 @@
-"""Simpler ways to relate tokens, which the paper compares its transformer with (Table 5)."""
+"""Simpler ways to relate tokens, with which the paper compares its transformer (Table 5)."""
 import torch
 import torch.nn as nn
 from timm.layers import LayerType
@@ -9,7 +9,7 @@ __all__ = ['GraphMixer', 'LinearMixer']
 
 
 class LinearMixer(nn.Module):
-    """No interaction of tokens ("none" in Table 5): T_out = T W."""
+    """Linear map of each token, without interaction between tokens ("none" in Table 5): T_out = T W."""
 
     def __init__(
             self,
@@ -29,12 +29,12 @@ class LinearMixer(nn.Module):
             num_tokens: Not used.
             act_layer: Not used.
             norm_layer: Norm after the linear map.
-            drop_path: Not used, there is no residual branch.
-            num_heads: Must be 1, there is no attention.
+            drop_path: Not used, as there is no residual branch.
+            num_heads: Must be 1, as there is no attention.
             attention_values: Must be False.
 
         Raises:
-            ValueError: It is asked for heads or values.
+            ValueError: `num_heads` is not 1 or `attention_values` is True.
         """
         super().__init__()
         if num_heads != 1 or attention_values:
@@ -51,11 +51,11 @@ class LinearMixer(nn.Module):
 class GraphMixer(LinearMixer):
     """Graph convolution with a learned adjacency ("GraphConv" in Table 5): T_out = (G T) W, G of L x L.
 
-    G is the same for every image: node l stands for one concept. It starts as the identity.
+    G is the same for every image, so node l always stands for the same concept. It starts as the identity.
     """
 
     def __init__(self, dim: int, num_tokens: int, *args, device=None, dtype=None, **kwargs) -> None:
-        """Arguments are those of `LinearMixer`."""
+        """See `LinearMixer` for the arguments."""
         super().__init__(dim, num_tokens, *args, device=device, dtype=dtype, **kwargs)
         self.adjacency = nn.Parameter(torch.eye(num_tokens, device=device, dtype=dtype))
 

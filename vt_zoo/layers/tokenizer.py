@@ -1,7 +1,8 @@
-"""Tokenizers: from the pixels of a feature map to a few visual tokens (section 3.1 of the paper).
+"""Tokenizers, which gather the pixels of a feature map into a few visual tokens (section 3.1 of the paper).
 
-T = A^T V, where A is a softmax over the H*W pixels and V = X W_V their value map, which runs on what was gathered:
-A^T (X W_V) = (A^T X) W_V. Tokenizers differ in where the logits of A come from. The pooling tokenizer alone has no A.
+T = A^T V, where A is a softmax over the H*W pixels and V = X W_V their values. The value map W_V runs on the gathered
+tokens, A^T (X W_V) = (A^T X) W_V. Tokenizers differ in where the logits of A come from. Only the pooling tokenizer has
+no A.
 """
 import math
 from typing import Optional, Tuple
@@ -24,13 +25,13 @@ torch.fx.wrap('in_float32')
 
 
 class AttentionTokenizer(nn.Module):
-    """What tokenizers with an attention over the pixels share: T = (softmax_HW(logits)^T X) W_V.
+    """Base class of tokenizers that attend to the pixels: T = (softmax_HW(logits)^T X) W_V.
 
-    W_V is the value map that the paper's counts show. The logits have a norm where `norm_layer` is a batch norm, as
-    training needs (`create_logit_norm`).
+    The paper's counts show that there is a value map W_V. If `norm_layer` is a batch norm, the logits have one too,
+    which training needs (`create_logit_norm`).
 
     Attributes:
-        out_chs: Channels of the tokens that it returns, C, with a position code C + 64.
+        out_chs: Channels of the returned tokens: C, or C + 64 with a position code.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class AttentionTokenizer(nn.Module):
         """
         Args:
             in_chs: Channels C of the feature map.
-            token_dim: Channels CT of the tokens of the module before.
-            num_tokens: Tokens L that it makes. 16 is the paper's base model; more did not help (Table 6).
+            token_dim: Channels CT of the previous module's tokens.
+            num_tokens: Number of tokens L to make. 16 is the paper's base model; more did not help (Table 6).
             position_code: Append a code of where the token comes from, as in the first version of the paper.
-            norm_layer: Norm of the logits, of the filters that tokens make and of the position code.
-            value_map: Have a value map, as the counts of Tables 2 to 7 show; False for equation (1) as it is written,
-                as the counts of Tables 9 and 10 show.
+            norm_layer: Norm of the logits, of the filters made from tokens and of the position code.
+            value_map: Use a value map, which the counts of Tables 2 to 7 include; False for equation (1) as written,
+                which the counts of Tables 9 and 10 agree with.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -66,7 +67,7 @@ class AttentionTokenizer(nn.Module):
         self.create_filters(in_chs, token_dim, num_tokens, norm_layer, **dd)
 
     def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
-        """Make what gives the filters of the tokens, in which tokenizers differ."""
+        """Create the modules that make the filters of the tokens, which differ between tokenizers."""
         raise NotImplementedError
 
     def gather(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ class AttentionTokenizer(nn.Module):
 class FilterTokenizer(AttentionTokenizer):
     """Filter-based tokenizer, equation (1): T = softmax_HW(X W_A)^T X.
 
-    W_A is a point-wise convolution to L channels, one learned filter a token.
+    W_A is a point-wise convolution to L channels, one learned filter per token.
     """
 
     def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
@@ -104,12 +105,12 @@ class FilterTokenizer(AttentionTokenizer):
 
 
 class LearnedFilters(nn.Module):
-    """Filters of an image and learned ones, one a token: W + B."""
+    """Add a learned filter to each of an image's own filters, one per token: W + B."""
 
     def __init__(self, num_tokens: int, dim: int, device=None, dtype=None) -> None:
         """
         Args:
-            num_tokens: Tokens L.
+            num_tokens: Number of tokens L.
             dim: Channels C of a filter.
         """
         super().__init__()
@@ -117,18 +118,18 @@ class LearnedFilters(nn.Module):
 
     def forward(self, filters: torch.Tensor) -> torch.Tensor:
         """Add the learned filters to those of an image (B, L, C)."""
-        return filters + self.weight.expand_as(filters)  # raises where the number of tokens differs
+        return filters + self.weight.expand_as(filters)  # raises if the number of tokens differs
 
 
 class RecurrentTokenizer(AttentionTokenizer):
     """Recurrent tokenizer, equation (2): W_R = T_in W_TR + B, T = softmax_HW(X W_R)^T X.
 
-    The tokens of the module before make the filters. B, which is not in the paper, is a learned filter of each token:
-    training starts from it, as `zero_init_last`, which a VT module calls, starts the tokens' filters at zero. Without B
-    the tokens of later modules are nearly one token (docs/design.md).
+    The filters are made from the previous module's tokens. B, which is not in the paper, is a learned filter for each
+    token. Training starts from B alone, since a VT module calls `zero_init_last`, which starts the filters made from
+    tokens at zero. Without B, the tokens of later modules are nearly the same (docs/design.md).
 
-    The paper's counts show a key map W_K of the pixels; here it is one of the filters:
-    (X W_K) W_R^T = X (W_R W_K^T)^T. The logits are divided by sqrt(C), or they overflow float16.
+    The paper's counts show a key map W_K of the pixels; here it is applied to the filters instead:
+    (X W_K) W_R^T = X (W_R W_K^T)^T. The logits are divided by sqrt(C), as they would overflow float16 otherwise.
     """
 
     def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
@@ -138,7 +139,7 @@ class RecurrentTokenizer(AttentionTokenizer):
         self.key = token_linear(in_chs, in_chs, pixel_groups(in_chs, in_chs), norm_layer=None, **dd)
 
     def zero_init_last(self) -> None:
-        """Start the filters that the tokens make at zero, so that those learned come first."""
+        """Start the filters made from tokens at zero, so that training begins with the learned filters alone."""
         if getattr(self.query.norm, 'weight', None) is not None:
             nn.init.zeros_(self.query.norm.weight)
 
@@ -147,13 +148,13 @@ class RecurrentTokenizer(AttentionTokenizer):
 
         Args:
             x: Feature map (B, C, H, W).
-            tokens: Tokens T_in of the module before (B, L, CT), as many as this one makes.
+            tokens: Tokens T_in of the previous module (B, L, CT), as many as this one makes.
 
         Returns:
             Tokens (B, L, C).
 
         Raises:
-            ValueError: There are no tokens, as in a first module.
+            ValueError: `tokens` is None, as in a first module.
         """
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
@@ -165,8 +166,8 @@ class RecurrentTokenizer(AttentionTokenizer):
 class ClusteringTokenizer(AttentionTokenizer):
     """Clustering-based tokenizer (section 5.1, Table 3): T = softmax_HW(X W_K)^T X.
 
-    W_K are the centroids of a k-means of the image's pixels, without gradients. The logits are as the paper has them,
-    not divided by sqrt(C).
+    W_K holds the centroids of a k-means over the image's pixels, without gradients. As in the paper, the logits are not
+    divided by sqrt(C).
     """
 
     def create_filters(self, in_chs: int, token_dim: int, num_tokens: int, norm_layer: LayerType, **dd) -> None:
@@ -186,7 +187,7 @@ class ClusteringTokenizer(AttentionTokenizer):
 
 
 def token_grid(num_tokens: int) -> Tuple[int, int]:
-    """Rows and columns of a grid of L cells, nearest to a square.
+    """Rows and columns of the grid of L cells that is closest to a square.
 
     Raises:
         ValueError: The grid would have more than twice as many columns as rows.
@@ -200,12 +201,12 @@ def token_grid(num_tokens: int) -> Tuple[int, int]:
 
 
 class PoolingTokenizer(nn.Module):
-    """Pooling-based tokenizer (section 5.1, Table 3): the map, bilinearly interpolated to a grid of L cells.
+    """Pooling-based tokenizer (section 5.1, Table 3): interpolate the map bilinearly to a grid of L cells.
 
-    As in the paper's counts it has no weights: no value map either.
+    As in the paper's counts, it has no weights, not even a value map.
 
     Attributes:
-        out_chs: Channels of the tokens that it returns, C.
+        out_chs: Channels C of the returned tokens.
     """
 
     def __init__(
@@ -223,13 +224,13 @@ class PoolingTokenizer(nn.Module):
         Args:
             in_chs: Channels C of the feature map.
             token_dim: Not used.
-            num_tokens: Tokens L, a number that makes a grid.
-            position_code: Must be False, a cell of a grid is always at the same place.
+            num_tokens: Number of tokens L, which must make a grid (see `token_grid`).
+            position_code: Must be False, as a cell of a grid is always in the same place.
             norm_layer: Not used.
             value_map: Not used.
 
         Raises:
-            ValueError: num_tokens makes no grid, or there is a position code.
+            ValueError: `num_tokens` makes no grid, or `position_code` is True.
         """
         super().__init__()
         if position_code:

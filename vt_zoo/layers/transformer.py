@@ -1,4 +1,4 @@
-"""Transformer over the tokens (section 3.2 of the paper)."""
+"""The transformer over the tokens (section 3.2 of the paper)."""
 import math
 from typing import Optional
 
@@ -18,8 +18,8 @@ class TokenTransformer(nn.Module):
     """Token transformer, equations (3) and (4).
 
     T' = T + softmax_L((T K)(T Q)^T) T, then T_out = T' + relu(T' F_1) F_2. There is no value map in (3). Keys and
-    queries have half of the token's channels, in groups, as the paper's counts show; the logits are divided by the
-    square root of that width. Heads and a value map are the first version's of the paper.
+    queries have half as many channels as a token, in groups, as the paper's counts show; the logits are divided by the
+    square root of that width. Heads and a value map come from the first version of the paper.
     """
 
     def __init__(
@@ -38,16 +38,17 @@ class TokenTransformer(nn.Module):
         """
         Args:
             dim: Token channels CT.
-            num_tokens: Not used, any number of tokens can be related.
-            act_layer: Activation between F_1 and F_2. ReLU is the paper's.
+            num_tokens: Not used, as any number of tokens can be related.
+            act_layer: Activation between F_1 and F_2. The paper uses ReLU.
             norm_layer: Norm after each linear map and after the attention.
             drop_path: Stochastic depth rate of both residual branches.
-            num_heads: Heads of the attention, each on its share of the channels.
-            attention_values: Put a value map W_V on the tokens that are added.
-            key_groups: Groups of channels in the key and query maps. 2 reproduces Tables 2 to 7, 1 Tables 9 and 10.
+            num_heads: Attention heads, each on its share of the channels.
+            attention_values: Apply a value map W_V to the tokens that the attention mixes.
+            key_groups: Groups of channels in the key and query maps. 2 reproduces Tables 2 to 7, 1 reproduces Tables 9
+                and 10.
 
         Raises:
-            ValueError: Keys or tokens cannot be divided into so many heads.
+            ValueError: `num_heads` does not divide the channels of keys or tokens.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -68,13 +69,13 @@ class TokenTransformer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def zero_init_last(self) -> None:
-        """Start both residual branches at zero. Without it training at the paper's learning rates diverges."""
+        """Start both residual branches at zero. Without it, training at the paper's learning rates diverges."""
         for norm in (self.norm.norm, self.fc2.norm):
             if getattr(norm, 'weight', None) is not None:
                 nn.init.zeros_(norm.weight)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Relate tokens T_in (B, L, CT): tokens T_out (B, L, CT)."""
+        """Relate tokens T_in (B, L, CT) to each other, giving tokens T_out (B, L, CT)."""
         key = split_heads(self.key(tokens) * self.scale, self.num_heads)
         query = split_heads(self.query(tokens), self.num_heads)
         value = split_heads(self.value(tokens), self.num_heads)

@@ -23,8 +23,9 @@ def _start_at_zero(module: nn.Module) -> None:
 class VTModule(nn.Module):
     """Visual Transformer module: gather pixels into tokens, relate the tokens, write them back to the pixels.
 
-    The order of the pixels has no meaning to it: permuted pixels give the same tokens and an equally permuted map.
-    (A pooling or clustering tokenizer and a position code look at places, and with them it does not hold.)
+    The module does not depend on the order of the pixels: permuted pixels give the same tokens and a map permuted in
+    the same way. (This does not hold with a pooling or clustering tokenizer or a position code, which depend on where
+    a pixel is.)
     """
 
     def __init__(
@@ -50,19 +51,20 @@ class VTModule(nn.Module):
         Args:
             in_chs: Channels C_in of the incoming feature map.
             out_chs: Channels C_out of the outgoing feature map.
-            token_dim: Token channels CT. 1024 is the paper's.
-            num_tokens: Tokens L. 16 is the paper's.
+            token_dim: Token channels CT. The paper uses 1024.
+            num_tokens: Number of tokens L. The paper uses 16.
             tokenizer: Class of the tokenizer.
-            token_mixer: Class of what relates the tokens.
-            projector: Own a projector; a module without one returns the feature map as it came.
+            token_mixer: Class of the module that relates the tokens.
+            projector: Have a projector; a module without one returns the feature map unchanged.
             position_code: Append a position code to the tokens (first version of the paper).
             num_heads: Heads of the transformer and the projector (first version of the paper).
-            attention_values: Value maps in the transformer and the projector (first version of the paper).
+            attention_values: Use value maps in the transformer and the projector (first version of the paper).
             act_layer: Activation of the transformer.
-            norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says which).
+            norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
+                which ones).
             drop_path: Stochastic depth rate of each residual branch.
-            zero_init_last: Start residual branches, and the filters that tokens make, at zero. Without it training
-                at the paper's learning rates diverges.
+            zero_init_last: Start residual branches, and the filters made from tokens, at zero. Without it, training at
+                the paper's learning rates diverges.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -81,11 +83,11 @@ class VTModule(nn.Module):
 
     @staticmethod
     def new_tokens(num_tokens: int) -> int:
-        """Tokens that the tokenizer makes, of `num_tokens` that the module relates."""
+        """Number of tokens that the tokenizer makes, out of the `num_tokens` that the module relates."""
         return num_tokens
 
     def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
-        """Make tokens (B, L, CT) from the feature map and the tokens of the module before."""
+        """Make tokens (B, L, CT) from the feature map and the previous module's tokens."""
         return self.embed(self.tokenizer(x, tokens))
 
     def forward(
@@ -97,10 +99,10 @@ class VTModule(nn.Module):
 
         Args:
             x: Feature map (B, C_in, H, W).
-            tokens: Tokens of the module before (B, L, CT); the first module has none.
+            tokens: Tokens of the previous module (B, L, CT); None in the first module.
 
         Returns:
-            The refined feature map (B, C_out, H, W), or x where there is no projector, and the tokens (B, L, CT).
+            The refined feature map (B, C_out, H, W), or x if there is no projector, and the tokens (B, L, CT).
         """
         tokens = self.transformer(self.tokenize(x, tokens))
         if self.projector is not None:
@@ -109,25 +111,25 @@ class VTModule(nn.Module):
 
 
 class DynamicVTModule(VTModule):
-    """VT module with the dynamic tokens of the paper's first version: it makes half of the tokens anew.
+    """VT module with the dynamic tokens of the paper's first version: half of the tokens are new, the others are kept.
 
-    T_in is split in two halves. The first makes the filters that extract the new tokens, the second is kept, and the
-    transformer relates both.
+    T_in is split into two halves. The first half makes the filters that extract the new tokens, the second half is
+    kept, and the transformer relates both.
     """
 
     @staticmethod
     def new_tokens(num_tokens: int) -> int:
-        """Half of the tokens.
+        """Half of `num_tokens`.
 
         Raises:
-            ValueError: Their number is odd.
+            ValueError: `num_tokens` is odd.
         """
         if num_tokens % 2:
             raise ValueError(f'num_tokens must be even with dynamic_tokens=True, got {num_tokens}')
         return num_tokens // 2
 
     def tokenize(self, x: torch.Tensor, tokens: Optional[torch.Tensor]) -> torch.Tensor:
-        """Make half of the tokens anew and keep the other half: (B, L, CT)."""
+        """Make half of the tokens (B, L, CT) anew and keep the other half."""
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
         guide, kept = tokens.chunk(2, dim=1)
@@ -135,7 +137,10 @@ class DynamicVTModule(VTModule):
 
 
 class TokenModule(nn.Module):
-    """Module that relates tokens and does not look at pixels: what follows the first without projectors (Table 7)."""
+    """Module that relates tokens without looking at pixels: all modules but the first if there are no projectors.
+
+    See Table 7 of the paper.
+    """
 
     projector = None
 
@@ -150,10 +155,10 @@ class TokenModule(nn.Module):
         """
         Args:
             token_dim: Token channels CT.
-            num_tokens: Tokens L.
-            token_mixer: Class of what relates the tokens.
+            num_tokens: Number of tokens L.
+            token_mixer: Class of the module that relates the tokens.
             zero_init_last: Start residual branches at zero.
-            **kwargs: Its other arguments.
+            **kwargs: Other arguments of `token_mixer`.
         """
         super().__init__()
         self.transformer = token_mixer(token_dim, num_tokens, **kwargs)
@@ -165,7 +170,7 @@ class TokenModule(nn.Module):
             x: torch.Tensor,
             tokens: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the feature map as it came and the related tokens (B, L, CT)."""
+        """Return the feature map unchanged and the related tokens (B, L, CT)."""
         if tokens is None:
             raise ValueError('tokens must be those of the module before, got None')
         return x, self.transformer(tokens)

@@ -1,4 +1,4 @@
-"""The VT neck: tokens of each level of a pyramid, related by one transformer (section 4 of the paper, Figure 4)."""
+"""The VT neck: one transformer relates the tokens of all levels of a pyramid (section 4 of the paper, Figure 4)."""
 from typing import List, Sequence
 
 import torch
@@ -14,9 +14,9 @@ __all__ = ['VTNeck']
 
 
 class VTNeck(nn.Module):
-    """Neck of VT-FPN: each level is gathered into tokens, one transformer relates the tokens of all levels.
+    """Neck of VT-FPN: each level is gathered into tokens, and one transformer relates the tokens of all levels.
 
-    Tokenizer, equation (1), and projector, equation (5), are each level's own; each level gets its own tokens back.
+    Each level has its own tokenizer, equation (1), and projector, equation (5), and gets its own tokens back.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class VTNeck(nn.Module):
         """
         Args:
             in_chs: Channels of the encoder's maps, from fine to coarse.
-            pyramid_channels: Channels C of each level. 256 meets the costs of Tables 9 and 10.
-            num_tokens: Tokens L of each level. 8 is the paper's (section 4).
-            token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says
-                which), but not after the laterals.
+            pyramid_channels: Channels C of each level. 256 reproduces the costs of Tables 9 and 10.
+            num_tokens: Number of tokens L of each level. The paper uses 8 (section 4).
+            token_dim: Channels CT of a token. The paper uses 1024 (section 4).
+            norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
+                which ones), but not after the laterals.
         """
         super().__init__()
         levels = range(len(in_chs))

@@ -1,4 +1,4 @@
-"""The VT stage: VT modules one after another, in place of the last stage of a convolutional backbone."""
+"""The VT stage: a sequence of VT modules that replaces the last stage of a convolutional backbone."""
 from typing import Dict, Optional, Sequence, Tuple, Type, Union
 
 import torch
@@ -14,7 +14,7 @@ from .vt_module import DynamicVTModule, TokenModule, VTModule
 
 __all__ = ['VTStage']
 
-TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # of the first module, of those after it
+TOKENIZERS: Dict[str, Tuple[Type[nn.Module], Type[nn.Module]]] = {  # in the first module, in those after it
     'filter': (FilterTokenizer, RecurrentTokenizer),
     'pooling': (PoolingTokenizer, PoolingTokenizer),
     'clustering': (ClusteringTokenizer, RecurrentTokenizer),
@@ -24,26 +24,26 @@ TOKEN_MIXERS: Dict[str, Type[nn.Module]] = {
     'graph': GraphMixer,
     'none': LinearMixer,
 }
-FEW_TOKENS = 2  # with more of them those of one image differ enough for batch norms
+FEW_TOKENS = 2  # with more tokens than this, those of a single image differ enough for batch norms
 
 
 def _check_different(x: torch.Tensor, num_tokens: int) -> None:
-    """Raise ValueError where all maps of a batch (B, C, H, W) are the same but for rounding."""
+    """Raise ValueError if all maps of a batch (B, C, H, W) are the same except for rounding."""
     if len(x) > 1 and (x - x[:1]).abs().max() <= 1e-6 * x.abs().max():
         raise ValueError(
-            f'num_tokens={num_tokens} cannot be trained on a batch of {len(x)} equal images: the tokens have no '
-            'variance, which their batch norms divide by')
+            f'num_tokens={num_tokens} cannot be trained on a batch of {len(x)} equal images: batch norms divide by the '
+            'variance of the tokens, which is zero')
 
 
 torch.fx.wrap('_check_different')
 
 
 class VTStage(nn.ModuleList):
-    """VT modules in a row: the first makes tokens from the feature map alone, each later one with the tokens before it.
+    """A sequence of VT modules: the first makes tokens from the feature map alone, later ones also use previous tokens.
 
     Attributes:
-        out_chs: Channels of the feature map that it returns.
-        grad_checkpointing: Compute the modules' activations again in the backward pass, which saves memory.
+        out_chs: Channels of the returned feature map.
+        grad_checkpointing: Recompute the modules' activations in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -72,35 +72,36 @@ class VTStage(nn.ModuleList):
         """
         Args:
             in_chs: Channels C_in of the incoming feature map.
-            feature_dim: Channels C_out of the feature map that the modules refine. The paper takes the channels of the
-                last stage that it replaces in ResNet-18 and 34, 512, and 1024 in ResNet-50 and 101.
-            depth: VT modules. The paper takes as many as the replaced stage had blocks: 2 or 3.
-            token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            num_tokens: Tokens L. 16 is the paper's; 32 and 64 did not help it (Table 6). With 1 or 2 a batch of equal
-                images cannot be trained on, and `forward` raises ValueError.
-            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, `RecurrentTokenizer` after it;
-                or 'pooling' in every module (Table 3), which needs a num_tokens that makes a grid.
+            feature_dim: Channels C_out of the refined feature map. For ResNet-18 and 34 the paper uses 512, the
+                channels of the replaced stage; for ResNet-50 and 101 it uses 1024.
+            depth: Number of VT modules. The paper uses as many as the replaced stage had blocks: 2 or 3.
+            token_dim: Channels CT of a token. The paper uses 1024 (section 4).
+            num_tokens: Number of tokens L. The paper uses 16; 32 and 64 did not help (Table 6). With 1 or 2, `forward`
+                raises ValueError in training if all images of a batch are equal.
+            tokenizer: 'filter' (equation 1) or 'clustering' in the first module, with `RecurrentTokenizer` after it;
+                or 'pooling' in every module (Table 3), which needs a `num_tokens` that makes a grid.
             recurrent: Use recurrent tokenizers after the first module; False for filters in every module (Table 4).
             token_mixer: 'transformer' (equations 3 and 4), 'graph' (a learned L x L adjacency and a linear map) or
                 'none' (a linear map) (Table 5).
-            projector: Write the tokens back to the map; False for modules after the first that work on tokens only
+            projector: Write the tokens back to the map. If False, modules after the first work on tokens only
                 (Table 7).
-            last_projector: Write those of the last module back too. False where nothing reads the map, as in a
-                classifier on tokens: weights without a gradient would be left.
-            dynamic_tokens: Modules after the first make half of the tokens anew and keep the other half (first version
-                of the paper, as the next three).
+            last_projector: Write the last module's tokens back too. Should be False if nothing reads the map, as in a
+                classifier on tokens, since the projector's weights would get no gradient.
+            dynamic_tokens: Modules after the first make half of the tokens anew and keep the other half. Like the next
+                three arguments, this is from the first version of the paper.
             position_code: Append a code of the token coefficients A to the tokens.
             num_heads: Heads of the transformer and the projector.
-            attention_values: Value maps W_V in the transformer and the projector. (Tokenizers have one without it, but
-                for pooling.)
+            attention_values: Use value maps W_V in the transformer and the projector. (All tokenizers but 'pooling'
+                have one in any case.)
             act_layer: Activation of the transformers.
-            norm_layer: Norm over channels of an NCHW tensor, after linear maps (`vt_zoo.layers.linear` says which).
-            drop_path: Stochastic depth rate of the residual branches, one for all modules or one a module.
-            zero_init_last: Start residual branches, and the filters that tokens make, at zero. Without it training
-                at the paper's learning rates diverges.
+            norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
+                which ones).
+            drop_path: Stochastic depth rate of the residual branches: one for all modules, or one per module.
+            zero_init_last: Start residual branches, and the filters made from tokens, at zero. Without it, training at
+                the paper's learning rates diverges.
 
         Raises:
-            ValueError: An argument is outside what is allowed.
+            ValueError: An argument is not allowed.
         """
         super().__init__()
         check_choice('tokenizer', tokenizer, list(TOKENIZERS))
@@ -115,10 +116,10 @@ class VTStage(nn.ModuleList):
             raise ValueError(
                 f'dynamic_tokens=True needs recurrent tokenizers, got tokenizer={tokenizer!r}, recurrent={recurrent}')
         if dynamic_tokens and depth == 1:
-            raise ValueError('dynamic_tokens=True is for modules after the first, got a stage of one module')
+            raise ValueError('dynamic_tokens=True needs modules after the first, got a stage of one module')
         if not projector and (dynamic_tokens or not recurrent):
             raise ValueError(
-                'projector=False leaves modules after the first without tokenizer and map, got '
+                'projector=False leaves modules after the first without a tokenizer and a map, got '
                 f'dynamic_tokens={dynamic_tokens}, recurrent={recurrent}')
         rates = list(drop_path) if isinstance(drop_path, (list, tuple)) else [float(drop_path)] * depth
         if len(rates) != depth:
@@ -153,7 +154,7 @@ class VTStage(nn.ModuleList):
         self.out_chs = in_chs
 
     def __getitem__(self, idx: Union[int, slice]) -> nn.Module:
-        """A module, or the stage of a slice of them."""
+        """Return a module, or a stage of the modules in a slice."""
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
         part = VTStage.__new__(VTStage)
@@ -176,7 +177,7 @@ class VTStage(nn.ModuleList):
 
         Args:
             x: Feature map (B, C_in, H, W).
-            tokens: Tokens (B, L, CT) of a stage before, which a first module with recurrent tokenizer needs.
+            tokens: Tokens (B, L, CT) of a previous stage; needed if the first module has a recurrent tokenizer.
 
         Returns:
             The refined feature map (B, C_out, H, W) and the tokens of the last module (B, L, CT).
@@ -188,5 +189,5 @@ class VTStage(nn.ModuleList):
                 x, tokens = checkpoint(module, x, tokens, use_reentrant=False)
             else:
                 x, tokens = module(x, tokens)
-        assert tokens is not None  # there is a module
+        assert tokens is not None  # there is at least one module
         return x, tokens

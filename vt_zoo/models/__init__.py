@@ -21,7 +21,7 @@ def segmenter_classes() -> Dict[str, type[nn.Module]]:
     """Classes of the package's segmenters, by the name of their architecture.
 
     Raises:
-        InputError: What they need is not installed.
+        InputError: The packages that segmentation needs are not installed.
     """
     if sys.flags.optimize > 1:
         raise InputError(

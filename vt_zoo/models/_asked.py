@@ -1,4 +1,4 @@
-"""How timm's `reparameterize_model`, which asks the children of a model and not the model itself, reaches the model."""
+"""Lets timm's `reparameterize_model`, which asks the children of a model but not the model itself, reach the model."""
 import weakref
 from typing import Any, Dict, Optional
 
@@ -7,7 +7,7 @@ import torch.nn as nn
 
 
 class _OfModel:
-    """A model's `reparameterize`, as a child offers it: in a copy of the model the copy's, in a child alone none."""
+    """A model's `reparameterize`, offered by its child: the copy's own in a copied model, no effect in a lone child."""
 
     def __init__(self, model: Optional[nn.Module] = None) -> None:
         self._model = None if model is None else weakref.ref(model)
@@ -25,7 +25,7 @@ class _OfModel:
 
 
 class AsksModel(nn.Module):
-    """Base of a model whose child `asked` offers timm the model's own `reparameterize`, whichever that child is."""
+    """Base class of a model that offers timm its own `reparameterize` through its child `asked`, even if replaced."""
 
     asked: str
 

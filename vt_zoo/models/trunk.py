@@ -1,4 +1,4 @@
-"""Trunks of VTNet: a convolutional model of timm up to its feature map of stride 16."""
+"""Trunks of VTNet: a convolutional timm model up to its feature map of stride 16."""
 from typing import Any, Tuple
 
 import timm
@@ -12,10 +12,10 @@ STRIDE = 16
 
 
 def count_levels(name: str) -> int:
-    """Number of feature maps down to stride 16.
+    """Number of a model's feature maps down to stride 16.
 
     Raises:
-        ValueError: timm has no such model, or it has no such map.
+        ValueError: timm has no such model, or the model has no feature map of stride 16.
     """
     if not is_model(name):
         raise ValueError(f'trunk must be the name of a model of timm, got {name!r}')
@@ -35,27 +35,27 @@ def count_levels(name: str) -> int:
 
 
 def create_trunk(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Create a trunk: images (B, in_chans, H, W) to a list of feature maps (B, C, H / stride, W / stride).
+    """Create a trunk, which maps images (B, in_chans, H, W) to a list of feature maps (B, C, H / stride, W / stride).
 
     Args:
-        name: A convolutional model of timm, with a tag where other weights than its default ones are wanted.
+        name: A convolutional timm model, with a tag for weights other than its default ones.
         pretrained: Load timm's weights.
-        **kwargs: Arguments of timm's model.
+        **kwargs: Arguments of the timm model.
 
     Returns:
         timm's own modules down to the map of stride 16, with `feature_info`.
 
     Raises:
-        ValueError: timm has no such model, or it has no map of stride 16.
+        ValueError: timm has no such model, or the model has no feature map of stride 16.
     """
     levels = count_levels(name)
     trunk = timm.create_model(name, pretrained, features_only=True, out_indices=tuple(range(levels)), **kwargs)
-    if isinstance(trunk, (EfficientNetFeatures, MobileNetV3Features)):  # which keep what comes after the last map
+    if isinstance(trunk, (EfficientNetFeatures, MobileNetV3Features)):  # these keep the blocks after the last map
         last = trunk.feature_info.module_name()[-1]
         trunk.blocks = trunk.blocks[:int(last.split('.')[1]) + 1]
     return trunk
 
 
 def timms_modules(trunk: nn.Module) -> Tuple[str, nn.Module]:
-    """The module in a trunk whose children are those of timm's model, and what stands before their names."""
+    """Return the prefix of the names of the timm model's modules in a trunk, and the module that holds them."""
     return ('model.', trunk.model) if isinstance(trunk, FeatureGetterNet) else ('', trunk)

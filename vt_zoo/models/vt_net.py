@@ -1,9 +1,9 @@
-"""VT-Net: Visual Transformer modules in place of the last stage of any convolutional model of timm
+"""VT-Net: Visual Transformer modules in place of the last stage of any convolutional timm model
 
 Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Models?` - https://arxiv.org/abs/2006.03677
 
-The paper puts VT modules on ResNets (vt_resnet.py). Here the trunk is timm's own model, whichever it is, down to its
-map of stride 16, with its own weights where they are wanted.
+The paper puts VT modules on ResNets (vt_resnet.py). Here the trunk is any of timm's own models, down to its feature map
+of stride 16, optionally with its pretrained weights.
 """
 import copy
 import logging
@@ -44,10 +44,10 @@ CREATION_ARGS = 'trunk', 'trunk_args', 'depth'
 
 
 class VTNet(TokenClassifier):
-    """A convolutional trunk, a VT stage on its map of stride 16, a classifier on the mean of the tokens.
+    """A convolutional trunk, a VT stage on its map of stride 16, and a classifier on the mean of the tokens.
 
-    Feature maps, from `features_only=True` and `forward_intermediates()`, are the trunk's and the map refined by the
-    VT stage, which is max-pooled to stride 32 as in `VTResNet` unless `output_stride=16`.
+    The feature maps returned by `features_only=True` and `forward_intermediates()` are the trunk's, followed by the map
+    refined by the VT stage, which is max-pooled to stride 32 as in `VTResNet` unless `output_stride=16`.
     """
 
     asked = 'vt_stage'
@@ -74,24 +74,25 @@ class VTNet(TokenClassifier):
     ) -> None:
         """
         Args:
-            trunk: Name of a convolutional model of timm, with a tag for other weights than its default ones.
+            trunk: Name of a convolutional timm model, with a tag for weights other than its default ones.
             trunk_pretrained: Load the trunk's weights.
-            trunk_args: Arguments of timm's model of the trunk.
-            num_classes: Classes; 0 for none, the output is the pooled tokens (B, CT).
+            trunk_args: Arguments of the timm model that the trunk is cut from.
+            num_classes: Number of classes; 0 for no classifier, so that the output is the pooled tokens (B, CT).
             in_chans: Channels of the image.
-            output_stride: 32 or 16: stride of the last feature map. Tokens do not change.
-            global_pool: Pooling over the tokens, 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
-            depth: VT modules.
-            feature_dim: Channels C_out of the map that the VT modules refine; None for those of the trunk's map.
+            output_stride: Stride of the last feature map, 32 or 16. It does not affect the tokens.
+            global_pool: Pooling over the tokens: 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
+            depth: Number of VT modules.
+            feature_dim: Channels C_out of the feature map that the VT modules refine; None to keep the trunk's.
             token_dim: Channels CT of a token.
-            projector: Write the tokens back to the map; False for modules after the first that work on tokens only.
-            last_projector: Give the last module a projector too; `features_only=True` sets it.
-            drop_rate: Dropout before the classifier.
-            drop_path_rate: Stochastic depth rate, rising over the whole model of the trunk; the VT modules have it all.
+            projector: Write the tokens back to the map. If False, modules after the first work on tokens only.
+            last_projector: Give the last module a projector too; `features_only=True` sets this.
+            drop_rate: Dropout rate before the classifier.
+            drop_path_rate: Stochastic depth rate. In the trunk it rises over the blocks of the whole timm model; all VT
+                modules use the full rate.
             **stage_args: Other arguments of `vt_zoo.layers.VTStage`.
 
         Raises:
-            ValueError: An argument is outside what is allowed.
+            ValueError: An argument is not allowed.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -128,9 +129,10 @@ class VTNet(TokenClassifier):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
+        """Turn the model, in place, into its inference form; timm's `reparameterize_model` does this to a copy.
 
-        The trunk takes its own one too, as FastViT, MobileOne and RepVGG have. After an error the model is as it was.
+        Trunks that have an inference form of their own, such as FastViT, MobileOne and RepVGG, take it too. If an error
+        is raised, the model is left as it was.
         """
         trunk, stage = self.trunk, self.vt_stage
         self.trunk = copy.deepcopy(trunk)
@@ -145,10 +147,10 @@ class VTNet(TokenClassifier):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the activations of the trunk and of VT modules again in the backward pass, or keep them."""
+        """Recompute the activations of the trunk and the VT modules in the backward pass, or keep them."""
         modules = timms_modules(self.trunk)[1]
         modules.set_grad_checkpointing(enable)
-        if enable and not timm_is_at_least('1.0.31'):  # which leaves activations in place out
+        if enable and not timm_is_at_least('1.0.31'):  # later ones skip in-place activations
             for part in modules.children():
                 if getattr(part, 'inplace', False):
                     part.inplace = False
@@ -156,7 +158,7 @@ class VTNet(TokenClassifier):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Regular expressions that group the parameters by depth: the trunk's modules, the VT stage or its modules."""
+        """Regular expressions that group the parameters by depth: the trunk's modules, then the VT stage's."""
         groups, (prefix, modules) = {}, timms_modules(self.trunk)
         for name, part in modules.named_children():
             whole = rf'^trunk\.{prefix}{name}'
@@ -174,8 +176,8 @@ class VTNet(TokenClassifier):
         """Replace the classifier by a new one.
 
         Args:
-            num_classes: Its classes; 0 for none.
-            global_pool: Pooling over the tokens; None for that which there is.
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: Pooling over the tokens; None to keep the current one.
         """
         parameter = next(self.parameters())
         self.num_classes = num_classes
@@ -196,9 +198,9 @@ class VTNet(TokenClassifier):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward pass that also returns feature maps; arguments and results as of `VTResNet`.
+        """Forward pass that also returns feature maps; arguments and return values are those of `VTResNet`.
 
-        The trunk runs as a whole where any map is asked for.
+        The trunk always runs as a whole, whichever maps are asked for.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -220,7 +222,7 @@ class VTNet(TokenClassifier):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Remove the VT stage and the classifier where the given feature maps do not need them."""
+        """Remove the VT stage and the classifier if the given feature maps do not need them."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         last = len(self.feature_info) - 1
         if max_index < last:
@@ -232,37 +234,37 @@ class VTNet(TokenClassifier):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to tokens (B, L, CT).
+        """Map images (B, in_chans, H, W) to tokens (B, L, CT).
 
         Raises:
-            ValueError: H or W is under 32, or the channels are not in_chans.
+            ValueError: H or W is less than 32, or the number of channels is not `in_chans`.
         """
         return self.vt_stage(self.trunk(check_images(x, self.in_chans))[-1])[1]
 
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
-    """The trunk of timm's model; the VT stage and the classifier are the model's own, which are new.
+    """Take the trunk from a timm model's weights; the VT stage and the classifier keep the model's own, untrained ones.
 
     Raises:
-        RuntimeError: It is not the model that the trunk is cut from.
+        RuntimeError: The weights are not from the model that the trunk is cut from.
     """
     prefix = f'trunk.{timms_modules(model.trunk)[0]}'
-    given = {name.replace('.', '_'): weight for name, weight in state_dict.items()}  # cut, names are joined by _
+    given = {name.replace('.', '_'): weight for name, weight in state_dict.items()}  # cutting joins names by _
     own = model.state_dict()
     missing = [n for n in own if n.startswith(prefix) and n[len(prefix):].replace('.', '_') not in given]
     if missing:
         raise RuntimeError(
-            f'these weights are of another trunk than this model: {len(missing)} of its names are missing, the first '
-            f'is {missing[0]}')
+            f'these weights are for another trunk than this model has: {len(missing)} of its names are missing, the '
+            f'first is {missing[0]}')
     _logger.warning('Only the trunk is pretrained: the VT stage and the classifier are new, train them.')
     trunk = {n: given[n[len(prefix):].replace('.', '_')] for n in own if n.startswith(prefix)}
     for name, weight in trunk.items():
-        if weight.ndim == 4 and weight.shape[1] == 3 != own[name].shape[1]:  # the first convolution, of other images
+        if weight.ndim == 4 and weight.shape[1] == 3 != own[name].shape[1]:  # first convolution, for other channels
             trunk[name] = adapt_input_conv(model.in_chans, weight)
     return {**own, **trunk}
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
-    """Let other weights than the model's own fit it: of timm's model the trunk is taken."""
+    """Return weights that fit the model: its own unchanged, or the trunk of a timm model's weights."""
     return state_dict if any(n.startswith('vt_stage.') for n in state_dict) else _keep_trunk(state_dict, model)
 
 
@@ -275,19 +277,19 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def preprocessing(trunk: str) -> Dict[str, Any]:
-    """What timm does to images for a model of its own; nothing where it does not say."""
+    """timm's preprocessing for one of its own models; empty if timm has no config for it."""
     cfg = get_pretrained_cfg(trunk, allow_unregistered=True)
     return {} if cfg is None else {name: getattr(cfg, name) for name in PREPROCESSING}
 
 
 def _trunk_cfg(name: str) -> Dict[str, Any]:
-    """Weights of a model of timm, whose trunk is taken. Not a classifier before it has been trained further."""
+    """Config for the weights of a timm model, of which only the trunk is used; the classifier still needs training."""
     return _cfg(
         hf_hub_id=f'timm/{name}', hf_hub_filename=HUB_FILE, license=get_pretrained_cfg(name).license,
         **preprocessing(name))
 
 
-# Bare names take no trunk for their weights: the `untrained*` after the others keeps timm from it.
+# The `untrained*` entries after the others keep timm from taking a trunk as the weights of a bare name.
 TRUNK_TAGS = {  # the best at 224x224 in timm's results of August 2026 among those under a licence like ours
     'resnet50d': 'ra4_e3600_r224_in1k', 'resnext50_32x4d': 'a1h_in1k', 'regnety_016': 'tv2_in1k',
     'convnext_tiny': 'in12k_ft_in1k', 'efficientnet_b0': 'ra4_e3600_r224_in1k', 'tf_efficientnet_lite0': 'in1k',
@@ -299,7 +301,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def find_first_conv(model: VTNet, names: Union[str, Tuple[str, ...], None]) -> Optional[Tuple[str, ...]]:
-    """The first convolutions, of which timm has the names in the model that the trunk is cut from."""
+    """Find the first convolutions by the names that timm has for them in the model that the trunk is cut from."""
     names = [names] if isinstance(names, str) else names or []
     prefix = f'trunk.{timms_modules(model.trunk)[0]}'
     flat = {name.replace('.', '_'): name for name, _ in model.named_modules()}
@@ -327,13 +329,13 @@ def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTN
     cfg = get_pretrained_cfg(kwargs['trunk'], allow_unregistered=True)
     if cfg is not None and not kwargs.get('features_only', False):
         model.pretrained_cfg['first_conv'] = find_first_conv(model, cfg.first_conv)
-    model.creation_args = creation_args(kwargs, CREATION_ARGS)  # without drop rates, which are of a training
+    model.creation_args = creation_args(kwargs, CREATION_ARGS)  # without drop rates, which belong to training
     return model
 
 
 @register_model
 def vt_net(pretrained: bool = False, **kwargs: Any) -> VTNet:
-    """VT modules on a convolutional model of timm, `trunk='regnety_016'`; `trunk_pretrained=True` loads its weights."""
+    """VT modules on a convolutional timm model, `trunk='regnety_016'`; `trunk_pretrained=True` loads its weights."""
     model_args = dict(trunk='resnet50d')
     return _create_vt_net('vt_net', pretrained, **dict(model_args, **kwargs))
 

@@ -4,8 +4,8 @@ Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Model
     by Bichen Wu, Chenfeng Xu, Xiaoliang Dai, Alvin Wan, Peizhao Zhang, Zhicheng Yan, Masayoshi Tomizuka,
     Joseph Gonzalez, Kurt Keutzer, Peter Vajda
 
-No code was published with it. This is an independent implementation on timm's ResNet: stem and stages 1 to 3 are timm's
-own modules under timm's own parameter names, `layer4` is replaced by `vt_stage`.
+The authors published no code. This is an independent implementation based on timm's ResNet: the stem and stages 1 to 3
+are timm's own modules under timm's own parameter names, and `vt_stage` replaces `layer4`.
 """
 import logging
 from pathlib import Path
@@ -36,7 +36,7 @@ __all__ = ['VTResNet']
 
 _logger = logging.getLogger(__name__)
 
-CREATION_ARGS = (  # of timm's ResNet: what a model must be created with for its weights to fit
+CREATION_ARGS = (  # arguments of timm's ResNet that a model must be created with for its weights to fit
     'layers', 'channels', 'cardinality', 'base_width', 'stem_width', 'stem_type', 'replace_stem_pool',
     'block_reduce_first', 'down_kernel_size', 'avg_down', 'block_args')
 
@@ -46,15 +46,15 @@ torch.fx.wrap('check_images')
 class VTResNet(TokenClassifier, ResNet):
     """VT-ResNet (section 4 of the paper).
 
-    Feature maps, from `features_only=True` and `forward_intermediates()`, are five, as a ResNet's: the stem, stages 1
+    As in a ResNet, there are five feature maps (`features_only=True` and `forward_intermediates()`): the stem, stages 1
     to 3 and the map refined by the VT stage, with reductions 2, 4, 8, 16, 32. The VT stage works at the stride of
-    stage 3, so its map is max-pooled (the paper names a "stage-5 max pooling") on the way out: this is the pyramid that
-    detection and segmentation libraries ask for (segmentation_models_pytorch refuses 2, 4, 8, 16, 16).
-    `output_stride=16` returns the refined map as it is, 2, 4, 8, 16, 16, as timm's ResNets do under that option. Tokens
-    and logits are the same either way.
+    stage 3, so its map is max-pooled before it is returned (the paper mentions a "stage-5 max pooling"). This gives the
+    pyramid that detection and segmentation libraries expect (segmentation_models_pytorch refuses 2, 4, 8, 16, 16).
+    `output_stride=16` returns the refined map without pooling, so that reductions are 2, 4, 8, 16, 16, as in timm's
+    ResNets with that option. Tokens and logits are the same either way.
 
-    For classification nothing reads the map after the last VT module, so that module has no projector; with
-    `features_only=True` each module has one.
+    In classification nothing reads the map after the last VT module, so that module has no projector; with
+    `features_only=True`, every module has one.
     """
 
     asked = 'vt_stage'
@@ -93,31 +93,32 @@ class VTResNet(TokenClassifier, ResNet):
             **stage_args,
     ) -> None:
         """
-        Arguments that are not explained are timm's ResNet's and act on the trunk.
+        Arguments not listed here are those of timm's ResNet and apply to the trunk.
 
         Args:
             block: Residual block of the trunk, timm's BasicBlock or Bottleneck.
-            layers: Blocks in each of the three stages of the trunk, then the number of VT modules.
-            num_classes: Classes; 0 for none, the output is the pooled tokens (B, CT).
+            layers: Number of blocks in each of the trunk's three stages, then the number of VT modules.
+            num_classes: Number of classes; 0 for no classifier, so that the output is the pooled tokens (B, CT).
             in_chans: Channels of the image.
-            output_stride: 32, 16 or 8: stride of the last feature map. Tokens change with 8 only (dilated stage 3).
-            global_pool: Pooling over the tokens, 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
+            output_stride: Stride of the last feature map, 32, 16 or 8. Only 8 (dilated stage 3) changes the tokens.
+            global_pool: Pooling over the tokens: 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
             channels: Widths of the three stages of the trunk, before the expansion of the block.
             feature_dim: Channels C_out of the feature map that the VT modules refine.
-            token_dim: Channels CT of a token. 1024 is the paper's (section 4).
-            projector: Write the tokens back to the map; False for modules after the first that work on tokens only
+            token_dim: Channels CT of a token. The paper uses 1024 (section 4).
+            projector: Write the tokens back to the map. If False, modules after the first work on tokens only
                 (Table 7).
-            last_projector: Give the last module a projector too; `features_only=True` sets it.
-            act_layer: Activation of the trunk and of the token transformers.
-            norm_layer: Norm of the trunk and of the VT modules.
-            drop_rate: Dropout before the classifier.
+            last_projector: Give the last module a projector too; `features_only=True` sets this.
+            act_layer: Activation of the trunk and the token transformers.
+            norm_layer: Norm of the trunk and the VT modules.
+            drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate, rising linearly from 0 over the trunk's blocks and the VT modules.
-            zero_init_last: Start residual branches of trunk and VT modules, and the filters that tokens make, at zero.
+            zero_init_last: Start the residual branches of the trunk and the VT modules, and the filters made from
+                tokens, at zero.
             **stage_args: Other arguments of `vt_zoo.layers.VTStage`: `num_tokens`, `tokenizer`, `recurrent`,
                 `token_mixer`, and those of the paper's first version.
 
         Raises:
-            ValueError: An argument is outside what is allowed.
+            ValueError: An argument is not allowed.
         """
         dd = {'device': device, 'dtype': dtype}
         check_choice('output_stride', output_stride, [8, 16, 32])
@@ -130,7 +131,7 @@ class VTResNet(TokenClassifier, ResNet):
             raise ValueError('last_projector=True needs projector=True, got projector=False')
         num_blocks, num_modules = sum(layers[:3]), layers[3]
         check_positive('layers[3]', num_modules)
-        last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # of block i: i * last_rate
+        last_rate = drop_path_rate / max(num_blocks + num_modules - 1, 1)  # the rate of block i is i * last_rate
         super().__init__(
             block,
             layers[:3],
@@ -156,9 +157,9 @@ class VTResNet(TokenClassifier, ResNet):
             block_args=block_args,
             **dd,
         )
-        del self.global_pool, self.fc  # made again below, so that the classifier comes last
+        del self.global_pool, self.fc  # created again below, so that the classifier comes last
 
-        self.in_chans = in_chans  # timm's ResNet has it since 1.0.25
+        self.in_chans = in_chans  # timm's ResNet has had it since 1.0.25
         self.output_stride = output_stride
         self.vt_stage = VTStage(
             self.num_features,
@@ -182,10 +183,11 @@ class VTResNet(TokenClassifier, ResNet):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
+        """Turn the model, in place, into its inference form; timm's `reparameterize_model` does this to a copy.
 
-        Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the trunk
-        too; one that cannot be folded stays (see `vt_zoo.inference.stage`). After an error the model is as it was.
+        It is exact in eval mode, and a second call has no effect. Norms are folded into the maps before them, in the
+        trunk too; a norm that cannot be folded stays (see `vt_zoo.inference.stage`). If an error is raised, the model
+        is left as it was.
         """
         stage = self.vt_stage
         if type(stage) is VTStage and runs_alone(stage):
@@ -198,13 +200,13 @@ class VTResNet(TokenClassifier, ResNet):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the activations of blocks and VT modules again in the backward pass, or keep them."""
+        """Recompute the activations of blocks and VT modules in the backward pass, or keep them."""
         super().set_grad_checkpointing(enable)
         self.vt_stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
-        """Regular expressions that group the parameters by depth, by stage where `coarse`, else by block."""
+        """Regular expressions that group the parameters by depth: by stage if `coarse`, otherwise by block."""
         return dict(
             stem=r'^conv1|bn1|maxpool',
             blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)',
@@ -224,15 +226,15 @@ class VTResNet(TokenClassifier, ResNet):
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: Which of the five maps: the last n if int, all if None, those listed if a sequence.
-            norm: Has no effect, no norm follows the last map.
-            stop_early: Stop after the last map that was asked for.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Return the maps only.
+            indices: Which of the five maps to return: the last n if an int, all if None, those listed if a sequence.
+            norm: Has no effect, as no norm follows the last map.
+            stop_early: Stop after the last requested map.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return only the maps.
 
         Returns:
-            The tokens (B, L, CT) and the list of maps, or the list alone. Where `stop_early` left the VT stage out,
-            the pixels of the last stage that ran stand for the tokens.
+            The tokens (B, L, CT) and the list of maps, or only the list. If `stop_early` skips the VT stage, the pixels
+            of the last stage that ran are returned in place of the tokens.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -262,15 +264,15 @@ class VTResNet(TokenClassifier, ResNet):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Remove what the given feature maps do not need.
+        """Remove the layers that the given feature maps do not need.
 
         Args:
-            indices: Maps to keep: the last n if int, those listed if a sequence.
-            prune_norm: Has no effect, no norm follows the last map.
+            indices: Maps to keep: the last n if an int, those listed if a sequence.
+            prune_norm: Has no effect, as no norm follows the last map.
             prune_head: Remove the classifier.
 
         Returns:
-            The indices that were kept.
+            The indices of the maps that were kept.
         """
         take_indices, max_index = feature_take_indices(5, indices)
         for name in ('layer1', 'layer2', 'layer3')[max_index:]:
@@ -286,15 +288,15 @@ class VTResNet(TokenClassifier, ResNet):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to tokens (B, L, CT).
+        """Map images (B, in_chans, H, W) to tokens (B, L, CT).
 
         Raises:
-            ValueError: H or W is under 32, or the channels are not in_chans.
+            ValueError: H or W is less than 32, or the number of channels is not `in_chans`.
         """
         return self.vt_stage(self._forward_trunk(x))[1]
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to the map of stage 3 (B, C, H, W)."""
+        """Map images (B, in_chans, H, W) to the feature map of stage 3 (B, C, H, W)."""
         x = check_images(x, self.in_chans)
         x = self.conv1(x)
         x = self.bn1(x)
@@ -309,10 +311,10 @@ class VTResNet(TokenClassifier, ResNet):
         return x
 
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Stem and stages 1 to 3 of a timm ResNet; the VT stage and the classifier are the model's own, which are new.
+    """Take the stem and stages 1 to 3 of a timm ResNet; the VT stage and the classifier keep the model's new weights.
 
     Raises:
-        RuntimeError: It is not the ResNet whose trunk the model has.
+        RuntimeError: The model's trunk is that of another ResNet.
     """
     own = model.state_dict()
     new = {k: v for k, v in own.items() if k.startswith(('vt_stage.', 'fc.'))}
@@ -327,11 +329,11 @@ def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[s
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Let other weights than the model's own fit it.
+    """Return weights that fit the model, from its own or from those of a related model.
 
-    Of a timm ResNet the trunk is taken. The weights of a classifier and of a model with features differ by the
-    projector of the last module; a new one starts as the model made it: at zero, so that the map passes through
-    unchanged.
+    From a timm ResNet the trunk is taken. A classifier and a feature extractor differ by the projector of the last
+    module: if the weights have one that the model lacks, it is dropped; if the model has a new one, that starts at
+    zero, so that the map passes through unchanged.
     """
     if any(k.startswith('layer4.') for k in state_dict):
         return _keep_trunk(state_dict, model)
@@ -355,14 +357,14 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 
 def _trunk_cfg(resnet: str, **kwargs) -> Dict[str, Any]:
-    """Weights of a timm ResNet, whose trunk is taken. Not a classifier before it has been trained further."""
+    """Config for the weights of a timm ResNet, of which only the trunk is used; the classifier still needs training."""
     return _cfg(
         hf_hub_id=f'timm/{resnet}', hf_hub_filename=HUB_FILE, interpolation='bicubic', crop_pct=0.95,
         **kwargs)
 
 
-# Bare names take no trunk for their weights: the `untrained*` after the others keeps timm from it. A trunk is named
-# after its ResNet, among the best of its depth in timm's results of August 2026 under a licence like ours.
+# The `untrained*` entries after the others keep timm from taking a trunk as the weights of a bare name. A trunk is
+# named after its ResNet, one of the best of its depth in timm's results of August 2026 under a licence like ours.
 default_cfgs = generate_default_cfgs({
     'vt_resnet18.trunk_a1_in1k': _trunk_cfg('resnet18.a1_in1k'),
     'vt_resnet18.untrained*': _cfg(),
@@ -395,7 +397,7 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
         feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
-    model.creation_args = creation_args(kwargs, CREATION_ARGS)  # without drop rates, which are of a training
+    model.creation_args = creation_args(kwargs, CREATION_ARGS)  # without drop rates, which belong to training
     return model
 
 
@@ -403,7 +405,7 @@ def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTRes
 def vt_resnet18(pretrained: bool = False, **kwargs) -> VTResNet:
     """VT-ResNet-18: 2 VT modules after the trunk of ResNet-18.
 
-    `vt_resnet18.trunk_a1_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    `vt_resnet18.trunk_a1_in1k` is not a classifier yet: only its trunk is pretrained, everything after it is new.
     """
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), feature_dim=512)
     return _create_vt_resnet('vt_resnet18', pretrained, **dict(model_args, **kwargs))
@@ -413,7 +415,8 @@ def vt_resnet18(pretrained: bool = False, **kwargs) -> VTResNet:
 def vt_resnet34(pretrained: bool = False, **kwargs) -> VTResNet:
     """VT-ResNet-34: 3 VT modules after the trunk of ResNet-34.
 
-    `vt_resnet34.trunk_ra4_e3600_r224_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    `vt_resnet34.trunk_ra4_e3600_r224_in1k` is not a classifier yet: only its trunk is pretrained, everything after it
+    is new.
     """
     model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), feature_dim=512)
     return _create_vt_resnet('vt_resnet34', pretrained, **dict(model_args, **kwargs))
@@ -423,7 +426,7 @@ def vt_resnet34(pretrained: bool = False, **kwargs) -> VTResNet:
 def vt_resnet50(pretrained: bool = False, **kwargs) -> VTResNet:
     """VT-ResNet-50: 3 VT modules after the trunk of ResNet-50.
 
-    `vt_resnet50.trunk_a1_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    `vt_resnet50.trunk_a1_in1k` is not a classifier yet: only its trunk is pretrained, everything after it is new.
     """
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), feature_dim=1024)
     return _create_vt_resnet('vt_resnet50', pretrained, **dict(model_args, **kwargs))
@@ -433,7 +436,7 @@ def vt_resnet50(pretrained: bool = False, **kwargs) -> VTResNet:
 def vt_resnet101(pretrained: bool = False, **kwargs) -> VTResNet:
     """VT-ResNet-101: 3 VT modules after the trunk of ResNet-101.
 
-    `vt_resnet101.trunk_a1h_in1k` is no classifier yet: its trunk is pretrained, all after it is new.
+    `vt_resnet101.trunk_a1h_in1k` is not a classifier yet: only its trunk is pretrained, everything after it is new.
     """
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), feature_dim=1024)
     return _create_vt_resnet('vt_resnet101', pretrained, **dict(model_args, **kwargs))
@@ -441,9 +444,9 @@ def vt_resnet101(pretrained: bool = False, **kwargs) -> VTResNet:
 
 @register_model
 def test_vt_resnet(pretrained: bool = False, **kwargs) -> VTResNet:
-    """A VT-ResNet of under 0.6 M parameters with the same parts, for tests and demonstrations.
+    """A VT-ResNet with the same parts but fewer than 0.6 M parameters, for tests and demonstrations.
 
-    Its weights read handwritten digits and are in the package.
+    Its weights, which recognise handwritten digits, come with the package.
     """
     model_args = dict(
         block=BasicBlock, layers=(1, 1, 1, 2), channels=(32, 48, 96), feature_dim=128, token_dim=128)

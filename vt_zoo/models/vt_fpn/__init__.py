@@ -1,6 +1,6 @@
-"""VT-FPN and the panoptic FPN for semantic segmentation, in segmentation_models_pytorch's manner.
+"""VT-FPN and the panoptic FPN for semantic segmentation, as models of segmentation_models_pytorch.
 
-Needs the extra `segmentation`: it is not imported by `import vt_zoo`.
+They need the extra `segmentation`; `import vt_zoo` does not import this package.
 """
 from vt_zoo.layers import VTNeck
 

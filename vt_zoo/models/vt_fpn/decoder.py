@@ -1,7 +1,7 @@
-"""Decoders of VT-FPN and of the panoptic FPN: a neck that relates the pyramid's levels, then one head for both.
+"""Decoders of VT-FPN and the panoptic FPN: a neck that relates the pyramid's levels, followed by the same head.
 
-Semantic segmentation in the paper: section 4, Figure 4. The FPN's neck is Detectron2's, with 3x3 output convolutions;
-VT-FPN's is `vt_zoo.layers.VTNeck`.
+See section 4 and Figure 4 of the paper for semantic segmentation. The FPN's neck is Detectron2's, with 3x3 output
+convolutions; VT-FPN's is `vt_zoo.layers.VTNeck`.
 """
 from typing import List, Sequence
 
@@ -13,13 +13,13 @@ __all__ = ['FPNNeck', 'PanopticDecoder']
 
 
 class FPNNeck(nn.Module):
-    """Neck of the FPN: 1x1 laterals, top-down sum, a 3x3 output convolution at each level."""
+    """Neck of the FPN: 1x1 laterals, a top-down sum, and a 3x3 output convolution at each level."""
 
     def __init__(self, in_chs: Sequence[int], pyramid_channels: int = 256) -> None:
         """
         Args:
             in_chs: Channels of the encoder's maps, from fine to coarse.
-            pyramid_channels: Channels of each level. 256 is Detectron2's.
+            pyramid_channels: Channels of each level. Detectron2 uses 256.
         """
         super().__init__()
         self.laterals = nn.ModuleList([nn.Conv2d(chs, pyramid_channels, 1) for chs in in_chs])
@@ -37,19 +37,20 @@ class FPNNeck(nn.Module):
 
 
 class PanopticDecoder(nn.Module):
-    """A neck and the head of the panoptic FPN: every level is brought to the finest one's size and they are summed.
+    """A neck and the head of the panoptic FPN, which brings all levels to the size of the finest one and sums them.
 
-    At a level of n times the finest stride, log2(n) times (at least once) a 3x3 convolution, group norm and ReLU, each
-    but at the finest level followed by a bilinear upsampling to the size of the next finer level.
+    A level of n times the finest stride goes through log2(n) blocks (at least one) of a 3x3 convolution, group norm and
+    ReLU. At all levels but the finest, each block is followed by bilinear upsampling to the size of the next finer
+    level.
     """
 
     def __init__(self, neck: nn.Module, num_levels: int, pyramid_channels: int = 256, head_channels: int = 128) -> None:
         """
         Args:
-            neck: Turns the encoder's maps into levels.
-            num_levels: Levels.
+            neck: Module that turns the encoder's maps into levels.
+            num_levels: Number of levels.
             pyramid_channels: Channels of each level.
-            head_channels: Channels that come out. 128, and 32 groups in the norm, are Detectron2's.
+            head_channels: Channels of the output. Detectron2 uses 128, and 32 groups in the norm.
         """
         super().__init__()
         self.neck = neck
@@ -71,11 +72,11 @@ class PanopticDecoder(nn.Module):
     def forward(self, features: List[torch.Tensor]) -> torch.Tensor:
         """Decode the encoder's maps, from fine to coarse, into one map (B, C, H, W) of the finest level's size.
 
-        Of more maps than there are levels the last are used, as in segmentation_models_pytorch.
+        If there are more maps than levels, the last ones are used, as in segmentation_models_pytorch.
         """
         levels = self.neck(features[-self.num_levels:])
         sizes = [x.shape[-2:] for x in levels]
-        out = levels[0]  # until the first head has run; a script must know its type
+        out = levels[0]  # replaced by the first head's output; TorchScript must know its type
         for level, head in enumerate(self.heads):
             x = levels[level]
             for i, block in enumerate(head):

@@ -3,7 +3,8 @@
 Paper: `Visual Transformers: Where Do Transformers Really Belong in Vision Models?` - https://arxiv.org/abs/2006.03677
 Baseline: `Panoptic Feature Pyramid Networks` - https://arxiv.org/abs/1901.02446, as Detectron2's semantic FPN
 
-Both stand on segmentation_models_pytorch's SegmentationModel: any of its encoders, and with 'tu-NAME' any of timm's.
+Both are based on segmentation_models_pytorch's SegmentationModel and take any of its encoders, including timm's models
+as 'tu-NAME'.
 """
 import copy
 import json
@@ -33,10 +34,10 @@ __all__ = ['VTFPN', 'PanopticFPN']
 
 
 class PyramidModel(AsksModel, SegmentationModel):
-    """An encoder, a neck over its maps of stride 4, 8, 16 and 32, the head of the panoptic FPN.
+    """An encoder, a neck over its maps of stride 4, 8, 16 and 32, and the head of the panoptic FPN.
 
-    Images (B, in_channels, H, W) of any size become logits (B, classes, H, W). `from_pretrained` reads safetensors only
-    and never fetches the encoder's own weights, which the model's replace.
+    Images (B, in_channels, H, W) of any size become logits (B, classes, H, W). `from_pretrained` reads only safetensors
+    and never fetches the encoder's pretrained weights, which the model's own would replace.
     """
 
     asked = 'decoder'
@@ -60,9 +61,9 @@ class PyramidModel(AsksModel, SegmentationModel):
         """
         Args:
             neck: Class of the neck.
-            neck_args: Its arguments beside the encoder's channels and `pyramid_channels`.
+            neck_args: Arguments of the neck, apart from the encoder's channels and `pyramid_channels`.
             encoder_args: Arguments of the encoder.
-            Others are those of `VTFPN`.
+            The other arguments are those of `VTFPN`.
         """
         super().__init__()
         check_positive('in_channels', in_channels)
@@ -84,10 +85,10 @@ class PyramidModel(AsksModel, SegmentationModel):
         initialize_head(self.segmentation_head)
 
     def reparameterize(self) -> None:
-        """Turn the model, in place, into its inference form; timm's `reparameterize_model` makes one of a copy.
+        """Turn the model, in place, into its inference form; timm's `reparameterize_model` does this to a copy.
 
-        Exact in eval mode, and done again without effect. Norms are folded into the maps before them, in the encoder
-        too where torch.fx can trace it. After an error the model is as it was.
+        It is exact in eval mode, and a second call has no effect. Norms are folded into the maps before them, in the
+        encoder too if torch.fx can trace it. If an error is raised, the model is left as it was.
         """
         encoder, neck = copy.deepcopy(self.encoder), self.decoder.neck
         reparameterize_blocks(encoder)
@@ -99,36 +100,36 @@ class PyramidModel(AsksModel, SegmentationModel):
         """Segment images.
 
         Args:
-            x: Images (B, in_channels, H, W), normalised as the encoder asks.
+            x: Images (B, in_channels, H, W), normalised as the encoder expects.
 
         Returns:
-            Logits, or what `activation` makes of them, (B, classes, H, W).
+            Logits (B, classes, H, W), after `activation` if there is one.
         """
         logits = self.segmentation_head(self.decoder(self.encoder(x)))
         return self.activation(F.interpolate(logits, size=x.shape[-2:], mode='bilinear', align_corners=False))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Union[str, Path], *, strict: bool = True, **kwargs: Any):
-        """Load a model that `save_pretrained` or `push_to_hub` wrote.
+        """Load a model written by `save_pretrained` or `push_to_hub`.
 
         Args:
             pretrained_model_name_or_path: Folder, or repository on the hub.
-            strict: Raise where the weights are not exactly the model's.
-            **kwargs: Arguments of huggingface_hub's `from_pretrained`, and of the model in place of its saved ones.
+            strict: Raise an error unless the names of the weights match the model's exactly.
+            **kwargs: Arguments of huggingface_hub's `from_pretrained`, and model arguments that replace the saved ones.
 
         Returns:
             The model in eval mode.
         """
         kwargs.setdefault('encoder_weights', None)
         model = super().from_pretrained(pretrained_model_name_or_path, strict=strict, **kwargs)
-        return model.eval()  # not every client of the hub does it
+        return model.eval()  # not every version of huggingface_hub does this
 
     def generate_model_card(self, dataset: Optional[str] = None, metrics: Optional[dict] = None, **kwargs) -> ModelCard:
-        """The README.md that `save_pretrained` writes where there is none.
+        """Create the README.md that `save_pretrained` writes if there is none.
 
         Args:
-            dataset: What it was trained on.
-            metrics: Names and values of measures on it.
+            dataset: Data that the model was trained on.
+            metrics: Names and values of the metrics measured on it.
         """
         data = ModelCardData(
             library_name='vt_zoo', license='apache-2.0', pipeline_tag='image-segmentation',
@@ -150,7 +151,7 @@ class PyramidModel(AsksModel, SegmentationModel):
 
 
 class VTFPN(PyramidModel):
-    """VT-FPN (section 4 of the paper, Figure 4): tokens of every level, related by one transformer, written back."""
+    """VT-FPN (section 4 of the paper, Figure 4): one transformer relates the tokens of all levels of a pyramid."""
 
     @supports_config_loading
     def __init__(
@@ -170,23 +171,23 @@ class VTFPN(PyramidModel):
     ) -> None:
         """
         Args:
-            encoder_name: An encoder of segmentation_models_pytorch, 'tu-NAME' for one of timm. The paper's are
+            encoder_name: An encoder of segmentation_models_pytorch; 'tu-NAME' for the timm model NAME. The paper uses
                 ResNet-50 and ResNet-101.
-            encoder_depth: Stages of the encoder; 5, the number that gives the levels.
+            encoder_depth: Number of stages of the encoder. Must be 5, which gives the four levels.
             encoder_weights: None for random weights. As in segmentation_models_pytorch, True (or any string) fetches
-                the pretrained weights of a 'tu-' encoder; unlike there none are fetched unless asked for.
+                the pretrained weights of a 'tu-' encoder; unlike there, the default is to fetch none.
             in_channels: Channels of the image.
-            classes: Channels of the output. 54 for COCO-stuff and 20 for LIP in the paper's counts.
-            activation: Of the output, by segmentation_models_pytorch's names; None for logits.
-            num_tokens: Tokens of each level. 8 is the paper's.
-            token_dim: Channels of a token. 1024 is the paper's.
-            pyramid_channels: Channels of each level. 256 meets the paper's costs.
-            head_channels: Channels of the head, a multiple of 32. 128 meets the paper's costs.
-            norm_layer: timm's name of the norm in the neck. (The head has group norm, as Detectron2's.)
+            classes: Channels of the output. In the paper's counts, 54 for COCO-stuff and 20 for LIP.
+            activation: Activation of the output, by its name in segmentation_models_pytorch; None for logits.
+            num_tokens: Number of tokens of each level. The paper uses 8.
+            token_dim: Channels of a token. The paper uses 1024.
+            pyramid_channels: Channels of each level. 256 reproduces the paper's costs.
+            head_channels: Channels of the head, a multiple of 32. 128 reproduces the paper's costs.
+            norm_layer: timm's name of the norm in the neck. (The head has a group norm, like Detectron2's.)
             **kwargs: Arguments of the encoder.
 
         Raises:
-            ValueError: An argument is outside what is allowed.
+            ValueError: An argument is not allowed.
         """
         check_positive('num_tokens', num_tokens)
         check_positive('token_dim', token_dim)
@@ -212,7 +213,7 @@ class PanopticFPN(PyramidModel):
             head_channels: int = 128,
             **kwargs: Any,
     ) -> None:
-        """Arguments are those of `VTFPN`; there are no tokens, and no norm in the neck."""
+        """See `VTFPN` for the arguments. There are no tokens, and there is no norm in the neck."""
         super().__init__(
             encoder_name, encoder_depth, encoder_weights, in_channels, classes, activation, pyramid_channels,
             head_channels, FPNNeck, {}, kwargs)

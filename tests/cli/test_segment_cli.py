@@ -262,7 +262,7 @@ def test_predict_onto_a_full_disk(segment_command, picture, segment_model, tmp_p
 def test_predict_without_a_model(segment_command, picture, tiny_model, tmp_path):
     check_refused(segment_command('segment', 'predict', picture), '--model')
     result = segment_command('segment', 'predict', picture, '--model', tiny_model, '--out', tmp_path / 'out')
-    check_refused(result, tiny_model, 'is a classifier', 'needed is a segmenter')
+    check_refused(result, tiny_model, 'is a classifier', 'but a segmenter is needed')
 
 
 def test_no_action(command):
@@ -301,7 +301,7 @@ def test_folder_of_a_run_is_its_last_model(segment_command, picture, segment_run
 
 def test_segmenter_where_a_classifier_is_needed(segment_command, picture, segment_run):
     result = segment_command('predict', picture, '--model', segment_run.out)
-    check_refused(result, segment_run.out, 'is a segmenter', 'needed is a classifier')
+    check_refused(result, segment_run.out, 'is a segmenter', 'but a classifier is needed')
 
 
 def test_interrupted_prediction_leaves_whole_files(segment_command, signal_at, composed, segment_model, tmp_path):

@@ -128,7 +128,7 @@ def test_state_dict_alone(tmp_path, kind, input_error):
     assert same(model, state_dict)
     assert model.num_classes == 5
     assert 'training' not in config(tmp_path / 'out')
-    with input_error('a.*does not say of which model it is: add --model NAME'):
+    with input_error('a.*does not say which model it is for: add --model NAME'):
         convert(path, tmp_path / 'other')
 
 
@@ -223,7 +223,7 @@ def test_damaged_checkpoint(last, tmp_path, damage, input_error):
     ({'model': 'vt_resnet18'}, 'is not of vt_resnet18 with 3 classes: .* of its weights differ, the first missing is'),
     ({'num_classes': 7}, r'is not of test_vt_resnet with 7 classes: 2 of its weights differ, the first is fc\.weight'),
     ({'model_kwargs': {'no_such_argument': 1}}, 'asks for a test_vt_resnet that cannot be made: .*no_such_argument'),
-    ({'model': 3}, 'does not say of which model'),
+    ({'model': 3}, 'does not say which model'),
     ({'mean': [0.1, 0.2]}, 'cannot be written as a model')])
 def test_arguments_that_do_not_fit(tmp_path, arguments, match, input_error):
     path = save(tmp_path / 'run', ema=False, **arguments)

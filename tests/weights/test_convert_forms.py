@@ -77,7 +77,7 @@ def test_moving_average(converted, weights, wrap, ema):
 def test_what_is_not_of_the_model_is_told(converted, weights, caplog):
     with caplog.at_level(logging.INFO, 'vt_zoo'):
         converted({'state_dict': {**below('model.', weights[0]), 'head.weight': torch.ones(3, 2)}})
-    assert "the model is what is below 'model.', left out: head.weight" in caplog.text
+    assert "the model is below 'model.'; left out: head.weight" in caplog.text
 
 
 def test_checkpoint_of_deit(converted, weights, tmp_path):
@@ -113,7 +113,7 @@ def test_weights_that_differ(converted, weights, change, match, input_error):
 
 
 def test_moving_average_that_is_not_wanted_or_not_there(converted, weights, input_error):
-    with input_error('holds a moving average alone: leave --no-ema out'):
+    with input_error('holds only a moving average: leave --no-ema out'):
         converted(below('ema.module.', weights[0]), ema=False)
     with input_error('holds no moving average: leave --ema out'):
         converted({'model': weights[0]}, ema=True)

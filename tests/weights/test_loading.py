@@ -73,7 +73,7 @@ def test_hub_that_gives_no_such_model_or_other_weights(segment_run, hub_client, 
 @pytest.mark.parametrize('task, needed', [('classification', 'a classifier'), ('segmentation', 'a segmenter')])
 def test_other_task(task, needed, tiny_run, segment_run, input_error):
     out = tiny_run.out if task == 'segmentation' else segment_run.out
-    with input_error(f'model {out} is a (classifier|segmenter), needed is {needed}'):
+    with input_error(f'model {out} is a (classifier|segmenter), but {needed} is needed'):
         vt_zoo.load(out, task)
 
 

@@ -1,4 +1,4 @@
-"""Weights of models as files: written, loaded, converted, published."""
+"""Model weights as files: writing, loading, converting and publishing them."""
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {

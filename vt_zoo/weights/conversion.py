@@ -1,4 +1,4 @@
-"""Checkpoints of timm's train.py and of other programs as folders in timm's hub layout."""
+"""Conversion of checkpoints of timm's train.py and other programs to folders in timm's hub layout."""
 import argparse
 import logging
 import pickle
@@ -26,7 +26,7 @@ from .loading import check_name
 
 __all__ = ['Converted', 'convert']
 
-# What decides the outcome of train.py; its other arguments are of the machine, or paths on it that concern nobody else.
+# Arguments that decide the outcome of train.py; the others describe the machine, or are private paths on it.
 _ARGUMENTS = (
     'pretrained', 'dataset', 'train_split', 'val_split', 'num_classes', 'img_size', 'input_size', 'model_kwargs',
     'epochs', 'batch_size', 'world_size', 'grad_accum_steps', 'opt', 'momentum', 'weight_decay', 'clip_grad',
@@ -35,7 +35,7 @@ _ARGUMENTS = (
     'cutmix', 'smoothing', 'bce_loss', 'drop', 'drop_path', 'model_ema', 'model_ema_decay', 'model_ema_warmup',
     'amp', 'amp_dtype', 'seed', 'kd_model_name', 'task_loss_weight', 'distill_loss_weight')
 
-# Names under which programs save weights, and moving averages of them
+# Names under which programs save weights, and their moving averages
 WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'network', 'weights', 'params', 'module')
 AVERAGES = ('state_dict_ema', 'model_ema', 'ema', 'ema_state_dict', 'model_ema_state_dict', 'ema_model', 'params_ema')
 AVERAGE = re.compile(r'(^|[._])(ema|swa|avg|average|averaged)([._]|$)')  # in a prefix
@@ -46,12 +46,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Converted:
-    """What `convert` wrote.
+    """Summary of what `convert` wrote.
 
     Attributes:
         name: Name of the model.
-        weights: Which of the file's.
-        epoch: Number of epochs behind them, where the file says it.
+        weights: Which of the file's weights were taken.
+        epoch: Number of epochs that they were trained for; None if the file does not say.
     """
     name: str
     weights: str
@@ -59,13 +59,13 @@ class Converted:
 
 
 def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Read a checkpoint without running anything that it holds.
+    """Read a checkpoint without running any code that it contains.
 
-    A pickle is read by torch with `weights_only=True`; beside tensors and plain values that takes `argparse.Namespace`,
-    a bare record in which train.py keeps its arguments.
+    A pickle is read by torch with `weights_only=True`. Besides tensors and plain values, this accepts
+    `argparse.Namespace`, a plain record in which train.py keeps its arguments.
 
     Args:
-        path: A safetensors file by its ending, else a file of `torch.save`.
+        path: A file whose name ends in `.safetensors`, or else one written by `torch.save`.
 
     Raises:
         InputError: The file is missing, damaged, or holds other objects.
@@ -83,7 +83,7 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not look at the checksums
+                damaged = archive.testzip()  # torch does not verify the checksums
             if damaged is not None:
                 raise InputError(f'checkpoint {path} is damaged: the checksum of its part {damaged} is wrong')
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -93,23 +93,23 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         raise
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL ([\w.]+)', str(e))
-        what = f'it holds {found[1]}' if found else 'it is not a file of torch.save'
+        what = f'it holds {found[1]}' if found else 'it was not written by torch.save'
         raise InputError(f'checkpoint {path} is not read: {what}, only tensors and plain values are read') from e
     except Exception as e:  # a damaged pickle makes torch raise nearly anything
         raise InputError(f'checkpoint {path} is damaged or no checkpoint: {first_line(e)[:150]}') from e
 
 
 def _read_arguments(checkpoint: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, int]]:
-    """Arguments of train.py, where it wrote the checkpoint, and the side of the images, where another program did."""
+    """Return the arguments of train.py if it wrote the checkpoint; otherwise the image size, if the file has one."""
     args = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
     if 'arch' in checkpoint:
         return args, {}
-    size = args.get('input_size')  # of DeiT and its descendants
+    size = args.get('input_size')  # in DeiT and its descendants
     return {}, {'img_size': size} if isinstance(size, int) else {}
 
 
 def _find_weights(content: Dict[str, Any], names: Sequence[str]) -> Optional[Dict[str, torch.Tensor]]:
-    """The state dict under the first of these names that has one, directly or below another of `WEIGHTS`."""
+    """Find the state dict under the first of these names that has one, directly or below a name of `WEIGHTS`."""
     for name in names:
         value = content.get(name)
         if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
@@ -121,7 +121,7 @@ def _find_weights(content: Dict[str, Any], names: Sequence[str]) -> Optional[Dic
 
 
 def _select_weights(checkpoint: Any, ema: Optional[bool], path: Path) -> Tuple[Dict[str, torch.Tensor], bool]:
-    """The state dict that is asked for, and whether it is the moving average."""
+    """Return the requested state dict, and whether it is the moving average."""
     average = _find_weights(checkpoint, AVERAGES) if isinstance(checkpoint, dict) and ema is not False else None
     weights = _find_weights({'': checkpoint}, ['']) if average is None else average
     if weights is None:
@@ -130,7 +130,7 @@ def _select_weights(checkpoint: Any, ema: Optional[bool], path: Path) -> Tuple[D
 
 
 def _count_by_prefix(state_dict: Dict[str, torch.Tensor], own: Collection[str]) -> Counter:
-    """How many of a model's weights a state dict has below each prefix, '' among them."""
+    """Count how many of a model's weights a state dict has below each prefix, including ''."""
     counts: Counter = Counter({'': 0})
     for key in state_dict:
         words = key.split('.')
@@ -142,7 +142,7 @@ def _count_by_prefix(state_dict: Dict[str, torch.Tensor], own: Collection[str]) 
 
 
 def _select_prefix(counts: Counter, num_weights: int, ema: Optional[bool], path: Path) -> str:
-    """The prefix below which the model is; where it is below none, that with the most of its weights."""
+    """Return the prefix below which the whole model is; if there is none, the one with most of its weights."""
     complete = [prefix for prefix, count in counts.items() if count == num_weights]
     if len(complete) < 2:
         return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
@@ -162,7 +162,11 @@ def _unwrap(
         ema: Optional[bool],
         path: Path,
 ) -> Tuple[Dict[str, torch.Tensor], str]:
-    """The model's weights in a state dict that may hold it below a prefix, as Lightning's does, and that prefix."""
+    """Take the model's weights out of a state dict that may have them below a prefix, as Lightning's does.
+
+    Returns:
+        The weights, and the prefix.
+    """
     own = model.state_dict()
     prefix = _select_prefix(_count_by_prefix(state_dict, own), len(own), ema, path)
     weights = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -189,7 +193,7 @@ def _unwrap(
     others = [key for key in state_dict if not key.startswith(prefix)]
     if others:
         more = f' and {len(others) - 1} more' if len(others) > 1 else ''
-        _logger.info(f'the model is what is below {prefix!r}, left out: {others[0]}{more}')
+        _logger.info(f'the model is below {prefix!r}; left out: {others[0]}{more}')
     return weights, prefix
 
 
@@ -200,7 +204,11 @@ def _create_model(
         ema: Optional[bool],
         path: Path,
 ) -> Tuple[nn.Module, str]:
-    """The model as train.py makes it, with the weights, and the prefix below which they are."""
+    """Create the model as train.py does and load its weights.
+
+    Returns:
+        The model in eval mode, and the prefix of its weights in the checkpoint.
+    """
     check_name(name)
     num_classes = args.get('num_classes')
     classifier = f'{get_pretrained_cfg(name).classifier}.weight'
@@ -212,7 +220,7 @@ def _create_model(
         model = create_model(
             name, num_classes=num_classes, in_chans=in_chans, global_pool=args.get('gp'), bn_eps=args.get('bn_eps'),
             **args.get('model_kwargs') or {})
-    except Exception as e:  # arguments are the checkpoint's own and may be anything
+    except Exception as e:  # the arguments come from the checkpoint and may be anything
         raise InputError(f'checkpoint {path} asks for a {name} that cannot be made: {first_line(e)}') from e
     state_dict, prefix = _unwrap(state_dict, model, name, ema, path)
     own = model.state_dict()
@@ -236,9 +244,9 @@ def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, An
     }
     if args.get('pretrained') and not args.get('pretrained_path') and not args.get('initial_checkpoint'):
         training['base_model'] = find_hub_id(name)
-    if isinstance(checkpoint.get('epoch'), int) and 'metric' in checkpoint:  # a recovery-*.pth.tar is amid an epoch
+    if isinstance(checkpoint.get('epoch'), int) and 'metric' in checkpoint:  # recovery-*.pth.tar has none, mid-epoch
         training['epochs'] = checkpoint['epoch'] + 1
-    # train.py measures the moving average where it has one
+    # train.py measures the moving average if it has one
     measured_ema = 'state_dict_ema' in checkpoint and not args.get('model_ema_force_cpu')
     if use_ema == measured_ema and args.get('eval_metric') == 'top1' and isinstance(checkpoint.get('metric'), float):
         training['top1'] = checkpoint['metric']
@@ -246,7 +254,7 @@ def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, An
 
 
 def _data_config(model: nn.Module, args: Dict[str, Any]) -> Dict[str, Any]:
-    """timm's data config; mean and std that are of other channels than the model's are averaged, as train.py does."""
+    """timm's data config; mean and std for another number of channels than the model's are averaged, as in train.py."""
     config = resolve_data_config(args, model=model)
     for name in ('mean', 'std'):
         values = config[name]
@@ -266,18 +274,17 @@ def convert(
     """Write a checkpoint as a folder in timm's hub layout, with the arguments of its training.
 
     Args:
-        checkpoint: File of train.py (`last.pth.tar`, `model_best.pth.tar`, ...), or one with a state dict, by itself
-            or under a usual name (`model`, `model_state_dict`, ...). The model may be part of another module, as of
-            Lightning's: a prefix below which all of its weights are is taken off.
-        out: Folder to write, which must not be there.
-        name: Name of the model; the checkpoint's own where None.
-        ema: Take the moving average, or the weights themselves; the moving average if there is one where None.
-        dtype: `torch.float16` or `torch.bfloat16` for half the size; as it is where None.
+        checkpoint: File of train.py (`last.pth.tar`, `model_best.pth.tar`, ...), or one with a state dict, either by
+            itself or under a usual name (`model`, `model_state_dict`, ...). The model may be part of another module,
+            such as Lightning's: a prefix common to all of its weights is removed.
+        out: Folder to write, which must not exist yet.
+        name: Name of the model; None for the name in the checkpoint.
+        ema: True for the moving average, False for the weights themselves, None for the moving average if there is one.
+        dtype: `torch.float16` or `torch.bfloat16` for half the size; None to keep the type.
         max_shard_size: As in `write_model`.
 
     Raises:
-        InputError: The checkpoint cannot be read or is not of this model, `out` is there, or its
-            name is not UTF-8.
+        InputError: The checkpoint cannot be read or is not one of this model, `out` exists, or its name is not UTF-8.
         OSError: `out` cannot be written.
     """
     path, out = Path(checkpoint), Path(out)
@@ -289,13 +296,13 @@ def convert(
     args, img_size = _read_arguments(content)
     name = name or (content.get('arch') if args else None)
     if not isinstance(name, str):
-        raise InputError(f'checkpoint {path} does not say of which model it is: add --model NAME')
+        raise InputError(f'checkpoint {path} does not say which model it is for: add --model NAME')
     model, prefix = _create_model(name, args, state_dict, ema, path)
     use_ema = use_ema or bool(AVERAGE.search(prefix))
     if ema is not None and ema != use_ema:
         raise InputError(
             f'checkpoint {path} holds no moving average: leave --ema out' if ema else
-            f'checkpoint {path} holds a moving average alone: leave --no-ema out')
+            f'checkpoint {path} holds only a moving average: leave --no-ema out')
     if dtype is not None:
         model.to(dtype)
         for key, value in model.state_dict().items():

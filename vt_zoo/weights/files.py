@@ -1,4 +1,4 @@
-"""Files of weights: safetensors only, and each appears whole or not at all."""
+"""Files of weights: only safetensors, and each is written completely or not at all."""
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -24,7 +24,7 @@ def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], meta
 
 
 def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """Read a file of `write_tensors`.
+    """Read a file written by `write_tensors`.
 
     Raises:
         InputError: The file is damaged.
@@ -38,9 +38,9 @@ def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[
 
 
 def drop_second_num_classes(config: Dict[str, Any]) -> None:
-    """Take `num_classes` out of the `model_args` of a `config.json`, where timm may write it a second time.
+    """Remove `num_classes` from the `model_args` of a `config.json`, where timm may write it a second time.
 
-    timm passes the one at the top. transformers' timm wrapper passes both, and fails.
+    timm uses only the one at the top level; transformers' timm wrapper passes both and fails.
     """
     (config.get('model_args') or {}).pop('num_classes', None)
 
@@ -58,11 +58,12 @@ def write_model(
 
     Args:
         path: Folder to write, with `model.safetensors` and `config.json`.
-        model: Model that was made by `timm.create_model`.
-        classes: Names of the classes, in the order of the logits; None where they are not known.
+        model: Model created by `timm.create_model`.
+        classes: Names of the classes, in the order of the logits; None if they are not known.
         data_config: Input size, mean, std, interpolation and crop that go with the weights.
-        training: How the weights came about, JSON-able, for `config.json` (see `vt_zoo.weights.publish`).
-        max_shard_size: Largest file of weights, as '500MB', where they are to be split. timm does not read shards;
+        training: How the weights were trained, as JSON-serializable values for `config.json` (see
+            `vt_zoo.weights.model_card`).
+        max_shard_size: Split the weights into files of at most this size, e.g. '500MB'. timm does not read shards;
             `load_model`, `huggingface_hub.load_torch_model` and transformers do.
         replace: As in `whole`.
     """
@@ -76,7 +77,7 @@ def write_model(
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
         drop_second_num_classes(config)
         theirs = config['pretrained_cfg']
-        for key in (  # of the weights that it began with
+        for key in (  # of the weights that training started from
                 'tag', 'license', 'description', 'test_input_size', 'test_crop_pct', 'test_pool_size'):
             theirs.pop(key, None)
         if list(theirs['input_size']) != list(data_config.get('input_size', theirs['input_size'])):
@@ -99,19 +100,19 @@ def write_segmenter(
         metrics: Optional[Dict[str, Any]] = None,
         training: Optional[Dict[str, Any]] = None,
 ) -> None:
-    """Write a segmenter: `save_pretrained`'s files, whole or not at all, with what its use needs in config.json.
+    """Write a segmenter as `save_pretrained` does, completely or not at all, with everything needed to use it.
 
     Args:
-        path: Folder to write; one that stands there is replaced.
+        path: Folder to write; an existing one is replaced.
         model: A model of `vt_zoo.models.vt_fpn`.
         classes: Names of the classes, in the order of the logits.
-        mean: Of the images that it takes, a value a channel.
-        std: As mean.
-        eval_size: Short side, or height and width, to which images are resized before it; None for as they are.
-        label_map: Of the masks that it was trained on.
-        dataset: For the model card: what it was trained on.
-        metrics: For the model card: names and values of measures.
-        training: How the weights came about, JSON-able, for config.json.
+        mean: Mean of each channel, used to normalise the images.
+        std: Standard deviation of each channel, used to normalise the images.
+        eval_size: Short side, or height and width, to which images are resized before the model; None for no resizing.
+        label_map: Label map of the masks that the model was trained on.
+        dataset: Data that the model was trained on, for the model card.
+        metrics: Names and values of metrics, for the model card.
+        training: How the weights were trained, as JSON-serializable values for config.json.
     """
     config = {
         **model.config, '_model_class': type(model).__name__, 'encoder_weights': None, '_classes': classes,

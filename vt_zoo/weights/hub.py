@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: where a name leads, the downloaded file, and what an error of its client means."""
+"""Models on the Hugging Face Hub: which repository a name means, its downloaded file, and what client errors mean."""
 import hashlib
 import os
 import re
@@ -13,7 +13,7 @@ from ..errors import InputError, first_line
 WEIGHTS = 'model.safetensors'
 
 _REASONS = {
-    401: 'the hub does not know the token, or has no such repository that it opens',
+    401: 'the hub does not know the token, or has no such repository that the token may read',
     403: 'the token does not allow it',
     404: 'the hub has no such repository, revision or file',
 }
@@ -33,15 +33,15 @@ def find_hub_id(name: str) -> Optional[str]:
 
 
 def download_weights(hub_id: str, cache_dir: Optional[str] = None) -> Path:
-    """Path of a repository's `model.safetensors` in the client's cache, downloaded where it is not there.
+    """Download a repository's `model.safetensors` unless it is in the client's cache, and return its path there.
 
-    Over HTTP the client checks the size of what it downloads, not the content. In the cache, large files are named
-    after the SHA-256 that the hub gives for them, so that the content can be checked here. Where the file system has no
-    symbolic links there is no such name, and no check.
+    Over HTTP, the client checks the size of a download but not its content. In the cache, large files are named after
+    the SHA-256 that the hub gives for them, so their content can be checked here. On file systems without symbolic
+    links there is no such name, and so no check.
 
     Raises:
         InputError: The file is not the one that the hub announced.
-        Exception: Those of the client.
+        Exception: Any error of the client.
     """
     repo_id, _, revision = hub_id.partition('@')
     path = Path(hf_hub_download(repo_id, WEIGHTS, revision=revision or None, cache_dir=cache_dir))

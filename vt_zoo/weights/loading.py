@@ -1,4 +1,4 @@
-"""Models with their weights and what their use needs: classifiers and segmenters, from names, folders and the hub."""
+"""Loading classifiers and segmenters, with everything needed to use them, from names, folders and the hub."""
 import contextlib
 import io
 import json
@@ -35,16 +35,16 @@ SHARD_INDEX = f'{WEIGHTS}.index.json'
 
 @dataclass
 class Loaded:
-    """A model with its weights, and what its use needs.
+    """A model with its weights, and everything needed to use it.
 
     Attributes:
-        model: In eval mode. A classifier gives a logit a class (B, classes), a segmenter that for each pixel
-            (B, classes, H, W).
+        model: The model, in eval mode. A classifier returns one logit per class (B, classes), a segmenter one per class
+            and pixel (B, classes, H, W).
         task: 'classification' or 'segmentation'.
         classes: Names of the classes, in the order of the logits.
-        preprocessing: What `prepare` does, in timm's terms: `input_size` (C, H, W), with H and W None where images keep
-            their own or get a `short_side`; `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`.
-        label_map: Of a segmenter: that of the masks that it was trained on, None where it needs none.
+        preprocessing: What `prepare` does, in timm's terms: `input_size` (C, H, W), where H and W are None if images
+            keep their size or are resized to a `short_side`; `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`.
+        label_map: Label map of the masks that a segmenter was trained on; None if they hold class indices.
     """
     model: nn.Module
     task: str
@@ -54,21 +54,21 @@ class Loaded:
 
     @property
     def input_size(self) -> Tuple[int, Optional[int], Optional[int]]:
-        """Channels, height and width of what the model takes; height and width None where any will do."""
+        """Channels, height and width of the model's input; height and width are None if any will do."""
         return tuple(self.preprocessing['input_size'])
 
     @property
     def eval_size(self) -> Optional[Union[int, Tuple[int, int]]]:
-        """Short side, or height and width, to which a segmenter's images are resized; None for as they are."""
+        """Short side, or height and width, to which a segmenter's images are resized; None for no resizing."""
         return _eval_size(self.preprocessing)
 
     @cached_property
     def prepare(self) -> Callable[[Image.Image], torch.Tensor]:
-        """Makes a PIL image a normalised tensor (C, H, W); as `create_prepare`."""
+        """Function that turns a PIL image into a normalised tensor (C, H, W); see `create_prepare`."""
         return create_prepare(self.preprocessing)
 
     def shown(self, x: torch.Tensor) -> Image.Image:
-        """The image that a prepared tensor (C, H, W) stands for: what the model sees."""
+        """Convert a prepared tensor (C, H, W) back to an image, which shows what the model sees."""
         mean, std = (torch.tensor(self.preprocessing[key])[:, None, None] for key in ('mean', 'std'))
         pixels = ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
@@ -80,10 +80,10 @@ def _eval_size(preprocessing: Dict[str, Any]) -> Optional[Union[int, Tuple[int, 
 
 
 def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """`Loaded.prepare` of `Loaded.preprocessing`.
+    """Create `Loaded.prepare` from `Loaded.preprocessing`.
 
     Raises:
-        InputError: It takes neither 1 nor 3 channels.
+        InputError: The number of channels is neither 1 nor 3.
     """
     if 'short_side' not in preprocessing:
         return image_transform(preprocessing)
@@ -95,17 +95,17 @@ def create_prepare(preprocessing: Dict[str, Any]) -> Callable[[Image.Image], tor
 
 
 def load(name_or_dir: Union[str, Path], task: Optional[str] = None) -> Loaded:
-    """Load a model with its weights, a classifier or a segmenter.
+    """Load a classifier or a segmenter with its weights.
 
     Args:
-        name_or_dir: Name of a model of timm that has weights, as 'test_vt_resnet.digits'; `hf-hub:ORG/NAME`; or a
-            folder: of a run of `vt-zoo finetune` or `vt-zoo segment train` (of which the last model is taken), of
-            `vt-zoo publish` or `vt-zoo convert`, or another in timm's hub layout.
-        task: 'classification' or 'segmentation', where no other will do.
+        name_or_dir: Name of a timm model that has weights, e.g. 'test_vt_resnet.digits'; `hf-hub:ORG/NAME`; or a folder
+            in timm's hub layout, or one written by `vt-zoo finetune`, `vt-zoo segment train` (whose last model is
+            taken), `vt-zoo publish` or `vt-zoo convert`.
+        task: 'classification' or 'segmentation' to accept only such a model; None for either.
 
     Raises:
         InputError: There is no such model, it is for another task, its weights are missing, damaged or those of another
-            model, it has not as many classes as names for them, or what segmentation needs is not installed.
+            model, the numbers of classes and class names differ, or what segmentation needs is not installed.
     """
     name = str(name_or_dir)
     folder = find_model(Path(name.removeprefix('local-dir:')))
@@ -113,21 +113,21 @@ def load(name_or_dir: Union[str, Path], task: Optional[str] = None) -> Loaded:
         folder = _segmenter_of_hub(name) or folder
     found = task_of(folder) if folder.is_dir() or task == SEGMENTATION else CLASSIFICATION
     if task and found not in (task, None):
-        raise InputError(f'model {name} is {KINDS[found]}, needed is {KINDS[task]}')
+        raise InputError(f'model {name} is {KINDS[found]}, but {KINDS[task]} is needed')
     if (found or task) == SEGMENTATION:
         return _load_segmenter(folder)
     return as_classifier(load_model(str(folder) if folder.is_dir() else name), name)
 
 
 def as_classifier(model: nn.Module, name: str) -> Loaded:
-    """A classifier of timm with what its config says of its use.
+    """Wrap a timm classifier as `Loaded`, with class names and preprocessing from its config.
 
     Args:
         model: The model, in eval mode.
-        name: What the sentence calls it.
+        name: Name of the model in error messages.
 
     Raises:
-        InputError: It has not as many classes as names for them.
+        InputError: The numbers of classes and class names differ.
     """
     classes = [str(n) for n in _label_names(model) or range(model.num_classes)]
     if len(classes) != model.num_classes:
@@ -136,9 +136,9 @@ def as_classifier(model: nn.Module, name: str) -> Loaded:
 
 
 def _label_names(model: nn.Module) -> Optional[Sequence[str]]:
-    """Names of the classes in a model's config, but for those of registered weights that have other classes.
+    """Class names in a model's config, unless they belong to registered weights that have other classes.
 
-    timm before 1.0.31 leaves them in the config of a model that was made from such weights.
+    timm before 1.0.31 leaves such names in the config of a model that was created from those weights.
     """
     names = model.pretrained_cfg.get('label_names')
     registered = get_pretrained_cfg(model.pretrained_cfg.get('architecture', ''))
@@ -148,13 +148,13 @@ def _label_names(model: nn.Module) -> Optional[Sequence[str]]:
 
 
 def find_model(folder: Path) -> Path:
-    """The folder of a run's model, `model` or `last`, where this is the folder of a run; else the folder itself."""
+    """Return the folder of a run's model, `model` or `last`, if this is the folder of a run; else the folder itself."""
     runs_models = [folder / name for name in ('model', 'last') if (folder / name / 'config.json').is_file()]
     return runs_models[0] if runs_models and not (folder / 'config.json').exists() else folder
 
 
 def task_of(folder: Path) -> Optional[str]:
-    """What the model of a folder is for; None where its config.json does not say it."""
+    """The task of the model in a folder; None if its config.json does not say."""
     check_regular(folder / 'config.json', 'file')
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
@@ -164,13 +164,13 @@ def task_of(folder: Path) -> Optional[str]:
 
 
 def _segmenter_of_hub(name: str) -> Optional[Path]:
-    """Folder of the client's cache with a segmenter of the hub; None where this is none, or cannot be had."""
+    """Folder in the client's cache with a segmenter of the hub; None if there is none or it is not available."""
     hub_id = find_hub_id(name)
     repo_id, _, revision = hub_id.partition('@')
     try:
         folder = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None)).parent
     except Exception:  # the client raises its own errors, the system's and those of its HTTP library
-        return None  # loading a classifier says more
+        return None  # loading it as a classifier gives a better error
     if task_of(folder) != SEGMENTATION:
         return None
     try:
@@ -180,7 +180,7 @@ def _segmenter_of_hub(name: str) -> Optional[Path]:
 
 
 def _load_segmenter(path: Path) -> Loaded:
-    """Load a folder of `write_segmenter`."""
+    """Load a segmenter from a folder written by `write_segmenter`."""
     for name in ('config.json', WEIGHTS):
         if not (path / name).is_file():
             raise InputError(f'model folder {path} holds no {name}' if path.is_dir() else
@@ -191,7 +191,7 @@ def _load_segmenter(path: Path) -> Loaded:
         kind = config['_model_class']
         if kind not in kinds:
             raise InputError(f'model folder {path} holds a {kind}, allowed are {", ".join(kinds)}')
-        # huggingface_hub prints that it loads, segmentation_models_pytorch warns of each tensor before it raises
+        # huggingface_hub prints that it loads; segmentation_models_pytorch warns about each tensor before it raises
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             model = kinds[kind].from_pretrained(path)
@@ -201,7 +201,7 @@ def _load_segmenter(path: Path) -> Loaded:
     except InputError:
         raise
     except KeyError as e:
-        raise InputError(f'config.json of model folder {path} has no {e}: it is not of `vt-zoo segment train`') from e
+        raise InputError(f'config.json of model folder {path} has no {e}: it is not by `vt-zoo segment train`') from e
     except Exception as e:  # a damaged file makes the libraries raise nearly anything
         reason = why_weights_do_not_fit(e) if 'loading state_dict' in str(e) else first_line(e)
         raise InputError(f'model folder {path} cannot be loaded: {reason}') from e
@@ -223,7 +223,7 @@ def _read_shard_index(folder: Path) -> Dict[str, str]:
 
 
 def _check_dtypes(files: List[Path], model: nn.Module) -> None:
-    """Raise InputError where a file has another kind of number than the model: torch would convert without a word."""
+    """Raise InputError if a file has integers for floating-point weights, which torch would convert silently."""
     own = model.state_dict()
     for file in files:
         with safe_open(file, framework='pt') as f:
@@ -234,7 +234,7 @@ def _check_dtypes(files: List[Path], model: nn.Module) -> None:
 
 
 def _folder_weights(folder: Path) -> List[Path]:
-    """Files of a folder's weights: one, or its shards."""
+    """Files with a folder's weights: a single one, or its shards."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / SHARD_INDEX).is_file():
@@ -247,14 +247,14 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
 
     Args:
         name_or_dir: Folder in timm's hub layout, whose weights may be in shards; `hf-hub:org/name`, whose weights are
-            checked against the SHA-256 that the hub gives for them; or a registered name that has weights.
+            checked against the SHA-256 that the hub gives for them; or a registered name with weights.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        InputError: No such model or folder, no weights, damaged ones, or weights that do not fit the model.
+        InputError: There is no such model or folder, or its weights are missing, damaged or do not fit the model.
     """
     folder = Path(name_or_dir.removeprefix('local-dir:'))
     source = f'local-dir:{folder}' if folder.is_dir() else name_or_dir
@@ -268,10 +268,10 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
         else:
             hub_id = find_hub_id(source)
             files = [download_weights(hub_id, kwargs.get('cache_dir'))] if hub_id else []
-        if files:  # not left to timm, which before 1.0.31 unpickles what it finds in a folder
+        if files:  # do not leave this to timm, which before 1.0.31 unpickles what it finds in a folder
             tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
             kwargs['pretrained_cfg_overlay'] = {'source': '', 'state_dict': tensors}
-        # timm before 1.0.31 takes weights for those of 3 channels, and makes new ones of what it then cannot adapt
+        # timm before 1.0.31 assumes that weights are for 3 channels, and starts anew any that it then cannot adapt
         as_they_are = bool(files) and not timm_is_at_least('1.0.31') and kwargs.get('in_chans') is None
         if as_they_are:
             kwargs['pretrained_cfg_overlay']['first_conv'] = None
@@ -291,12 +291,12 @@ def load_model(name_or_dir: str, **kwargs) -> nn.Module:
 
 
 def why_weights_do_not_fit(error: Exception) -> str:
-    """Reason why weights are not those of a model, of the error that load_state_dict raised."""
+    """Say why weights do not fit a model, given the error that load_state_dict raised."""
     return OF_0_1 if OF_0_1 in str(error) else 'its weights are those of another model'
 
 
 def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> Any:
-    """Raise InputError where the model does not take images of this size (C, H, W), else return its output of one."""
+    """Return the model's output for one image of size (C, H, W), or raise InputError if it does not take that size."""
     parameter = next(model.parameters())
     try:
         with torch.no_grad():
@@ -307,6 +307,6 @@ def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> 
 
 
 def check_name(name: str) -> None:
-    """Raise InputError where timm knows no model of this name."""
+    """Raise InputError if timm knows no model of this name."""
     if not is_model(name):
         raise InputError(f'model {name!r} is neither a name that timm knows nor a folder; `vt-zoo models` lists ours')

@@ -1,7 +1,7 @@
 """The model card (README.md) of a model's folder on the Hugging Face Hub.
 
-What a card says comes from the folder's `config.json`. `vt-zoo finetune` and `vt-zoo convert` write there, under
-`training`, how the weights came about; what nobody wrote down the card calls unknown.
+The content of a card comes from the folder's `config.json`, where `vt-zoo finetune` and `vt-zoo convert` record under
+`training` how the weights were trained. The card says "unknown" for anything that was not recorded.
 """
 import json
 from typing import Any, Dict, Optional
@@ -28,10 +28,10 @@ import vt_zoo  # registers its architectures with timm
 model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 ```
 
-On the command line `vt-zoo predict IMAGE --model hf-hub:{repo_id}`. In transformers:
+On the command line: `vt-zoo predict IMAGE --model hf-hub:{repo_id}`. In transformers:
 
 ```python
-import vt_zoo  # before the model is made
+import vt_zoo  # before the model is created
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 processor = AutoImageProcessor.from_pretrained('{repo_id}')
@@ -56,8 +56,8 @@ Program: {program}. Epochs: {epochs}. Weights: {weights}. Started from: {start}.
 
 ## Limits
 
-Any image gets one of the classes above, whatever it shows. No measurement beside the result above is known here: none
-on other data, of robustness or of fairness.
+Every image is assigned one of the classes above, whatever it shows. Apart from the result above, nothing was measured:
+neither accuracy on other data, nor robustness, nor fairness.
 
 ## Licence
 
@@ -100,7 +100,7 @@ def _start(training: Dict[str, Any]) -> str:
 
 
 def _accuracy(training: Dict[str, Any]) -> Optional[float]:
-    """Share of the held-out images that are right, where it was measured on these weights."""
+    """Accuracy on the held-out images, 0 to 1; None if it was not measured with these weights."""
     if 'val_correct' in training:
         return training['val_correct'] / training['val_images']
     return training['top1'] / 100 if 'top1' in training else None
@@ -113,10 +113,10 @@ def _result(training: Dict[str, Any]) -> str:
     if 'val_correct' in training:
         return (
             f'Accuracy on the held-out images: {100 * accuracy:.2f} % ({training["val_correct"]} of '
-            f'{training["val_images"]}), after the last epoch; no epoch was picked by these images.')
+            f'{training["val_images"]}), after the last epoch; these images were not used to pick an epoch.')
     return (
-        f'Accuracy on the held-out images, as train.py reported it: {100 * accuracy:.2f} %.\nWhere this epoch was '
-        'picked as the best of several, it was picked by these images, and on others the model may do worse.')
+        f'Accuracy on the held-out images, as train.py reported it: {100 * accuracy:.2f} %.\nIf this epoch was picked '
+        'as the best of several, it was picked by these images, so the model may do worse on others.')
 
 
 def _metadata(
@@ -144,18 +144,18 @@ def create_card(
         license_id: Optional[str] = None,
         dataset: Optional[str] = None,
 ) -> ModelCard:
-    """Model card with the hub's metadata header.
+    """Create a model card with the hub's metadata header.
 
     Args:
         repo_id: `org/name` on the hub.
         model: The model with its weights.
         config: Content of its folder's `config.json`.
-        dtype: Type of the stored weights, as 'float32'.
-        license_id: The hub's name of the weights' licence, as 'apache-2.0'; unknown where None.
-        dataset: Name of the data; unknown where None.
+        dtype: Type of the stored weights, e.g. 'float32'.
+        license_id: The hub's name for the weights' licence, e.g. 'apache-2.0'; None if unknown.
+        dataset: Name of the data; None if unknown.
 
     Returns:
-        The card, whose header holds the accuracy on held-out images as a `model-index` where it was measured.
+        The card. If the accuracy on held-out images was measured, its header has it as a `model-index`.
     """
     training = config.get('training', {})
     is_ours = config['architecture'].split('.')[0] in list_classifiers()

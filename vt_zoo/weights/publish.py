@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: the folder that goes up, and the upload."""
+"""Publishing models on the Hugging Face Hub: the folder to upload, and the upload."""
 import hashlib
 import json
 import re
@@ -27,18 +27,18 @@ CARD = 'README.md'
 
 
 def _signed(card: str) -> str:
-    """A card with a comment at its end by which `_is_edited` knows it again."""
+    """Append a comment to a card by which `_is_edited` recognises it."""
     card = card.rstrip('\n') + '\n'
     return f'{card}\n<!-- written by vt-zoo publish, {hashlib.sha256(card.encode()).hexdigest()} -->\n'
 
 
 def _is_edited(card: str) -> bool:
-    """Whether a card is another than `_signed` made."""
+    """Whether a card differs from the one that `_signed` returned."""
     return _signed(re.sub(r'\n<!-- written by vt-zoo publish, \w+ -->\n$', '', card)) != card
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise InputError where this is no `org/name` that the hub takes."""
+    """Raise InputError if this is not an `org/name` that the hub accepts."""
     try:
         validate_repo_id(repo_id)
         if '/' in repo_id:
@@ -49,7 +49,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _dtype(weights: Path) -> str:
-    """Types of a file's floating-point tensors."""
+    """Types of a file's floating-point tensors, in words."""
     with safe_open(weights, framework='pt') as f:
         dtypes = {f.get_slice(k).get_dtype() for k in f.keys()}  # noqa: SIM118
     names = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
@@ -63,19 +63,19 @@ def write_release(
         license_id: Optional[str] = None,
         dataset: Optional[str] = None,
 ) -> None:
-    """Write the folder that goes to the hub: `model.safetensors`, `config.json` and `README.md`.
+    """Write the folder to upload to the hub: `model.safetensors`, `config.json` and `README.md`.
 
-    The weights are copied as they are, after a check that they load.
+    The weights are copied unchanged, after checking that they load.
 
     Args:
-        checkpoint_dir: What `vt-zoo finetune` or `vt-zoo convert` wrote, or timm's `save_for_hf`.
-        out: Folder to write, which must not be there.
+        checkpoint_dir: Folder written by `vt-zoo finetune`, `vt-zoo convert` or timm's `save_for_hf`.
+        out: Folder to write, which must not exist yet.
         repo_id: `org/name` on the hub.
-        license_id: The hub's name of the weights' licence, as 'apache-2.0'; the card says unknown where None.
-        dataset: Name of the data; the card says unknown where None.
+        license_id: The hub's name for the weights' licence, such as 'apache-2.0'; if None, the card says unknown.
+        dataset: Name of the data; if None, the card says unknown.
 
     Raises:
-        InputError: There is no model, it does not load, or `out` is there.
+        InputError: There is no model, it does not load, or `out` exists.
         OSError: `out` cannot be written.
     """
     check_repo_id(repo_id)
@@ -96,7 +96,7 @@ def write_release(
     drop_second_num_classes(config)
     try:
         card = create_card(repo_id, loaded.model, config, _dtype(folder / WEIGHTS), license_id, dataset)
-    except Exception as e:  # `training` may hold anything where others wrote it
+    except Exception as e:  # `training` may hold anything if another program wrote it
         raise InputError(f'model {folder} has no card: its config.json holds unusual entries ({e!r})') from e
     with whole(out, replace=False) as new:
         new.mkdir()
@@ -111,21 +111,21 @@ def upload(
         private: bool = False,
         replace_card: bool = False,
 ) -> Tuple[str, bool]:
-    """Create the repository where it is not there, and upload a folder of `write_release` as one commit.
+    """Create the repository if it does not exist, and upload a folder of `write_release` as one commit.
 
-    A model card on the hub that is not as `vt-zoo publish` wrote it, since someone edited it, stays.
+    A model card on the hub that someone has edited since `vt-zoo publish` wrote it is kept.
 
-    The token is that of `hf auth login` or the environment's HF_TOKEN. The hub's own validator reads the card before
-    anything is created.
+    The token is the one of `hf auth login`, or HF_TOKEN in the environment. The hub's own validator checks the card
+    before anything is created.
 
     Args:
         folder: Folder of `write_release`.
         repo_id: `org/name` on the hub.
-        private: Make a new repository private, and upload to none that is public.
-        replace_card: Replace an edited model card too.
+        private: Make a new repository private, and refuse to upload to a public one.
+        replace_card: Replace the model card even if it was edited.
 
     Returns:
-        Address of the commit, and whether a card that was edited stays.
+        URL of the commit, and whether an edited card was kept.
 
     Raises:
         InputError: There is no token, the hub refuses the card or the token, the repository is public though it should
@@ -149,13 +149,13 @@ def upload(
         raise
     except ValueError as e:
         raise InputError(f'the hub refuses {repo_id}: {" ".join(str(e).split())[:200]}') from e
-    except Exception as e:  # of the client, of the library that it sends with, of the system
+    except Exception as e:  # from the client, its HTTP library or the system
         raise InputError(f'{repo_id} cannot be published at {api.endpoint}: {hub_reason(e)}') from e
     return commit.commit_url, keep
 
 
 def _has_edited_card(repo_id: str) -> bool:
-    with TemporaryDirectory() as cache:  # the client would take an old one from its own where the hub does not answer
+    with TemporaryDirectory() as cache:  # if the hub does not answer, the client would use its own, older one
         try:
             card = Path(hf_hub_download(repo_id, CARD, cache_dir=cache)).read_bytes()
         except RemoteEntryNotFoundError:

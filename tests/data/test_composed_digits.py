@@ -169,7 +169,7 @@ def test_wrong_arguments(tmp_path, input_error, arguments, match):
 def test_what_is_there_stays(tmp_path, input_error):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'mine.txt').write_text('mine')
-    with input_error('data exists, a new or empty folder is needed'):
+    with input_error('data exists, but a new or empty folder is needed'):
         write_composed_digits(tmp_path / 'data', 1, 1)
     with input_error('mine.txt exists'):
         write_composed_digits(tmp_path / 'data' / 'mine.txt', 1, 1)

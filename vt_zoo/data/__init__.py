@@ -1,4 +1,4 @@
-"""Folders of pictures, and how a picture becomes a tensor."""
+"""Finding and opening images, and turning them into tensors."""
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {

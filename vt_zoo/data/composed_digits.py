@@ -1,9 +1,9 @@
-"""A segmentation set of real handwriting: scikit-learn's digits on textured backgrounds, with exact masks.
+"""A segmentation data set of real handwriting: scikit-learn's digits on textured backgrounds, with exact masks.
 
-Each image holds two to five digits, of 1/4 to 1/2 of its height, that do not overlap; a digit that finds no room in 50
-trials is left out. Images of train/ show scans of the train part of `vt_zoo.data.digits`, those of val/ scans of its
-val part. Colours say nothing about classes: a digit's colour is random but for its brightness, which differs from that
-of the background around it.
+Each image shows two to five digits that do not overlap, each 1/4 to 1/2 as high as the image. A digit for which no room
+is found in 50 trials is left out. The images in train/ use scans from the training part of `vt_zoo.data.digits`, those
+in val/ use scans from its validation part. Colours carry no information about classes: a digit's colour is random,
+except that its brightness differs from that of the background around it.
 """
 from pathlib import Path
 from typing import List, Optional, Tuple, Union
@@ -19,16 +19,16 @@ from .digits import read_digits
 __all__ = ['write_composed_digits']
 
 CLASSES = ['background', *'0123456789']
-MAX_IMAGES = 100_000  # of a part: names have five digits
-MIN_SIZE = 32  # digits of 8 pixels, the size of the scans
+MAX_IMAGES = 100_000  # per part, as names have five digits
+MIN_SIZE = 32  # with the smallest digits 8 pixels high, like the scans
 
 NUM_DIGITS = (2, 5)
-HEIGHT = (1 / 4, 1 / 2)  # of a digit, as a share of the image's
-TRIALS = 50  # to find a place for a digit
-INK = 0.45  # share of the darkest grey level from which a pixel of the enlarged scan belongs to the stroke
-EDGE = 0.2  # width of the soft edge of a stroke, in the same measure
-CONTRAST = 0.35  # least difference of brightness between a digit and the background around it, of 1
-CELLS = (2, 4, 8, 16, 32)  # of the grids of noise that make up a background, along each side
+HEIGHT = (1 / 4, 1 / 2)  # of a digit, as a share of the image height
+TRIALS = 50  # attempts to find a place for a digit
+INK = 0.45  # a pixel of the enlarged scan belongs to the stroke from this share of the darkest grey level
+EDGE = 0.2  # width of the soft edge of a stroke, in the same unit
+CONTRAST = 0.35  # smallest difference in brightness, 0 to 1, between a digit and the background around it
+CELLS = (2, 4, 8, 16, 32)  # cells along each side of the noise grids that make up a background
 BRIGHTNESS = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 
 
@@ -39,22 +39,23 @@ def write_composed_digits(
         size: int = 96,
         seed: int = 0,
 ) -> None:
-    """Write the set in the layout of `vt_zoo.segmentation.datasets.FolderDataset`.
+    """Write the data set in the layout of `vt_zoo.segmentation.datasets.FolderDataset`.
 
-    Classes are background and the digits 0 to 9. A scan is enlarged by bicubic interpolation, and a pixel is of the
-    stroke where its grey level is at least 0.45 of the darkest: there the mask has the digit, and there its colour
-    covers at least half. The same arguments write the same files, whatever the number of images after them.
+    The classes are background and the digits 0 to 9. A scan is enlarged by bicubic interpolation. A pixel belongs to
+    the stroke if its grey level is at least 0.45 of the darkest: there, the mask has the digit's class, and the digit's
+    colour covers at least half of the pixel. An image depends only on the seed, the size and its own number, not on how
+    many images are written.
 
     Args:
         root: Folder to write, new or empty.
-        num_train: Number of images of `train`.
-        num_val: Number of images of `val`.
+        num_train: Number of images in `train`.
+        num_val: Number of images in `val`.
         size: Height and width in pixels.
-        seed: Of what is drawn at random.
+        seed: Random seed.
 
     Raises:
-        InputError: scikit-learn is not installed, the folder is not empty, a number of images is not from 1 to
-            100,000 or the size not from 32 to 4,096.
+        InputError: scikit-learn is not installed, the folder is not empty, a number of images is not between 1 and
+            100,000, or the size is not between 32 and 4,096.
     """
     root = Path(root)
     for name, value, least, most in (
@@ -66,7 +67,7 @@ def write_composed_digits(
     scans, digits, parts = read_digits()
     numbers = [('train', i) for i in range(num_train)] + [('val', i) for i in range(num_val)]
     with whole(root) as new:
-        _check_empty(root)  # or another process has written it since
+        _check_empty(root)  # another process may have written it since
         for kind in 'images', 'masks':
             for split in parts:
                 (new / kind / split).mkdir(parents=True)
@@ -81,7 +82,7 @@ def write_composed_digits(
 
 def _check_empty(root: Path) -> None:
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise InputError(f'{root} exists, a new or empty folder is needed')
+        raise InputError(f'{root} exists, but a new or empty folder is needed')
 
 
 def _compose(
@@ -90,7 +91,7 @@ def _compose(
         size: int,
         rng: np.random.Generator,
 ) -> Tuple[Image.Image, Image.Image]:
-    """Image and mask of scans, (8, 8) of ink 0 to 1, each in a place of its own; one without room is left out."""
+    """Compose an image and its mask from scans (8, 8) of ink 0 to 1; a scan for which there is no room is left out."""
     image = _background(size, rng)
     mask = np.zeros((size, size), dtype=np.uint8)
     taken = np.zeros((size, size), dtype=bool)
@@ -108,7 +109,7 @@ def _compose(
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth coloured noise of several scales, (size, size, 3), 0 to 1: coarse looks like light, fine like grain."""
+    """Smooth coloured noise (size, size, 3), 0 to 1: coarse scales look like light, fine ones like grain."""
     image = np.empty((size, size, 3))
     image[:] = rng.uniform(0.2, 0.8, 3)
     for cells in CELLS:
@@ -120,7 +121,7 @@ def _background(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _free_place(taken: np.ndarray, rng: np.random.Generator) -> Optional[Tuple[slice, slice]]:
-    """Rows and columns of a random square of which nothing is taken, or None where none was found."""
+    """Rows and columns of a random square that is still free, or None if none was found."""
     for _ in range(TRIALS):
         height = round(len(taken) * rng.uniform(*HEIGHT))
         top, left = rng.integers(0, len(taken) - height, 2, endpoint=True)

@@ -1,7 +1,7 @@
-"""The handwritten digits that scikit-learn carries, as a folder of images.
+"""The handwritten digits that come with scikit-learn, as a folder of images.
 
-1,797 scans of 13 people's handwriting, 8x8 pixels of 17 grey levels: the test part of the UCI set "Optical Recognition
-of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). Nothing is downloaded.
+They are 1,797 scans of 13 people's handwriting, 8x8 pixels of 17 grey levels each: the test part of the UCI data set
+"Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). Nothing is downloaded.
 """
 from pathlib import Path
 from typing import Dict, Sequence, Tuple, Union
@@ -15,10 +15,10 @@ __all__ = ['read_digits', 'write_digits']
 
 
 def read_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, Sequence[int]]]:
-    """The scans, their digits and their split, which is fixed and stratified: figures of different runs compare.
+    """Read the scans, their digits and their split, which is fixed and stratified, so that results are comparable.
 
     Returns:
-        Grey levels 0 to 16, (1797, 8, 8); the digits 0 to 9, (1797,); and the numbers of the scans of 'train' (1,347)
+        Grey levels 0 to 16, (1797, 8, 8); the digits 0 to 9, (1797,); and the indices of the scans in 'train' (1,347)
         and 'val' (450).
 
     Raises:
@@ -38,7 +38,7 @@ def read_digits() -> Tuple[np.ndarray, np.ndarray, Dict[str, Sequence[int]]]:
 def write_digits(root: Union[str, Path]) -> None:
     """Write the digits as an ImageFolder: `train/0` to `train/9` (1,347 images), `val/0` to `val/9` (450 images).
 
-    The pixels are the scans' own; grey levels 0 to 16 become 0 to 255.
+    The images have the size of the scans; grey levels 0 to 16 become 0 to 255.
 
     Args:
         root: Folder to write into.

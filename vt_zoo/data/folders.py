@@ -1,9 +1,9 @@
-"""Pictures in folders: which are parts of the data, which are classes, in an order that depends on the names alone.
+"""Finding images in folders, and telling which folders are parts of the data and which are classes.
 
-The first level below the folder, or below its parts, is the class, as torchvision has it; pictures in subfolders belong
-to it. The order is timm's, natural and without regard to case; names that tie in it (`A` and `a`, `1` and `01`), whose
-order in timm changes from process to process, are ordered by themselves. Hidden files and folders are left out, as are
-`__MACOSX` and `@eaDir`, in which systems keep copies.
+As in torchvision, the first level below the data folder, or below its parts, is the class; images in subfolders belong
+to it. Everything is ordered by name alone, in timm's natural, case-insensitive order. Names that are equal in it (`A`
+and `a`, `1` and `01`), whose order in timm changes from process to process, are ordered by comparing the names
+themselves. Hidden files and folders are skipped, as are `__MACOSX` and `@eaDir`, in which systems keep copies.
 """
 import os
 import re
@@ -19,7 +19,7 @@ PARTS = {
     'val': ('val', 'valid', 'validation'),
     'test': ('test', 'testing', 'evaluation'),
 }
-IMAGE_EXTENSIONS = frozenset((  # of the files that are taken of a folder
+IMAGE_EXTENSIONS = frozenset((  # of the files in a folder that are taken for images
     '.avif', '.bmp', '.dib', '.gif', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.pnm',
     '.ppm', '.tga', '.tif', '.tiff', '.webp'))
 COPIES = ('__MACOSX', '@eaDir')
@@ -29,25 +29,25 @@ _LIKE_A_PART = re.compile(f'({_FILLER})*(train|training|val|valid|validation|tes
 
 
 def name_order(name: str) -> Tuple[list, str]:
-    """Key by which names are sorted: timm's natural order, ties broken by the name itself."""
+    """Sort key of names: timm's natural order, with ties broken by the name itself."""
     words = re.split(r'(\d+)', name.lower())
     return [int(word) if i % 2 else word for i, word in enumerate(words)], name
 
 
 def is_image(name: str) -> bool:
-    """Whether a file in a folder is taken for an image, by the end of its name."""
+    """Whether a file in a folder is taken for an image, judging by the extension of its name."""
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a file or folder in a folder is hidden, or of those in which systems keep copies."""
+    """Whether a file or folder is skipped, because it is hidden or one in which systems keep copies."""
     return name.startswith('.') or name in COPIES
 
 
 def find_images(folder: Union[str, Path]) -> List[str]:
-    """Paths of all image files in a folder and its subfolders, in order of their names.
+    """Find all image files in a folder and its subfolders, in the order of their names.
 
-    Links are followed, and each file counts once, by its real path; a warning says how many links were left out.
+    Links are followed, but each file counts only once, by its real path; a warning says how many links were left out.
 
     Raises:
         OSError: A folder cannot be read.
@@ -61,10 +61,10 @@ def find_images(folder: Union[str, Path]) -> List[str]:
 
 
 def find_parts(root: Path) -> Dict[str, Path]:
-    """Folders of the parts 'train', 'val' and 'test' of a data folder, those that are there, in any of their spellings.
+    """Find which of the parts 'train', 'val' and 'test' a data folder has, in any of their spellings.
 
     Raises:
-        InputError: A part is there twice.
+        InputError: There are two folders for the same part.
     """
     parts: Dict[str, Path] = {}
     for path in sorted(p for p in root.iterdir() if p.is_dir()):
@@ -83,11 +83,14 @@ def is_part(folder: Path, part: str) -> bool:
 
 
 def find_labels(folder: Path, without: Optional[Path] = None) -> List[Tuple[str, str]]:
-    """Images of a folder with the name of their class, that of the first folder below it; '' for those outside of one.
+    """Find the images in a folder, with the class that each belongs to, which is the first folder below this one.
 
     Args:
-        folder: Holds the class folders.
-        without: A folder in it that is none of them.
+        folder: Folder that holds the class folders.
+        without: A folder in it that is not a class.
+
+    Returns:
+        Paths and class names; the name is '' for an image outside of class folders.
     """
     labels = []
     for path in find_images(folder):
@@ -98,17 +101,17 @@ def find_labels(folder: Path, without: Optional[Path] = None) -> List[Tuple[str,
 
 
 def check_classes(root: Path, labels: Sequence[Tuple[str, str]]) -> None:
-    """Raise InputError where the folders in a data folder may be parts of the data instead of classes.
+    """Raise InputError if the folders in a data folder may be parts of the data rather than classes.
 
     Args:
         root: The data folder.
-        labels: What `find_labels` found in it.
+        labels: The images in it, as `find_labels` returns them.
     """
     classes = {label for _, label in labels}
     for name in sorted(classes, key=name_order):
         if _LIKE_A_PART.fullmatch(''.join(re.findall(r'[^\W\d_]', name.lower()))):
             raise InputError(
-                f'data folder {root} has {name}/, which reads like a part of the data and not like a class: call parts '
+                f'data folder {root} has {name}/, which looks like a part of the data and not like a class: call parts '
                 'train/, val/ and test/, or give the class another name')
     flat = {label for path, label in labels if Path(path).parent == root / label}
     parents: Dict[str, Set[str]] = defaultdict(set)

@@ -1,6 +1,6 @@
-"""Any number of image files: found while they are needed, opened in threads, handed out in batches.
+"""Streams of image files, which are found as they are needed, opened in threads and returned in batches.
 
-What is in memory does not depend on how many there are, but for the names of one folder at a time, and of links.
+Memory does not grow with the number of files, except for the names in one folder at a time, and those of links.
 """
 import os
 import select
@@ -20,7 +20,7 @@ from .images import load_image
 __all__ = ['OpenedImage', 'Source', 'find_images', 'open_images']
 
 _STDIN = '-'
-_CHUNK = 65536  # bytes of a list that are read at once
+_CHUNK = 65536  # bytes of a list of paths that are read at once
 _BOM = b'\xef\xbb\xbf'
 
 
@@ -29,9 +29,9 @@ class Source:
     """An image file to open.
 
     Attributes:
-        path: As it was given, or below a folder that was given.
-        name: Its path below that folder; of a file that was given its last part.
-        error: What is wrong with it, where that is known before it is opened.
+        path: Its path, as given, or below a given folder.
+        name: Its path relative to the given folder; for a file given by itself, its name.
+        error: What is wrong with it, if that is known before it is opened.
     """
     path: str
     name: str
@@ -40,12 +40,12 @@ class Source:
 
 @dataclass
 class OpenedImage:
-    """An image file that was opened, or the sentence that says why it was not.
+    """An image file that was opened, or the reason why it could not be.
 
     Attributes:
         source: The file.
-        content: What `prepare` made of it; None where it cannot be read.
-        error: One sentence; None where it was read.
+        content: What `prepare` returned for it; None if it cannot be read.
+        error: One sentence that says why it cannot be read; None if it was.
     """
     source: Source
     content: Any = None
@@ -56,13 +56,13 @@ def find_images(words: Iterable[str]) -> Iterator[Optional[Source]]:
     """Find image files.
 
     Args:
-        words: Files; folders, whose files with the end of an image's name are taken, in the order of their names and
-            with all that lies below, each file once, but nothing that is hidden; '-' for paths of both kinds on
-            standard input, one a line, as the file system has their bytes. Blank lines are left out.
+        words: Files; folders, in which all files with an image's extension are taken, in the order of their names and
+            including subfolders, each file once and without hidden ones; or '-' to read such paths from standard input,
+            one per line, in the bytes of the file system. Blank lines are skipped.
 
     Yields:
-        The files, not opened yet; a folder that cannot be read or holds no image has an error. None where the next
-        path of standard input is not there yet.
+        The files, not opened yet; for a folder that cannot be read or holds no images, a source with an error. None
+        when the next path on standard input has not arrived yet.
 
     Raises:
         InputError: Standard input is closed.
@@ -77,7 +77,7 @@ def find_images(words: Iterable[str]) -> Iterator[Optional[Source]]:
 
 def _read_stdin() -> Iterator[Optional[str]]:
     if sys.stdin is None or sys.stdin.closed:
-        raise InputError("standard input is closed, '-' reads paths from it")
+        raise InputError("standard input is closed, but '-' reads paths from it")
     descriptor = sys.stdin.fileno()
     rest, is_first = b'', True
     while True:
@@ -98,7 +98,7 @@ def _read_stdin() -> Iterator[Optional[str]]:
 def _is_ready(descriptor: int) -> bool:
     try:
         return bool(select.select([descriptor], [], [], 0)[0])
-    except OSError:  # Windows asks sockets alone
+    except OSError:  # on Windows, select takes only sockets
         return True
 
 
@@ -121,16 +121,16 @@ def open_images(
         batch_size: int,
         workers: int,
 ) -> Iterator[List[OpenedImage]]:
-    """Open image files, in their order.
+    """Open image files, keeping their order.
 
     Args:
-        sources: As of `find_images`. At None, what was found so far is handed out before more is asked for.
-        prepare: Called with each image, RGB, in one of the threads.
-        batch_size: Files at a time; fewer at the end and before a None.
-        workers: Threads that open files, at most one and a batch ahead of what was handed out.
+        sources: Files, as from `find_images`. At a None, everything found so far is returned before the next is read.
+        prepare: Called with each RGB image, in one of the threads.
+        batch_size: Files per batch; there are fewer in the last one and before a None.
+        workers: Number of threads that open files, at most two batches ahead of what was returned.
 
     Yields:
-        The files of a batch, among them those that cannot be read.
+        The files of a batch, including those that cannot be read.
     """
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()

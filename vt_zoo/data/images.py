@@ -1,8 +1,8 @@
 """Folders of images: finding, checking and opening the files.
 
-What is a class in a folder, and in which order, is in `vt_zoo.data.folders`. Opening differs from timm's in what a
-person would see: EXIF orientation is applied, transparency is laid over white, 16-bit scans are scaled instead of
-clipped, and what has no known white (floating point) is refused.
+`vt_zoo.data.folders` decides which folders are classes, and their order. Unlike timm, this module opens images the way
+a person would see them: EXIF orientation is applied, transparency is laid over white, 16-bit scans are scaled instead
+of clipped, and images of which white is not known (floating point) are refused.
 """
 import logging
 import random
@@ -31,7 +31,7 @@ __all__ = ['ImageFolder', 'Split', 'find_split', 'image_transform', 'load_image'
 _logger = logging.getLogger(__name__)
 
 Sample = Tuple[str, int]
-MOST_NAMED = 20  # classes that `describe_split` names one by one
+MOST_NAMED = 20  # the most classes that `describe_split` lists one by one
 
 BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339  # tags of TIFF
 WHITE_IS_ZERO, YCBCR = 0, 6  # of PHOTOMETRIC
@@ -44,21 +44,21 @@ def load_image(path: Union[str, Path]) -> Image.Image:
     Args:
         path: The file, of any mode that Pillow knows. EXIF orientation is applied; transparent pixels turn white; grey
             values of 9 to 16 bits are scaled from their full range; palettes, CMYK, YCbCr, LAB and HSV are converted.
-            Of an animation or a file of several pages the first picture is taken.
+            From an animation or a file with several pages, the first image is taken.
 
     Returns:
         The image in mode 'RGB'.
 
     Raises:
-        InputError: The file is missing, no regular file, not an image, or damaged; or nothing says which of its values
-            is white: they are floating point or signed, beyond 16 bits, or 8 bits in a file of 16 so that all would be
-            black.
+        InputError: The file is missing, not a regular file, not an image, or damaged; or nothing says which value is
+            white, because values are floating point, signed or beyond 16 bits, or are 8-bit values in a 16-bit file,
+            which would be all black.
     """
     return load_upright(path)[0]
 
 
 def load_upright(path: Union[str, Path]) -> Tuple[Image.Image, int]:
-    """As `load_image`, with the EXIF orientation, 1 to 8, by which the stored pixels were turned."""
+    """Like `load_image`, but also return the EXIF orientation, 1 to 8, by which the stored pixels were turned."""
     check_regular(path, 'image')
     try:
         with Image.open(path) as image:
@@ -73,27 +73,28 @@ def load_upright(path: Union[str, Path]) -> Tuple[Image.Image, int]:
 
 
 def _to_rgb(opened: Image.Image) -> Tuple[Image.Image, int]:
-    """The image upright in RGB, and its EXIF orientation."""
+    """Convert an image to upright RGB, and return it with its EXIF orientation."""
     tags = getattr(opened, 'tag_v2', {})  # of a TIFF
     bits, (sample_format, *_) = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))
     photometric = tags.get(PHOTOMETRIC)
     rgb_of_16_bits = opened.format == 'PNG' and opened.tile and opened.tile[0][3] == 'RGB;16B'
     if sample_format == SIGNED and bits < 32:
-        raise ValueError(f'its values are signed numbers of {bits} bits, of which white is not known')
+        raise ValueError(f'its values are signed numbers of {bits} bits, and which one is white is not known')
     if photometric == YCBCR and tags.get(COMPRESSION) == 1:
         raise ValueError('Pillow does not read YCbCr without compression; save it as RGB')
 
     if opened.format == 'TIFF':
         orientation = tags.get(ExifTags.Base.Orientation, 1)
-        opened.filename = ''  # or Pillow maps the file into memory and scrambles what it turns by 90 degrees
-        opened.load()  # turns it upright
+        opened.filename = ''  # otherwise Pillow maps the file into memory and scrambles what it turns by 90 degrees
+        opened.load()  # this turns it upright
         image = opened
     else:
         orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
         image = ImageOps.exif_transpose(opened)
     if image.mode == 'F':
         raise ValueError(
-            'its values are floating point numbers, of which black and white are not known; save it with 8 or 16 bits')
+            'its values are floating point numbers, and which are black and white is not known; save it with 8 or 16 '
+            'bits')
     if image.mode.startswith('I'):
         image = _grey_of_8_bits(image, 2 ** min(bits, 16) - 1, inverted=photometric == WHITE_IS_ZERO)
     if rgb_of_16_bits and 'transparency' in image.info:
@@ -108,7 +109,7 @@ def _to_rgb(opened: Image.Image) -> Tuple[Image.Image, int]:
 
 
 def _grey_of_8_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
-    """Grey values 0 to `white` as 'L', or as 'LA' where one of them is transparent."""
+    """Convert grey values 0 to `white` to mode 'L', or to 'LA' if one of them is transparent."""
     values = np.asarray(image).astype(np.int64)
     low, high = values.min(), values.max()
     if low < 0 or high > white:
@@ -124,14 +125,14 @@ def _grey_of_8_bits(image: Image.Image, white: int, inverted: bool) -> Image.Ima
 
 
 def image_mode(channels: int) -> str:
-    """Pillow's mode of the images for a model of so many channels: 'RGB', or 'L' (grey) for one.
+    """Pillow's mode of the images for a model with this many input channels: 'RGB' for 3, 'L' (grey) for 1.
 
     Raises:
         InputError: The number is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise InputError(
-            f'the model takes images of {channels} channels, of an image file 1 (grey) or 3 (RGB) are made')
+            f'the model takes images of {channels} channels, but an image file gives 1 (grey) or 3 (RGB)')
     return 'L' if channels == 1 else 'RGB'
 
 
@@ -140,11 +141,12 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def image_transform(data_config: Dict[str, Any], **kwargs) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's transform for inference, of images as `load_image` gives them.
+    """Create timm's inference transform for images returned by `load_image`.
 
     Args:
-        data_config: As of `timm.data.resolve_data_config`. A model of one channel gets the image in grey.
-        **kwargs: More arguments of `timm.data.create_transform`.
+        data_config: Data config, as from `timm.data.resolve_data_config`. A model with one input channel gets the image
+            in grey.
+        **kwargs: Further arguments of `timm.data.create_transform`.
 
     Raises:
         InputError: The model takes neither 1 nor 3 channels.
@@ -157,13 +159,13 @@ def image_transform(data_config: Dict[str, Any], **kwargs) -> Callable[[Image.Im
 
 def prepare_image(
         image: Union[Image.Image, torch.Tensor], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """An RGB image, of PIL or a tensor (..., 3, H, W), as a model of this mean and std takes it, normalised."""
+    """Convert an RGB image, a PIL image or a tensor (..., 3, H, W), to float32 and normalise it by mean and std."""
     x = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
     return v2.functional.normalize(x, mean, std).as_subclass(torch.Tensor)
 
 
 def to_eval_size(images: torch.Tensor, eval_size: Optional[Union[int, Tuple[int, int]]]) -> torch.Tensor:
-    """Images (B, C, H, W) at the size (height, width), or short side, of evaluation; None leaves them as they are."""
+    """Resize images (B, C, H, W) to the (height, width), or short side, of evaluation; None leaves them unchanged."""
     if eval_size is None:
         return images
     if isinstance(eval_size, int):
@@ -174,13 +176,13 @@ def to_eval_size(images: torch.Tensor, eval_size: Optional[Union[int, Tuple[int,
 
 @dataclass
 class Split:
-    """Images of a folder: (path, class index) pairs, and the names of the classes.
+    """Images in a folder, as (path, class index) pairs, and the names of the classes.
 
     Attributes:
-        classes: In the order of their indices.
-        train: Images to train on.
+        classes: Names of the classes, in the order of their indices.
+        train: Training images.
         val: Held-out images.
-        test: Images that are neither, none of them looked at; the index is -1 where the folder is none of the classes.
+        test: Images that are in neither part and were not opened; the index is -1 if the folder is not a class.
     """
     classes: List[str]
     train: List[Sample]
@@ -194,7 +196,7 @@ class ImageFolder(torch.utils.data.Dataset):
     Args:
         samples: The files and their classes.
         transform: Called with each image. May be set later.
-        mode: Of the images, as of `image_mode`.
+        mode: Mode of the images, as returned by `image_mode`.
     """
 
     def __init__(
@@ -229,7 +231,7 @@ def _split_by_class(samples: List[Sample], fraction: float, seed: int) -> Tuple[
 
 
 def _readable(samples: List[Sample], progress: bool) -> List[Sample]:
-    """The samples whose files open; each other file is named in a warning."""
+    """Return the samples whose files can be opened, and name each of the others in a warning."""
     def error(sample: Sample) -> Optional[InputError]:
         try:
             load_image(sample[0])
@@ -253,24 +255,24 @@ def find_split(
         progress: bool = False,
         classes: Sequence[str] = (),
 ) -> Split:
-    """Find the images of a folder and check that each opens.
+    """Find the images in a folder and check that each of them can be opened.
 
     Args:
-        root: Holds `train/` and `val/` (or `training/`, `valid/`, `validation/`, in any case), or else the class
-            folders themselves, which are then split. `test/` (or `testing/`, `evaluation/`) is a part of its own
-            beside them. See `vt_zoo.data.folders` for what is a class.
-        val_fraction: Share of each class held out where there is no `val/`.
-        seed: Of that split.
+        root: Folder that holds either `train/` and `val/` (or `training/`, `valid/`, `validation/`, in any case), or
+            the class folders themselves, which are then split. `test/` (or `testing/`, `evaluation/`) beside them is a
+            part of its own. See `vt_zoo.data.folders` for what counts as a class.
+        val_fraction: Share of each class to hold out if there is no `val/`.
+        seed: Random seed of that split.
         progress: Show a progress bar.
-        classes: Order of the classes of a run that goes on; taken where the folder has the same classes.
+        classes: Order of the classes in a run that is resumed; used if the folder has the same classes.
 
     Returns:
-        The split, without the files that cannot be opened, of which each is named in a warning. Those of `test/` are
+        The split. Files that cannot be opened are left out, and a warning names each of them. The files in `test/` are
         not opened.
 
     Raises:
         InputError: The folder is missing, holds no images or fewer than two classes, a class is left without images,
-            `val/` has a class that `train/` has not, or folders may be parts of the data as well as classes.
+            `val/` has a class that `train/` does not have, or folders may be parts of the data rather than classes.
     """
     root = Path(root)
     if not root.is_dir():
@@ -297,7 +299,7 @@ def find_split(
         _check_counts(samples, classes, 1, train_root)
         train, val = samples, without_same_files(val, samples, train_root)
         if not val:
-            raise InputError(f'data folder {parts["val"]} holds no image that is not one of {train_root} too')
+            raise InputError(f'data folder {parts["val"]} holds no image that is not also in {train_root}')
     else:
         _check_counts(samples, classes, 2, train_root)
         train, val = _split_by_class(samples, val_fraction, seed)
@@ -306,7 +308,7 @@ def find_split(
 
 
 def _order_classes(root: Path, labels: List[Tuple[str, str]], known: Sequence[str]) -> List[str]:
-    """Names of the classes of a folder, in the order that is known where they are the same."""
+    """Names of the classes in a folder; if they are the same as the known ones, in the order of those."""
     classes = sorted({label for _, label in labels}, key=name_order)
     if not classes:
         raise InputError(f'data folder {root} holds no images in class folders')
@@ -315,7 +317,7 @@ def _order_classes(root: Path, labels: List[Tuple[str, str]], known: Sequence[st
     if len(classes) < 2:
         deep = any(Path(path).parent != root / classes[0] for path, _ in labels)
         hint = f'; give {root / classes[0]} if that is the data folder' if deep else ''
-        raise InputError(f'data folder {root} holds one class, {classes[0]!r}, at least 2 are needed{hint}')
+        raise InputError(f'data folder {root} holds only one class, {classes[0]!r}, at least 2 are needed{hint}')
     return list(known) if sorted(known) == sorted(classes) else classes
 
 
@@ -325,7 +327,7 @@ def _find_val(root: Path, index: Dict[str, int], train_root: Path) -> List[Sampl
         if not label:
             raise InputError(f'data folder {root} holds images outside of class folders, as {path}')
         if label not in index:
-            raise InputError(f'data folder {root} has the class {label!r}, which {train_root} has not')
+            raise InputError(f'data folder {root} has the class {label!r}, which {train_root} does not have')
     if not labels:
         raise InputError(f'data folder {root} holds no images in class folders')
     return [(path, index[label]) for path, label in labels]
@@ -340,7 +342,7 @@ def _check_counts(samples: List[Sample], classes: List[str], at_least: int, root
 
 
 def describe_split(split: Split) -> List[str]:
-    """A line for each part that there is, with its images by class; where classes are many, with the smallest alone."""
+    """Describe each part in a line, with its images by class, or only those of the smallest class if there are many."""
     parts = (('train', split.train, ''), ('val', split.val, ''), ('test', split.test, '; not used'))
     return [f'{name:<11}{_describe_counts(samples, split.classes)}{note}' for name, samples, note in parts if samples]
 

@@ -1,4 +1,4 @@
-"""What the values and colours of masks mean where they are not class indices (`label_map`)."""
+"""Label maps, which say what the values and colours of masks mean if they are not class indices (`label_map`)."""
 import re
 from typing import Any, Dict, Optional, Union
 
@@ -9,17 +9,18 @@ from ..errors import InputError
 __all__ = ['LabelMap', 'read_label_map']
 
 IGNORED = 255
-NAMED = 8  # values that a sentence lists
+NAMED = 8  # the most values that a message lists
 
 
 def read_label_map(value: Any) -> Optional[Dict[Union[int, str], int]]:
-    """A label map as it is kept: grey values 0 to 65535 and colours 'R,G,B' as keys, class indices as values.
+    """Check and normalise a label map: keys are grey values 0 to 65535 or colours 'R,G,B', values are class indices.
 
     Args:
-        value: Of YAML or JSON, as `{0: 0, 255: 1}` or `{'255,0,0': 1}`; a class index of 255 ignores. None for no map.
+        value: Content of YAML or JSON, e.g. `{0: 0, 255: 1}` or `{'255,0,0': 1}`, where class index 255 means that
+            pixels are ignored; None for no map.
 
     Raises:
-        InputError: It is not such a mapping, or names a value twice.
+        InputError: It is not such a mapping, or it has a key twice.
     """
     if value is None:
         return None
@@ -55,10 +56,10 @@ def _read_key(key: Any) -> Optional[Union[int, str]]:
 
 
 class LabelMap:
-    """A label map ready for use on masks.
+    """A label map that can be applied to masks.
 
     Args:
-        mapping: As `read_label_map` gives it.
+        mapping: Label map, as returned by `read_label_map`.
         num_classes: Number of classes.
 
     Attributes:
@@ -77,7 +78,7 @@ class LabelMap:
                     '(ignored)')
         self.values = {key: label for key, label in mapping.items() if isinstance(key, int)}
         self.colors = {key: label for key, label in mapping.items() if isinstance(key, str)}
-        self._of_value = np.full(65537, -1, dtype=np.int16)  # the last for all that is no grey value
+        self._of_value = np.full(65537, -1, dtype=np.int16)  # the last entry is for values out of range
         self._of_value[IGNORED] = IGNORED
         self._of_value[list(self.values)] = list(self.values.values())
         codes = {_code(*map(int, key.split(','))): label for key, label in self.colors.items()}
@@ -85,10 +86,10 @@ class LabelMap:
         self._of_code = np.array([codes[code] for code in sorted(codes)], dtype=np.int16)
 
     def of_values(self, pixels: np.ndarray) -> np.ndarray:
-        """Classes, int16, of grey values of any shape; a value of 255 that is not named is ignored.
+        """Map grey values of any shape to classes, int16; 255 is ignored unless the map has it.
 
         Raises:
-            InputError: A value has no class. The sentence goes on from the name of a mask.
+            InputError: A value has no class. The message is meant to follow the name of a mask.
         """
         pixels = pixels.astype(np.int64)
         labels = self._of_value[np.where((pixels < 0) | (pixels > 65535), 65536, pixels)]
@@ -97,10 +98,10 @@ class LabelMap:
         return labels
 
     def of_colors(self, pixels: np.ndarray) -> np.ndarray:
-        """Classes (...), int16, of colours (..., 3), uint8.
+        """Map colours (..., 3), uint8, to classes (...), int16.
 
         Raises:
-            InputError: A colour has no class. The sentence goes on from the name of a mask.
+            InputError: A colour has no class. The message is meant to follow the name of a mask.
         """
         codes = _code(*np.moveaxis(pixels.astype(np.int64), -1, 0))
         places = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)

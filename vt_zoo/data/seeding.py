@@ -1,4 +1,4 @@
-"""Random numbers of a sample: a function of the run's seed and the sample's number, whichever process draws them."""
+"""Seeding of samples: a sample's random numbers depend only on the run's seed and the sample's number."""
 import random
 from contextlib import contextmanager
 from typing import Iterator
@@ -8,13 +8,13 @@ import torch
 
 
 def seed_of(seed: int, count: int) -> int:
-    """The seed of a run's sample number `count`."""
+    """Seed of sample number `count` of a run."""
     return (seed * 10 ** 12 + count) % 2 ** 63
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generator begin at `seed` within the block and are as before it afterwards."""
+    """Seed Python's, numpy's and torch's CPU generators for the duration of a block, then restore their states."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         random.seed(seed)

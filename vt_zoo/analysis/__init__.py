@@ -1,4 +1,4 @@
-"""Looking at models: what their tokens attend to, and what they cost."""
+"""Analysis of models: what their tokens attend to, and what they cost."""
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {

@@ -1,4 +1,4 @@
-"""Counting parameters and multiply-adds of real modules."""
+"""Counting the parameters and multiply-adds of modules."""
 from typing import Tuple
 
 import torch
@@ -9,15 +9,15 @@ __all__ = ['count_multiply_adds', 'count_weights']
 
 
 def count_weights(model: nn.Module) -> int:
-    """Count weights the paper's way: without norms and biases, that is parameters of two dimensions and more."""
+    """Count weights as the paper does, without norms and biases: only parameters with at least two dimensions."""
     return sum(p.numel() for p in model.parameters() if p.ndim > 1)
 
 
 def count_multiply_adds(model: nn.Module, input_size: Tuple[int, int, int] = (3, 224, 224)) -> int:
-    """Count multiply-adds of convolutions and matrix products for one image; the paper calls them FLOPs.
+    """Count the multiply-adds of convolutions and matrix products for one image, which the paper calls FLOPs.
 
     Args:
-        model: Model on any device; on 'meta' the count costs no arithmetic.
+        model: Model on any device; on 'meta', counting takes no arithmetic.
         input_size: (C, H, W) of the image.
 
     Returns:

@@ -1,6 +1,6 @@
-"""A page for the browser in which to look at what tokens see. gradio is imported where it is built (extra `explore`).
+"""A web page that shows what tokens look at. gradio is imported only when the page is built (extra `explore`).
 
-The page needs nothing from the internet: fonts are the system's, analytics are off.
+The page needs nothing from the internet: it uses the system's fonts, and analytics are off.
 """
 import html
 import os
@@ -23,10 +23,10 @@ from .records import capture_tokens
 
 __all__ = ['Look', 'create_app', 'look']
 
-MAX_SIDE = 1024  # of an image that a segmenter sees, which needs about 1 GB of memory at 1024x1024
+MAX_SIDE = 1024  # of an image given to a segmenter, which needs about 1 GB of memory at 1024x1024
 MAX_FILE_SIZE = '20mb'
-CLASSES = 5  # that are shown, the most likely
-THUMBNAIL = 192  # pixels, longer side
+CLASSES = 5  # number of most likely classes to show
+THUMBNAIL = 192  # longer side in pixels
 
 CSS = '''
 #tokens .grid-wrap {min-height: 0}
@@ -37,14 +37,14 @@ CSS = '''
 
 @dataclass(eq=False)
 class Look:
-    """What a model made of one image.
+    """What a model sees in one image.
 
     Attributes:
-        image: As the model saw it.
-        prediction: Probability of the most likely classes; of a segmenter the mask (height, width), of 0 and 1, of each
-            class that is there.
-        attention: A (L, H, W) of each module that has one, by its number from 1; for VT-FPN that of the level.
-        interaction: A-hat (L, H, W) of the same modules, None where the module has none.
+        image: The image as the model saw it.
+        prediction: Probabilities of the most likely classes; for a segmenter, the mask (height, width) of 0 and 1 of
+            each class that occurs.
+        attention: A (L, H, W) of each module that has one, by its number, counted from 1; for VT-FPN, of each level.
+        interaction: A-hat (L, H, W) of the same modules; None for a module that has none.
     """
     image: Image.Image
     prediction: Dict[str, Union[float, np.ndarray]]
@@ -58,7 +58,7 @@ def look(loaded: Loaded, image: Image.Image) -> Look:
 
     Args:
         loaded: The model.
-        image: RGB image. A segmenter sees one of more than 1024 pixels a side shrunk to that.
+        image: RGB image. For a segmenter, it is shrunk if a side is longer than 1024 pixels.
 
     Raises:
         InputError: The model does not take images of this size.
@@ -101,7 +101,7 @@ def _colors(classes: List[str]) -> Dict[str, str]:
 
 
 def _draw_tokens(seen: Optional[Look], module: int) -> Optional[List[Tuple[Image.Image, str]]]:
-    """Small pictures of all tokens with their captions."""
+    """Draw small pictures of all tokens, with captions."""
     if seen is None:
         return None
     image = seen.image.copy()
@@ -112,7 +112,7 @@ def _draw_tokens(seen: Optional[Look], module: int) -> Optional[List[Tuple[Image
 
 
 def _draw_one(seen: Optional[Look], module: int, token: int) -> Tuple[Optional[Image.Image], str]:
-    """A large picture of a token, and its entropy in words."""
+    """Draw a large picture of a token, and describe its entropy in words."""
     if seen is None:
         return None, ''
     attention = seen.attention[module]
@@ -131,10 +131,10 @@ def create_app(loaded: Loaded, title: str, folder: Path, port: int) -> Any:
     """Build the page as an ASGI application, for uvicorn or another server on this machine.
 
     Args:
-        loaded: The model to look into; one image at a time runs through it.
+        loaded: The model to explore; it processes one image at a time.
         title: Heading of the page.
-        folder: Of this page alone, for what is uploaded and drawn; kept small, but not deleted.
-        port: That the server listens on; requests that name another Host or come from another Origin get 403.
+        folder: Folder for uploaded and drawn files, which only this page may use. It is kept small, but not deleted.
+        port: Port that the server listens on; requests with another Host or from another Origin get a 403.
 
     Raises:
         InputError: gradio or matplotlib is not installed.
@@ -146,18 +146,18 @@ def create_app(loaded: Loaded, title: str, folder: Path, port: int) -> Any:
     except ImportError:
         raise InputError("the explorer needs gradio: pip install 'vt_zoo[explore]'") from None
     folder = folder.resolve()
-    os.environ['GRADIO_TEMP_DIR'] = str(folder)  # read whenever a file is kept
-    lock = threading.Lock()  # what `capture_tokens` hooks into the model is of one image
+    os.environ['GRADIO_TEMP_DIR'] = str(folder)  # read whenever a file is saved
+    lock = threading.Lock()  # the hooks of `capture_tokens` work for one image at a time
     blank = look(loaded, Image.new('RGB', (64, 64)))
     modules = list(blank.attention)
-    overlay_tokens(blank.image, blank.attention[modules[0]])  # says now if matplotlib is missing
+    overlay_tokens(blank.image, blank.attention[modules[0]])  # raises now if matplotlib is missing
 
     def open_image(path: Optional[str]) -> Tuple:
         if path is None:
             return None, None, None
         try:
             if not is_uploaded(path, folder):
-                raise InputError('the image must be a file that was uploaded')
+                raise InputError('the image must be an uploaded file')
             image = load_image(path)
             with lock:
                 seen = look(loaded, image)
@@ -203,7 +203,7 @@ def create_app(loaded: Loaded, title: str, folder: Path, port: int) -> Any:
                 raise gr.Error(f'the token must be a whole number from 0 to {tokens - 1}')
             return (index, *_draw_one(seen, module, index))
 
-        # what is clicked while the page is busy is done too, one after the other in its order
+        # clicks made while the page is busy are queued and handled in order
         in_order = {'trigger_mode': 'multiple', 'concurrency_id': 'page', 'concurrency_limit': 1}
         draw_all = {'fn': _draw_all, 'inputs': [seen, module, token], 'outputs': [gallery, picture, text], **in_order}
         file.change(open_image, file, [seen, image, prediction], **in_order).then(**draw_all)
@@ -215,5 +215,5 @@ def create_app(loaded: Loaded, title: str, folder: Path, port: int) -> Any:
         FastAPI(openapi_url=None), blocks, '/', footer_links=[], run_history=False, ssr_mode=False, pwa=False,
         mcp_server=False, enable_monitoring=False, max_file_size=MAX_FILE_SIZE, css=CSS,
         theme=gr.themes.Default(font=font, font_mono=mono))
-    blocks.has_launched = True  # else gradio opens files that were not uploaded
+    blocks.has_launched = True  # otherwise gradio opens files that were not uploaded
     return Gate(app, folder, port)

@@ -1,7 +1,7 @@
-"""Pictures of what tokens look at. matplotlib is imported where a picture is drawn (extra `figures`).
+"""Pictures of what tokens look at. matplotlib is imported only when a picture is drawn (extra `figures`).
 
-Attention is drawn as a multiple of uniform attention 1 / (H * W) in the colour map inferno, which readers with any kind
-of colour vision can tell apart, on one square-root scale for a whole picture.
+Attention is drawn as a multiple of uniform attention 1 / (H * W), on one square-root scale for the whole picture. The
+colour map is inferno, which can be read with any kind of colour vision.
 """
 import unicodedata
 from contextlib import contextmanager
@@ -27,13 +27,13 @@ def draw_token_attention(
         titles: List[str],
         path: Union[str, Path],
 ) -> None:
-    """Draw the attention of each token over a few images, one row an image, one column a token.
+    """Draw the attention of each token over a few images, with one row per image and one column per token.
 
     Args:
         images: B images as the model saw them.
         attention: A of a tokenizer (B, L, H, W), as `capture_tokens` returns it. It is drawn as a multiple of uniform
-            attention 1 / (H * W), on one square-root scale for all.
-        titles: What to write beside each image.
+            attention 1 / (H * W), on one square-root scale for all images.
+        titles: Text beside each image.
         path: PNG or SVG file to write.
 
     Raises:
@@ -50,13 +50,13 @@ def draw_interaction(
         title: str,
         path: Union[str, Path],
 ) -> None:
-    """Draw Figure 6 of the paper for one image: above where each token looks, below which pixels it then meets.
+    """Draw Figure 6 of the paper for one image: where each token looks (top), and which pixels it then meets (bottom).
 
     Args:
         image: The image as the model saw it.
         attention: A of a tokenizer (L, H, W).
-        interaction: A-hat of the same tokens (L, H, W), by `vt_zoo.analysis.metrics.interaction_map`.
-        title: What to write over the picture.
+        interaction: A-hat of the same tokens (L, H, W), from `vt_zoo.analysis.metrics.interaction_map`.
+        title: Title of the picture.
         path: PNG or SVG file to write.
 
     Raises:
@@ -75,12 +75,12 @@ def draw_token(
         interaction: Optional[torch.Tensor],
         token: int,
 ) -> Image.Image:
-    """Draw one token large: where it looks and, beside it, which pixels it then meets.
+    """Draw a large picture of one token: where it looks and, beside it, which pixels it then meets.
 
     Args:
         image: The image as the model saw it.
-        attention: A of a tokenizer (L, H, W), which gives the scale: pictures of its tokens can be compared.
-        interaction: A-hat of the same tokens (L, H, W); None leaves it out.
+        attention: A of a tokenizer (L, H, W). It sets the scale, so that pictures of different tokens are comparable.
+        interaction: A-hat of the same tokens (L, H, W); None to leave it out.
         token: Index of the token.
 
     Raises:
@@ -100,14 +100,14 @@ def draw_token(
 
 
 def overlay_tokens(image: Image.Image, attention: torch.Tensor) -> List[Image.Image]:
-    """The attention of each token over the image, as the other pictures show it, on one scale for all.
+    """Lay the attention of each token over the image, in the style of the other pictures and on one scale for all.
 
     Args:
         image: The image as the model saw it.
         attention: A of a tokenizer (L, H, W).
 
     Returns:
-        L pictures of the image's size.
+        L pictures of the same size as the image.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -118,12 +118,12 @@ def overlay_tokens(image: Image.Image, attention: torch.Tensor) -> List[Image.Im
 
 
 def draw_locality(ratios: torch.Tensor, uniform: float, title: str, path: Union[str, Path]) -> None:
-    """Draw Figure 5 of the paper: the locality ratio against the layer, with its spread over the heads.
+    """Draw Figure 5 of the paper: the locality ratio by layer, with its spread over the heads.
 
     Args:
-        ratios: Ratio of each layer and head (layers, heads), by `vt_zoo.analysis.metrics.locality`.
-        uniform: Ratio of uniform attention, drawn as the baseline.
-        title: What to write over the picture.
+        ratios: Ratio of each layer and head (layers, heads), from `vt_zoo.analysis.metrics.locality`.
+        uniform: Ratio of uniform attention, drawn as a baseline.
+        title: Title of the picture.
         path: PNG or SVG file to write.
 
     Raises:
@@ -161,7 +161,7 @@ def _needed() -> Iterator[None]:
 
 
 def _written(text: str) -> Tuple[str, Dict[str, Any]]:
-    """A name of a person's own as matplotlib draws it: without formulas, in a font that has its letters, or escaped."""
+    """Prepare text for matplotlib: not parsed as a formula, and in a font that has its letters, or else escaped."""
     text, how = unicodedata.normalize('NFC', text), {'parse_math': False}
     if text.isascii() and text.isprintable():
         return text, how
@@ -178,7 +178,7 @@ def _multiple_of_uniform(attention: torch.Tensor) -> torch.Tensor:
 
 
 def _colors(attention: torch.Tensor):
-    """Colours of multiples of uniform attention; all but the highest half percent is below the end of the scale."""
+    """Colour scale for multiples of uniform attention; only the highest half percent of values is beyond its end."""
     with _needed():
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import PowerNorm
@@ -188,7 +188,7 @@ def _colors(attention: torch.Tensor):
 
 
 def _overlays(image: Image.Image, maps: torch.Tensor, colors) -> Iterator[np.ndarray]:
-    """Lay each map (L, H, W) over the image in grey: (height, width, 3), 0 to 1."""
+    """Lay each map (L, H, W) over the image in grey, giving pictures (height, width, 3) of values 0 to 1."""
     grey = np.asarray(image.convert('L'))[..., None] / 255
     for values in F.interpolate(maps[None], size=(image.height, image.width), mode='bilinear')[0].numpy():
         alpha = 0.2 + 0.65 * colors.norm(values).clip(0, 1)[..., None]  # the image shows through where attention is low
@@ -196,13 +196,13 @@ def _overlays(image: Image.Image, maps: torch.Tensor, colors) -> Iterator[np.nda
 
 
 def _draw_maps(axes, image: Image.Image, maps: torch.Tensor, colors) -> None:
-    """Draw a map (L, H, W) in each axes over the image in grey."""
+    """Draw one of the maps (L, H, W) in each of the axes, over the image in grey."""
     for ax, picture in zip(axes, _overlays(image, maps, colors)):
         ax.imshow(picture)
 
 
 def _draw_grid(images: Sequence[Image.Image], maps: torch.Tensor, titles: Sequence[str], font: int, margin: float):
-    """A figure with a row for each image: the image, then each of its maps (B, L, H, W) over it."""
+    """Draw a figure with a row for each image: the image, then each of its maps (B, L, H, W) over it."""
     num_tokens = maps.shape[1]
     stretch = (images[0].width / images[0].height) ** 0.5  # cells have the images' shape
     figure = _figure((0.63 * stretch * (num_tokens + 1) + 1.4, 0.57 / stretch * len(images) + margin))

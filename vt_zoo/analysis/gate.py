@@ -1,7 +1,7 @@
-"""Who may ask the explorer, and for what: an ASGI application in front of gradio's.
+"""Access control of the explorer: an ASGI application in front of gradio's, which filters requests.
 
-gradio answers any Host, allows foreign origins and opens whatever path it is sent. What comes through here is what the
-page itself asks for, from an address of this machine, about files that were uploaded or drawn.
+gradio answers any Host, allows foreign origins and opens any path it is sent. Only requests that the page itself makes
+are let through: to an address of this machine, and about uploaded or drawn files.
 """
 import asyncio
 import contextlib
@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
-MAX_UPLOAD = 24 * 2 ** 20  # bytes of a request: the largest file of the page and what is around it
+MAX_UPLOAD = 24 * 2 ** 20  # bytes of an upload: the largest file allowed, with the form around it
 MAX_BODY = 2 ** 20  # bytes of any other request
-MAX_SECONDS = 60  # that a body may take
-SKIP_SECONDS = 5  # that one may take which is refused whatever is in it
-MAX_FILES = 1000  # that are kept, uploaded and drawn
-MAX_BYTES = 256 * 2 ** 20  # that they may have together
+MAX_SECONDS = 60  # in which a body must arrive
+SKIP_SECONDS = 5  # in which the body of a refused request must arrive
+MAX_FILES = 1000  # uploaded and drawn files to keep
+MAX_BYTES = 256 * 2 ** 20  # total size of these files
 
 API = '/gradio_api'
 UPLOAD, JOIN, FILE = f'{API}/upload', f'{API}/queue/join', f'{API}/file='
@@ -33,14 +33,14 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class _RefusedError(Exception):
-    """Status and sentence of an answer."""
+    """A refused request, with the status and text of the answer."""
 
 
 def is_uploaded(path: Union[str, Path], folder: Path) -> bool:
-    """Whether a path is a regular file in a folder, no link on the way there.
+    """Whether a path is a regular file in a folder and has no links on the way there.
 
     Args:
-        path: Absolute; a relative one is none.
+        path: Absolute path; a relative one is never accepted.
         folder: The folder of uploads.
     """
     path = str(path)
@@ -53,25 +53,25 @@ def is_uploaded(path: Union[str, Path], folder: Path) -> bool:
 
 
 class Gate:
-    """Lets through what the page asks for.
+    """ASGI application that lets through only the requests that the page makes.
 
     Args:
         app: gradio's ASGI application.
-        folder: Where it keeps what is uploaded and drawn; nothing else may be in it.
-        port: That the server listens on, part of every Host and Origin that is let through.
+        folder: Folder in which it keeps uploaded and drawn files; nothing else may be in it.
+        port: Port that the server listens on, which is part of every allowed Host and Origin.
     """
 
     def __init__(self, app: Callable, folder: Path, port: int) -> None:
         self.app = app
         self.folder = folder
         hosts = [f'{name}:{port}' for name in ('127.0.0.1', 'localhost', '[::1]')]
-        if port == 80:  # is left out by browsers
+        if port == 80:  # browsers leave it out
             hosts += [host.rpartition(':')[0] for host in hosts]
         self.hosts = hosts
         self.upload = asyncio.Lock()
 
     async def __call__(self, scope: Dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer a request, as ASGI has it."""
+        """Answer a request, as specified by ASGI."""
         if scope['type'] == 'lifespan':
             await self.app(scope, receive, send)
         elif scope['type'] == 'websocket':
@@ -97,7 +97,7 @@ class Gate:
             return
         kept = [(name, value) for name, value in scope['headers'] if not _of_proxy(name)]
         scope, send = {**scope, 'headers': kept}, _without_cors(send)
-        if scope['path'] == JOIN:  # what is clicked is drawn into files
+        if scope['path'] == JOIN:  # a click draws new files
             await asyncio.to_thread(_prune, self.folder)
         if scope['path'] != UPLOAD:
             await self.app(scope, receive, send)
@@ -138,18 +138,18 @@ class Gate:
 
 
 def _header(scope: Dict[str, Any], name: bytes) -> Optional[str]:
-    """Value of a header that comes once, in small letters."""
+    """Value of a header in lower case; None unless it occurs exactly once."""
     values = [value for key, value in scope['headers'] if key == name]
     return values[0].decode('latin-1').lower() if len(values) == 1 else None
 
 
 def _of_proxy(name: bytes) -> bool:
-    """Whether a header says that the page has another address, of which gradio makes the page's links."""
+    """Whether a header gives the page another address, which gradio would use in the page's links."""
     return name == b'forwarded' or name.startswith((b'x-forwarded-', b'x-gradio-', b'x-direct-'))
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
-    """A body. MAX_BODY of one that is too long are read further: its sender gets the answer, not a reset connection."""
+    """Read a body. Up to MAX_BODY more is read if it is too long, so that its sender gets an answer, not a reset."""
     body, size = bytearray(), 0
     while size <= limit + MAX_BODY:
         message = await receive()
@@ -175,7 +175,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _paths(data: Any) -> Iterator[Any]:
-    """Everything in JSON that stands where gradio takes a path from."""
+    """Yield every value in JSON that gradio would take for a path."""
     if isinstance(data, dict):
         if 'path' in data:
             yield data['path']
@@ -186,7 +186,7 @@ def _paths(data: Any) -> Iterator[Any]:
 
 
 def _without_cors(send: Send) -> Send:
-    """Answers in which no other origin is allowed anything, nor may another page show them."""
+    """Change the headers of answers so that they allow no other origin, and no other page may embed them."""
     async def send_without_cors(message: Message) -> None:
         if message['type'] == 'http.response.start':
             kept = [(k, v) for k, v in message.get('headers', ()) if not k.lower().startswith(b'access-control-')]
@@ -207,7 +207,7 @@ def _prune(folder: Path) -> None:
     files: List[Tuple[float, int, Path]] = []
     for parent, folders, names in os.walk(folder, topdown=False):
         for path in (Path(parent, name) for name in (*names, *folders)):
-            with contextlib.suppress(OSError):  # is gone, or a folder that is not empty
+            with contextlib.suppress(OSError):  # it is gone, or is a folder that is not empty
                 status = path.lstat()
                 if not stat.S_ISDIR(status.st_mode):
                     files.append((status.st_mtime, status.st_size, path))

@@ -1,6 +1,6 @@
-"""Measures of what tokens attend to (section 6 of the paper), from the records of `vt_zoo.analysis.records`.
+"""Metrics of what tokens attend to (section 6 of the paper), computed from the records of `vt_zoo.analysis.records`.
 
-All take and return torch tensors and average over nothing that they do not say.
+All of them take and return torch tensors, and average only over what their documentation says.
 """
 import math
 from typing import List, Optional, Sequence, Tuple
@@ -20,12 +20,13 @@ def attention_entropy(attention: torch.Tensor, normalize: bool = False) -> torch
     """Entropy of each token's attention over the pixels: E = -sum_ij A_ij log A_ij (section 6 of the paper).
 
     Args:
-        attention: A (B, L, H, W), sums to one over the pixels.
-        normalize: Divide by log(H * W), the entropy of uniform attention: then from 0 (one pixel) to 1, for maps of any
-            size. The paper compares nats with log(473 * 473) = 12.318, although A lives on the smaller feature map.
+        attention: A (B, L, H, W), which sums to one over the pixels.
+        normalize: Divide by log(H * W), the entropy of uniform attention, so that values are from 0 (one pixel) to 1
+            for maps of any size. The paper compares nats with log(473 * 473) = 12.318, although A is defined on the
+            smaller feature map.
 
     Returns:
-        Entropy (B, L), in nats where not normalised.
+        Entropy (B, L), in nats unless normalised.
     """
     attention = attention.flatten(2)
     entropy = -torch.xlogy(attention, attention).sum(-1)
@@ -33,7 +34,7 @@ def attention_entropy(attention: torch.Tensor, normalize: bool = False) -> torch
 
 
 def resize_attention(attention: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Attention (B, L, H, W) interpolated to another size (height, width), again summing to one over the pixels."""
+    """Interpolate attention (B, L, H, W) to another size (height, width); it again sums to one over the pixels."""
     resized = F.interpolate(attention, size=tuple(size), mode='bilinear', align_corners=False)
     return resized / resized.sum((-2, -1), keepdim=True)
 
@@ -42,22 +43,22 @@ def interaction_map(attention: torch.Tensor, relation: torch.Tensor) -> torch.Te
     """Pixels that each token meets in the transformer: A-hat_l = sum over l' of W(l, l') A(l') (section 6).
 
     Args:
-        attention: A (B, L', H, W). For VT-FPN that of all levels, brought to one size (`resize_attention`) and
+        attention: A (B, L', H, W). For VT-FPN, that of all levels, resized to one size (`resize_attention`) and
             concatenated over the tokens.
         relation: W of the transformer (B, L, L').
 
     Returns:
-        A-hat (B, L, H, W), sums to one over the pixels.
+        A-hat (B, L, H, W), which sums to one over the pixels.
     """
     return torch.einsum('blm,bmhw->blhw', relation, attention)
 
 
 def record_interaction(records: Sequence[VTRecord], index: int) -> Optional[torch.Tensor]:
-    """A-hat of the tokens of a record (B, L, H, W), at the size of its own A.
+    """Compute A-hat (B, L, H, W) of a record's tokens, at the size of its own A.
 
-    None where it has no A or no relation, or where A is of some of its tokens alone, as with dynamic tokens.
-
-    The transformer of VT-FPN relates the tokens of all levels, so its A-hat takes in the A of each, resized.
+    The result is None if the record has no A or no relation, or if A covers only some of its tokens, as with dynamic
+    tokens. The transformer of VT-FPN relates the tokens of all levels, so its A-hat includes the A of each level,
+    resized.
     """
     record = records[index]
     if record.attention is None or record.relation is None:
@@ -76,25 +77,25 @@ def foreground_share(attention: torch.Tensor, foreground: torch.Tensor) -> torch
     """Share of each token's attention that lies on the foreground.
 
     Args:
-        attention: A (B, L, H, W), sums to one over the pixels.
-        foreground: Mask (B, h, w) of any size, or the share of foreground 0 to 1 in each pixel; brought to H x W by the
-            mean over the area of each pixel of A.
+        attention: A (B, L, H, W), which sums to one over the pixels.
+        foreground: Mask (B, h, w) of any size, or the share of foreground, 0 to 1, in each pixel; resized to H x W by
+            averaging over the area of each pixel of A.
 
     Returns:
-        Share (B, L), 0 to 1. Uniform attention has the share of the mask that is foreground.
+        Share (B, L), 0 to 1. For uniform attention, it is the share of the image that is foreground.
     """
     return (attention * _cover(foreground, attention)[:, None]).sum((-2, -1))
 
 
 def foreground_ratio(attention: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """Mean attention of a foreground pixel over that of a background pixel; the paper: 1.283 on LIP (section 6).
+    """Ratio of the mean attention to foreground and background pixels; the paper gives 1.283 on LIP (section 6).
 
     Args:
-        attention: A (B, L, H, W), sums to one over the pixels.
+        attention: A (B, L, H, W), which sums to one over the pixels.
         foreground: As in `foreground_share`.
 
     Returns:
-        Ratio (B, L), 1 for uniform attention; NaN for an image without foreground or without background.
+        Ratio (B, L): 1 for uniform attention; NaN for an image without foreground or without background.
     """
     area = _cover(foreground, attention).mean((-2, -1))[:, None]
     share = foreground_share(attention, foreground)
@@ -106,15 +107,15 @@ def _cover(foreground: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
 
 
 def attention_spread(attention: torch.Tensor) -> torch.Tensor:
-    """How far apart the pixels of a token lie: their mean distance from the centre of its attention.
+    """How far a token's attention is spread: the mean distance of its pixels from the centre of attention.
 
     `D = sum_ij A_ij |(i, j) - c|` with `c = sum_ij A_ij (i, j)`, as a share of the map's diagonal.
 
     Args:
-        attention: A (B, L, H, W), sums to one over the pixels.
+        attention: A (B, L, H, W), which sums to one over the pixels.
 
     Returns:
-        Distance (B, L), 0 where all attention is on one pixel. Uniform attention on a large square map has 0.27.
+        Distance (B, L): 0 if all attention is on one pixel, 0.27 for uniform attention on a large square map.
     """
     height, width = attention.shape[-2:]
     rows = torch.arange(height).to(attention)[:, None]
@@ -124,13 +125,13 @@ def attention_spread(attention: torch.Tensor) -> torch.Tensor:
 
 
 def token_similarity(attention: torch.Tensor) -> torch.Tensor:
-    """Which tokens look at the same pixels: mean cosine between the attention of each two tokens.
+    """Which tokens look at the same pixels: mean cosine similarity of the attention of each pair of tokens.
 
     Args:
-        attention: A (N, L, H, W) over a data set.
+        attention: A (N, L, H, W) of the images of a data set.
 
     Returns:
-        Similarity (L, L), the mean over the N images; 1 on the diagonal and between tokens that attend alike always.
+        Similarity (L, L), the mean over the N images; 1 on the diagonal and for tokens that always attend alike.
     """
     directions = F.normalize(attention.flatten(2), dim=-1)
     return (directions @ directions.transpose(1, 2)).mean(0)
@@ -139,22 +140,23 @@ def token_similarity(attention: torch.Tensor) -> torch.Tensor:
 def attention_correlation(attention: torch.Tensor) -> torch.Tensor:
     """Whether tokens look at the same pixels: mean correlation of the attention of two different tokens.
 
-    The uniform part is taken off first, so that soft attention everywhere does not count as looking at the same place.
+    Uniform attention is subtracted first, so that attending softly to everything does not count as looking at the same
+    pixels.
 
     Args:
-        attention: A (B, L, H, W), sums to one over the pixels.
+        attention: A (B, L, H, W), which sums to one over the pixels.
 
     Returns:
-        Correlation (B), from -1 to 1; NaN where there is one token.
+        Correlation (B), from -1 to 1; NaN if there is only one token.
     """
     return token_cosine(attention.flatten(2) - 1 / (attention.shape[-2] * attention.shape[-1]))
 
 
 def token_cosine(tokens: torch.Tensor) -> torch.Tensor:
-    """Whether tokens say the same: mean cosine of two different tokens (B, L, CT) of an image.
+    """Whether tokens say the same thing: mean cosine similarity of two different tokens (B, L, CT) of an image.
 
     Returns:
-        Cosine (B), from -1 to 1; NaN where there is one token.
+        Cosine (B), from -1 to 1; NaN if there is only one token.
     """
     directions = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
     num_tokens = tokens.shape[1]
@@ -163,16 +165,17 @@ def token_cosine(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
-    """As many directions as the tokens of an image differ in: effective rank of the tokens around their mean.
+    """Number of directions in which the tokens of an image differ: effective rank of the tokens around their mean.
 
-    The exponential of the entropy of the squared singular values, as shares of their sum (Roy and Vetterli, 2007).
+    It is the exponential of the entropy of the squared singular values, as shares of their sum (Roy and Vetterli,
+    2007).
 
     Args:
         tokens: T (B, L, CT).
 
     Returns:
-        Rank (B), from 1 to the smaller of L - 1 and CT for tokens that differ, 0 where all are the same, NaN where one
-        is not finite.
+        Rank (B): from 1 to the smaller of L - 1 and CT if the tokens differ, 0 if they are all the same, NaN if one of
+        them is not finite.
     """
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # half precision has no SVD
     finite = tokens.isfinite().all(-1).all(-1)
@@ -187,15 +190,15 @@ def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def locality(attention: torch.Tensor, grid: Tuple[int, int], prefix_tokens: int = 0) -> torch.Tensor:
-    """Locality ratio of self-attention over patches: the share that stays in the 3x3 neighbourhood (Figure 5).
+    """Locality ratio of self-attention over patches: the share within the 3x3 neighbourhood (Figure 5).
 
-    R = mean over pixels (i, j) of P_ij / T_ij, where P sums the attention of (i, j) to x in {i-1, i, i+1} and y in
-    {j-1, j, j+1}, cut at the border, and T to all pixels (section 6 of the paper).
+    R = mean over patches (i, j) of P_ij / T_ij, where P sums the attention of (i, j) to x in {i-1, i, i+1} and y in
+    {j-1, j, j+1}, cut off at the border, and T sums it over all patches (section 6 of the paper).
 
     Args:
         attention: Self-attention of one layer (B, heads, N, N), with N = prefix_tokens + rows * columns.
         grid: (rows, columns) of the patches.
-        prefix_tokens: Class and register tokens before the patches, which are left out of both sums.
+        prefix_tokens: Number of class and register tokens before the patches, which are left out of both sums.
 
     Returns:
         Ratio (B, heads).
@@ -206,12 +209,12 @@ def locality(attention: torch.Tensor, grid: Tuple[int, int], prefix_tokens: int 
 
 
 def uniform_locality(grid: Tuple[int, int]) -> float:
-    """Locality ratio of uniform attention: 0.0416 on 14x14 patches."""
+    """Locality ratio of uniform attention, which is 0.0416 for 14x14 patches."""
     return (_neighbours(grid).double().sum(-1) / (grid[0] * grid[1])).mean().item()
 
 
 def _neighbours(grid: Tuple[int, int]) -> torch.Tensor:
-    """Whether two patches touch, also at a corner, or are the same: (N, N) of bool."""
+    """Whether two patches touch, if only at a corner, or are the same: bool (N, N)."""
     places: List[torch.Tensor] = [
         index.flatten() for index in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing='ij')]
     return ((places[0][:, None] - places[0]).abs() <= 1) & ((places[1][:, None] - places[1]).abs() <= 1)

@@ -1,4 +1,4 @@
-"""What the tokens of a model attend to, for given images."""
+"""Recording what the tokens of a model attend to in given images."""
 from dataclasses import dataclass
 from typing import Dict, List, Optional
 
@@ -14,18 +14,18 @@ __all__ = ['VTRecord', 'capture_tokens']
 class VTRecord:
     """Attention of one VT module for B images, with a feature map of H x W pixels and L tokens of CT channels.
 
-    A part that the module does not have, or that has no attention, leaves None. Heads are averaged. VT-FPN has one
-    record a level, from fine to coarse, and one transformer for all of them: each record has its whole relation, whose
-    rows and columns are the tokens of the first level, then those of the second, and so on.
+    A field is None if the module lacks that part, or if the part has no attention. Heads are averaged. VT-FPN has one
+    record per level, from fine to coarse, but a single transformer: each record has its whole relation, whose rows and
+    columns are the tokens of the first level, then those of the second, and so on.
 
     Attributes:
-        attention: A of the tokenizer, equations (1) and (2): share of each pixel in each token (B, L, H, W), sums to
-            one over the pixels. None with a pooling tokenizer and in modules that work on tokens only.
-        relation: W, the attention of the transformer, equation (3): share of token l' in token l (B, L, L), for VT-FPN
-            with the tokens of all levels; sums to one over l'. None with the other token mixers.
-        projection: Attention of the projector, equation (5): share of each token in each pixel (B, L, H, W), sums to
-            one over the tokens. None where the module has no projector.
-        tokens: The tokens that the module returns, or writes back to its level (B, L, CT).
+        attention: A of the tokenizer, equations (1) and (2): share of each pixel in each token (B, L, H, W), which sums
+            to one over the pixels. None with a pooling tokenizer and in modules that work on tokens only.
+        relation: W, the attention of the transformer, equation (3): share of token l' in token l (B, L, L), which sums
+            to one over l'; for VT-FPN, over the tokens of all levels. None with the other token mixers.
+        projection: Attention of the projector, equation (5): share of each token in each pixel (B, L, H, W), which sums
+            to one over the tokens. None if the module has no projector.
+        tokens: Tokens (B, L, CT) that the module returns, or that VT-FPN writes back to the level.
     """
     attention: Optional[torch.Tensor]
     relation: Optional[torch.Tensor]
@@ -38,13 +38,13 @@ def capture_tokens(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
     """Run a model on images and record the attention of its VT modules.
 
     Args:
-        model: Model with VT modules, which may be inside of DistributedDataParallel. It runs in the mode that it is in
-            (eval for reproducible results), with hooks on its parts that are gone afterwards. A model that was compiled
-            runs uncompiled for it; one that was scripted, traced or exported cannot be looked into.
-        images: Images (B, C, H, W), preprocessed as the model asks.
+        model: Model with VT modules, which may be wrapped in DistributedDataParallel. It runs in its current mode (use
+            eval for reproducible results), with hooks on its parts that are removed afterwards. A compiled model runs
+            uncompiled for this; one that was scripted, traced or exported cannot be used.
+        images: Images (B, C, H, W), preprocessed as the model expects.
 
     Returns:
-        One record a VT module, in the order of their use; for VT-FPN one a level.
+        One record per VT module, in the order in which they run; for VT-FPN, one per level.
 
     Raises:
         ValueError: The model has no VT modules, or is scripted.
@@ -88,7 +88,7 @@ def capture_tokens(model: nn.Module, images: torch.Tensor) -> List[VTRecord]:
                 handles.append(owner.register_forward_hook(record_neck))
             else:
                 handles.append(owner.register_forward_hook(record_module))
-        with torch.compiler.set_stance('force_eager'):  # what was compiled in place runs as it is written
+        with torch.compiler.set_stance('force_eager'):  # modules compiled in place run eagerly
             model(images)
     finally:
         for handle in handles:

@@ -12,14 +12,14 @@ def _attention_modules(model: nn.Module) -> List[nn.Module]:
 
 
 def patch_grid(model: nn.Module, images: torch.Tensor) -> Tuple[Tuple[int, int], int]:
-    """(rows, columns) of the patches of images (B, C, H, W), and how many class and register tokens stand before them.
+    """(rows, columns) of the patches of images (B, C, H, W), and the number of class and register tokens before them.
 
     Raises:
-        ValueError: The model is no ViT of timm.
+        ValueError: The model is not one of timm's ViTs.
     """
     embed = getattr(model, 'patch_embed', None)
     if not hasattr(embed, 'patch_size') or not _attention_modules(model):
-        raise ValueError(f'model must be a Vision Transformer of timm, {type(model).__name__} is none')
+        raise ValueError(f'model must be a Vision Transformer of timm, {type(model).__name__} is not one')
     rows, columns = (n // p for n, p in zip(images.shape[-2:], embed.patch_size))
     return (rows, columns), getattr(model, 'num_prefix_tokens', 0)
 
@@ -28,18 +28,18 @@ def patch_grid(model: nn.Module, images: torch.Tensor) -> Tuple[Tuple[int, int],
 def capture_self_attention(model: nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
     """Run a ViT on images and record the attention of each layer.
 
-    timm's fused attention does not show its weights, so it is off for this run, and as it was afterwards. (timm's
-    `AttentionExtract` gives nothing, without a word, unless fused attention was off when the model was made.)
+    timm's fused attention does not expose its weights, so it is switched off for this run and restored afterwards.
+    (timm's `AttentionExtract` silently returns nothing unless fused attention was off when the model was created.)
 
     Args:
         model: Vision Transformer of timm.
-        images: Images (B, C, H, W), preprocessed as the model asks.
+        images: Images (B, C, H, W), preprocessed as the model expects.
 
     Returns:
-        Attention (B, heads, N, N) of each layer, sums to one over the last dimension.
+        Attention (B, heads, N, N) of each layer, which sums to one over the last dimension.
 
     Raises:
-        ValueError: The model is no ViT of timm.
+        ValueError: The model is not one of timm's ViTs.
     """
     grid, prefix = patch_grid(model, images)
     modules = _attention_modules(model)

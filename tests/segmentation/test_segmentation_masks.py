@@ -133,7 +133,7 @@ def test_mask_that_does_not_fit_the_map(tmp_path, pixels, label_map, match, inpu
 
 
 @pytest.mark.parametrize('content, match', [
-    ({'format': 'JPEG'}, 'is a JPEG by its content'),
+    ({'format': 'JPEG'}, 'has the content of a JPEG'),
     ({'save_all': True, 'append_images': [Image.new('L', (32, 32), 1)]}, 'holds 2 pictures'),
 ])
 def test_mask_that_is_no_single_png(tmp_path, content, match, input_error):
@@ -158,7 +158,7 @@ def test_label_map_of_recipe_and_command_line(tmp_path):
 
 
 def test_label_map_is_for_ones_own_masks(tmp_path, input_error):
-    with input_error('label_map is for the format folder'):
+    with input_error('label_map is only for format folder'):
         load_dataset('lip', make_lip(tmp_path), 'train').map_labels({0: 0})
 
 
@@ -183,12 +183,12 @@ def test_counts_of_many_classes():
 
 
 @pytest.mark.parametrize('classes, mask, part, match', [
-    (['crack'], binary(255), 'train', r'class 0 \(crack\) alone, classes\.txt names no other'),
-    (CLASSES, binary(255), 'train', r"hold 0 \(background\) and 255 alone.*--label-map '\{0: 0, 255: 1\}'"),
-    (CLASSES, binary(255), 'val', r'hold 0 \(background\) and 255 alone'),
+    (['crack'], binary(255), 'train', r'only class 0 \(crack\), classes\.txt names no other'),
+    (CLASSES, binary(255), 'train', r"hold only 0 \(background\) and 255.*--label-map '\{0: 0, 255: 1\}'"),
+    (CLASSES, binary(255), 'val', r'hold only 0 \(background\) and 255'),
     (CLASSES, np.where(binary(1), 255, 1).astype(np.uint8), 'train',
-     r'hold 1 \(crack\) and 255 alone.*\{1: 1, 255: 0\}'),
-    (CLASSES, binary(0), 'train', r'hold class 0 \(background\) alone, class 1 \(crack\) occurs in none'),
+     r'hold only 1 \(crack\) and 255.*\{1: 1, 255: 0\}'),
+    (CLASSES, binary(0), 'train', r'hold only class 0 \(background\), class 1 \(crack\) occurs in none'),
 ])
 def test_only_one_class_occurs(tmp_path, classes, mask, part, match, input_error):
     dataset = load_dataset('folder', make(tmp_path, [mask], classes), part)
@@ -248,7 +248,7 @@ def test_all_that_is_wrong_is_said_before_training(tmp_path, segment_settings, i
     root = make(tmp_path / 'data', [binary(1)] * 3)
     for name in ('1', '2'):
         save_mask(binary(9), root / 'masks' / 'val' / f'{name}.png')
-    with input_error(r'masks/val/1\.png has the label 9, .*; so it is with 2 of 3 samples of this part'):
+    with input_error(r'masks/val/1\.png has the label 9, .*; 2 of 3 samples of this part have errors'):
         run(root, tmp_path / 'run', segment_settings)
     assert not (tmp_path / 'run').exists()
 
@@ -314,6 +314,6 @@ def test_validation_part_may_change(tmp_path, segment_settings, monkeypatch, cap
     with caplog.at_level(logging.WARNING, 'vt_zoo'):
         run(root, tmp_path / 'run', segment_settings, resume=True)
     now = 1 if change == 'fewer' else 2
-    sentence = f'the validation part is another than in the run so far (2 images then, {now} now)'
+    sentence = f'the validation part is not the one of the run so far (2 images then, {now} now)'
     assert (sentence in caplog.text) == (change != 'nothing')
     assert sorted(os.listdir(tmp_path / 'run')) == ['best', 'history.csv', 'last']

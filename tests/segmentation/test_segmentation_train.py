@@ -373,7 +373,7 @@ def test_broken_file(my_composed, segment_settings, tmp_path, workers, kind, spl
     ({'encoder_name': 'tu-test_vit'}, "encoder 'tu-test_vit' cannot be made"),
     ({'encoder_name': 'tu-coatnet_pico_rw_224'}, 'tu-coatnet_pico_rw_224 does not take images of 3x32x32'),
     ({'batch_size': 1}, 'a batch of 1 images of 32x32 cannot be trained'),
-    ({'precision': 'fp16'}, 'precision fp16 is for GPUs, on a CPU allowed are no and bf16'),
+    ({'precision': 'fp16'}, 'precision fp16 is for GPUs, on a CPU no and bf16 are allowed'),
     ({'format': 'voc'}, "'voc'"),
     ({'format': 'lip'}, 'TrainVal_images'),
 ])

@@ -1,4 +1,4 @@
-"""Training segmenters, measuring and using them; needs the extra `segmentation`."""
+"""Training, evaluating and using segmenters; needs the extra `segmentation`."""
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {

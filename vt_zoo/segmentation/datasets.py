@@ -1,8 +1,8 @@
 """Data sets of images and masks in the layouts in which they are published.
 
-A mask holds a class index a pixel; 255 is ignored by losses and metrics. It is made for the pixels as the image file
-stores them, as COCO's are: where EXIF orientation turns an image upright (`load_upright`), its mask is turned with it.
-An EXIF orientation of the mask's own file means nothing.
+A mask holds one class index per pixel; losses and metrics ignore 255. As in COCO, a mask refers to the pixels as the
+image file stores them: if EXIF orientation turns an image upright (`load_upright`), its mask is turned with it. An EXIF
+orientation in the mask's own file is ignored.
 """
 import json
 import os
@@ -25,8 +25,8 @@ Sample = Tuple[Path, Path]
 
 SPLITS = ('train', 'val', 'test')
 GREY = ('1', 'L', 'P', 'I', 'I;16', 'I;16B', 'I;16L', 'I;16N')
-LOSSY = ('JPEG', 'MPO', 'JPEG2000')  # whose pixels are not those that were saved
-STEPS = {'L;2': 85, 'L;4': 17}  # by which Pillow multiplies PNG's grey values of 2 and 4 bits
+LOSSY = ('JPEG', 'MPO', 'JPEG2000')  # formats that change pixel values
+STEPS = {'L;2': 85, 'L;4': 17}  # factors by which Pillow multiplies PNG's grey values of 2 and 4 bits
 
 # labels.txt of https://github.com/nightrome/cocostuff, ids 92 to 182
 COCO_STUFF = (
@@ -48,29 +48,29 @@ LIP = (
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
-    """(image, mask) pairs whose masks hold class indices.
+    """Dataset of (image, mask) pairs whose masks hold class indices.
 
-    An item is the image, PIL RGB, and the mask, int64 (H, W) of values 0 to len(classes) - 1 or `ignore_index`; or what
-    the transform makes of the two.
+    An item is an RGB PIL image and its mask, int64 (H, W) of values 0 to len(classes) - 1 or `ignore_index`; or the
+    output of the transform for both.
 
     Args:
-        samples: The files (image, mask). That they exist is not checked here.
+        samples: Pairs of files (image, mask), which are not checked for existence here.
         classes: Names of the classes, at most 255.
         transform: Called with (image, mask). May be set later.
 
     Attributes:
-        flip_pairs: Classes that change places in a mirror image, as a left and a right arm.
-        label_map: What other values of the masks than class indices mean, see `map_labels`.
-        described_by: Files beside images and masks that say what the masks mean.
+        flip_pairs: Pairs of classes that are swapped in a mirror image, such as left and right arm.
+        label_map: Meaning of mask values that are not class indices, see `map_labels`.
+        described_by: Files, other than images and masks, that say what the masks mean.
 
     Raises:
-        InputError: In `load` and `__getitem__`, a file cannot be read, the mask is of another size than the image's
-            stored pixels, or it holds a value that is not a class.
+        InputError: In `load` and `__getitem__`, if a file cannot be read, the mask does not have the size of the stored
+            image, or it holds a value that is not a class.
     """
     ignore_index = IGNORED
     flip_pairs: Sequence[Tuple[int, int]] = ()
     described_by: Sequence[Path] = ()
-    own_labels = True  # masks are a person's own, not those of a published data set
+    own_labels = True  # the masks are the user's own, not those of a published data set
 
     def __init__(self, samples: List[Sample], classes: Sequence[str], transform: Optional[Callable] = None) -> None:
         if len(classes) > IGNORED:
@@ -82,17 +82,17 @@ class SegmentationDataset(torch.utils.data.Dataset):
         self._label_map: Optional[LabelMap] = None
 
     def map_labels(self, label_map: Optional[Dict[Union[int, str], int]]) -> None:
-        """Read other values of the masks than class indices.
+        """Set what mask values mean that are not class indices.
 
         Args:
-            label_map: Class index, or 255 to ignore it, of each grey value and each colour 'R,G,B' that a mask may
-                hold, as `read_label_map` gives it. None for masks of class indices.
+            label_map: Class index, or 255 to ignore it, for each grey value and each colour 'R,G,B' that a mask may
+                hold, as returned by `read_label_map`. None for masks of class indices.
 
         Raises:
-            InputError: The layout is one of a published data set, or the map names a class that is not there.
+            InputError: The layout is that of a published data set, or the map has a class that does not exist.
         """
         if label_map is not None and not self.own_labels:
-            raise InputError('label_map is for the format folder, what the masks of the other formats hold is known')
+            raise InputError('label_map is only for format folder, as the masks of the other formats need none')
         self._label_map = None if label_map is None else LabelMap(label_map, len(self.classes))
         self.label_map = label_map
 
@@ -100,7 +100,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def load(self, index: int) -> Tuple[Image.Image, np.ndarray]:
-        """The image and the mask of a sample before the transform."""
+        """Load the image and the mask of a sample, without the transform."""
         image_path, mask_path = self.samples[index]
         image, orientation = load_upright(image_path)
         labels, size = self._labels(index), image.size
@@ -118,7 +118,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         return (image, mask) if self.transform is None else self.transform(image, mask)
 
     def _labels(self, index: int) -> np.ndarray:
-        """The mask as its file stores it: (H, W), values 0 to len(classes) - 1 or 255."""
+        """Read a mask as its file stores it: (H, W), values 0 to len(classes) - 1 or 255."""
         path = self.samples[index][1]
         if self._label_map is None:
             return _read_indices(path, len(self.classes))
@@ -126,11 +126,12 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
 
 class FolderDataset(SegmentationDataset):
-    """`images/{train,val,test}/NAME.jpg`, `masks/{train,val,test}/NAME.png`, `classes.txt`: a name a line.
+    """A folder with `images/{train,val,test}/NAME.jpg`, `masks/{train,val,test}/NAME.png` and `classes.txt`.
 
-    Images may be of any kind of `vt_zoo.data.folders.IMAGE_EXTENSIONS`.
-    Masks are grey or palette images (of 1 to 16 bits) whose values are class indices, or 255 where a pixel is ignored.
-    `map_labels` is for other values and for coloured masks. `test/` is never trained on and may be missing.
+    `classes.txt` has one name per line. Images may have any of the extensions in
+    `vt_zoo.data.folders.IMAGE_EXTENSIONS`. Masks are grey or palette images (of 1 to 16 bits) whose values are class
+    indices, or 255 for ignored pixels; see `map_labels` for other values and for coloured masks. `test/` is never used
+    in training and may be missing.
     """
 
     def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
@@ -143,9 +144,9 @@ class FolderDataset(SegmentationDataset):
 class CocoStuff(SegmentationDataset):
     """COCO-stuff's 91 stuff classes, from its stuffthingmaps. Things and unlabelled pixels are ignored.
 
-    The layout of https://github.com/nightrome/cocostuff: `images/{train,val}2017/*.jpg` and, unpacked from
-    stuffthingmaps_trainval2017.zip, `annotations/{train,val}2017/*.png`. A map's value is the class's id - 1: 0 to 90
-    are things, 91 to 181 stuff, 255 is unlabelled.
+    The layout is that of https://github.com/nightrome/cocostuff: `images/{train,val}2017/*.jpg` and, unpacked from
+    stuffthingmaps_trainval2017.zip, `annotations/{train,val}2017/*.png`. A mask's value is the class id minus 1: 0 to
+    90 are things, 91 to 181 are stuff, 255 is unlabelled.
     """
     own_labels = False
 
@@ -160,11 +161,11 @@ class CocoStuff(SegmentationDataset):
 
 
 class CocoPanopticStuff(SegmentationDataset):
-    """COCO's panoptic annotations as Detectron2's semantic FPN takes them: class 0 all things, 1 to 53 stuff.
+    """COCO's panoptic annotations as used by Detectron2's semantic FPN: class 0 is all things, 1 to 53 are stuff.
 
-    The layout of COCO: `{train,val}2017/*.jpg` (also below `images/`), `annotations/panoptic_{train,val}2017.json`, and
-    `panoptic_{train,val}2017/*.png` below `annotations/` or, as Detectron2 has them, beside it. A pixel's segment is
-    R + 256 G + 256^2 B; 0 is void and ignored. The classes are the json's `categories`, in the order of their ids.
+    The layout is COCO's: `{train,val}2017/*.jpg` (or below `images/`), `annotations/panoptic_{train,val}2017.json`, and
+    `panoptic_{train,val}2017/*.png` below `annotations/` or, as in Detectron2, beside it. A pixel's segment number is
+    R + 256 G + 256^2 B; 0 is void and ignored. The classes are the `categories` of the json, in the order of their ids.
     """
     own_labels = False
 
@@ -202,11 +203,12 @@ class CocoPanopticStuff(SegmentationDataset):
 
 
 class LookIntoPerson(SegmentationDataset):
-    """LIP, people in 20 classes: background, clothes and parts of the body, left ones apart from right ones.
+    """LIP: people in 20 classes, which are background, clothes and parts of the body, with left and right separate.
 
-    `TrainVal_images/{train,val}_images/*.jpg`, `TrainVal_parsing_annotations/{train,val}_segmentations/*.png`, each
-    also below a second folder of the same name, as some archives unpack. Where `{train,val}_id.txt` lies beside the
-    folder of images, its names are the split; else all images are.
+    The layout is `TrainVal_images/{train,val}_images/*.jpg` and
+    `TrainVal_parsing_annotations/{train,val}_segmentations/*.png`, each of which may be below a second folder of the
+    same name, as some archives unpack. If there is a `{train,val}_id.txt` beside the folder of images, the split
+    consists of the names in it; otherwise of all images.
     """
     flip_pairs = ((14, 15), (16, 17), (18, 19))
     own_labels = False
@@ -240,10 +242,10 @@ def load_dataset(
         split: str,
         transform: Optional[Callable] = None,
 ) -> SegmentationDataset:
-    """Find the images and masks of a split. Names are read, and of COCO's panoptic annotations the json; no pixels.
+    """Find the images and masks of a split. This reads file names, and COCO's panoptic json, but no pixels.
 
     Args:
-        format: A key of `FORMATS`; the classes there describe their layouts.
+        format: A key of `FORMATS`, whose classes describe their layouts.
         root: Folder of the data set.
         split: 'train', 'val' or 'test'.
         transform: Called with (image, mask).
@@ -288,7 +290,7 @@ def _images(folder: Path) -> List[Path]:
 
 
 def _with_masks(images: List[Path], folder: Path) -> List[Sample]:
-    names = set(os.listdir(folder))  # one look for all: a data set has 10^5 files, perhaps on a network drive
+    names = set(os.listdir(folder))  # listed once: a data set may have 10^5 files, perhaps on a network drive
     samples = [(image, folder / f'{image.stem}.png') for image in images]
     for image, mask in samples:
         if mask.name not in names:
@@ -305,15 +307,19 @@ def _read_names(path: Path) -> List[str]:
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f'{path} cannot be read: {e}') from e
     if not names or '' in names:
-        raise InputError(f'{path} {"has an empty line" if names else "is empty"}, a name a line is needed')
+        raise InputError(f'{path} {"has an empty line" if names else "is empty"}, one name per line is needed')
     return names
 
 
 def _read_panoptic(path: Path) -> Tuple[Dict[str, np.ndarray], Dict[int, Tuple[str, bool]]]:
-    """Segment and category ids, int32 (segments, 2), by name of mask; (name, is it a thing) by category id.
+    """Read panoptic annotations.
 
-    COCO's file for training has 1.3 million segments. Each is cut down as soon as it is parsed, and arrays stay shared
-    with the processes that load data, where lists and dicts would be copied.
+    COCO's training file has 1.3 million segments. Each is reduced to its ids as soon as it is parsed, and they are kept
+    in arrays, which stay shared with the processes that load data, whereas lists and dicts would be copied.
+
+    Returns:
+        Segment and category ids, int32 (segments, 2), by file name of the mask; and (name, whether it is a thing) by
+        category id.
     """
     def shrink(entry: Dict[str, Any]) -> Any:
         if 'segments_info' in entry:
@@ -361,14 +367,14 @@ def _read_mask(path: Path, modes: Sequence[str], needed: str) -> _Mask:
     if mode not in modes:
         raise InputError(f'mask {path} is an image of mode {mode!r}, needed is {needed}')
     if lossy:
-        raise InputError(f'mask {path} is a JPEG by its content, which changes labels: needed is a PNG')
+        raise InputError(f'mask {path} has the content of a JPEG, which changes labels: a PNG is needed')
     if pictures > 1:
-        raise InputError(f'mask {path} holds {pictures} pictures, needed is one')
+        raise InputError(f'mask {path} holds {pictures} pictures, but only one is allowed')
     return _Mask(mode, pixels // step if step > 1 else pixels, palette)
 
 
 def _read_indices(path: Path, count: int) -> np.ndarray:
-    """Mask (H, W) of indices below `count`, or 255."""
+    """Read a mask (H, W) of indices below `count`, or 255."""
     needed = 'grey or palette of class indices, or a label_map of its colours, as {"255,0,0": 1}'
     indices = _read_mask(path, GREY, needed).pixels
     if indices.dtype == bool:
@@ -380,17 +386,17 @@ def _read_indices(path: Path, count: int) -> np.ndarray:
 
 
 def _read_mapped(path: Path, label_map: LabelMap) -> np.ndarray:
-    """Mask (H, W) of class indices or 255.
+    """Read a mask (H, W) of class indices or 255 by a label map.
 
-    Where the map has colours, a palette is read by its colours; where it has nothing else, grey is a colour too. White
-    of one bit is 255 where the map names that and not 1.
+    If the map has colours, a palette image is read by its colours; if the map has only colours, grey values count as
+    colours too. White in a one-bit image is 255 if the map has that value but not 1.
     """
     colored = ('RGB', 'RGBA') if label_map.colors else ()
     mask = _read_mask(path, (*GREY, *colored), f'grey or palette{" or RGB" if colored else ""} of what label_map names')
     pixels = mask.pixels
     try:
         if mask.mode == 'RGBA' and pixels[..., 3].min() < 255:
-            raise InputError('has transparent pixels, needed are opaque ones')
+            raise InputError('has transparent pixels, but opaque ones are needed')
         if mask.mode in colored:
             return label_map.of_colors(pixels[..., :3])
         if pixels.dtype == bool:
@@ -412,7 +418,7 @@ def _read_mapped(path: Path, label_map: LabelMap) -> np.ndarray:
 
 
 def _turned(labels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn a mask of the stored pixels as an image of this EXIF orientation is turned upright."""
+    """Turn a mask of the stored pixels upright in the same way as an image of this EXIF orientation."""
     if orientation == 1:
         return labels
     mask = Image.fromarray(labels.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A look at all images and masks of a data set before it is used: what cannot be read, how often each class occurs."""
+"""Checking all images and masks of a data set before it is used, and counting how often each class occurs."""
 import hashlib
 import json
 import os
@@ -17,8 +17,8 @@ from .datasets import SegmentationDataset
 
 __all__ = ['LabelCounts', 'count_labels']
 
-SHOWN = 20  # classes that are listed
-RAREST = 5  # that are listed of more than those
+SHOWN = 20  # the most classes that are all listed
+RAREST = 5  # classes that are listed if there are more
 
 
 @dataclass
@@ -26,9 +26,9 @@ class LabelCounts:
     """How often each class occurs in the masks of a part of a data set.
 
     Attributes:
-        pixels: Of each class, and last of what is ignored.
-        masks: In which each class occurs, and last in which pixels are ignored.
-        total: Masks of the part.
+        pixels: Number of pixels of each class, followed by the number of ignored pixels.
+        masks: Number of masks in which each class occurs, followed by the number of masks with ignored pixels.
+        total: Number of masks.
     """
     pixels: List[int]
     masks: List[int]
@@ -38,15 +38,15 @@ class LabelCounts:
 def count_labels(dataset: SegmentationDataset, progress: bool = True) -> LabelCounts:
     """Open each image and mask of a part of a data set and count the classes.
 
-    The counts are kept in the user's cache folder; while names, sizes and times of all files, the label map and the
-    classes stay as they are, a second call opens no file. Where torch.distributed runs, each process opens its share.
+    The counts are cached in the user's cache folder. As long as the names, sizes and times of all files, the label map
+    and the classes do not change, a second call opens no files. With torch.distributed, each process opens its share.
 
     Args:
-        dataset: The part.
+        dataset: The part of the data set.
         progress: Show a progress bar.
 
     Raises:
-        InputError: An image or mask cannot be used: the first of them, and how many more there are.
+        InputError: Some images or masks cannot be used. The message describes the first and says how many there are.
     """
     rank, world_size = _place()
     distributed = world_size > 1
@@ -65,7 +65,7 @@ def count_labels(dataset: SegmentationDataset, progress: bool = True) -> LabelCo
         dist.all_gather_object(parts, own)
     errors = sorted(error for _, of_part in parts for error in of_part)
     if errors:
-        more = f'; so it is with {len(errors)} of {len(dataset)} samples of this part' if len(errors) > 1 else ''
+        more = f'; {len(errors)} of {len(dataset)} samples of this part have errors' if len(errors) > 1 else ''
         raise InputError(errors[0][1] + more)
     pixels, masks = sum(counts for counts, _ in parts).tolist()
     kept = [*range(len(dataset.classes)), dataset.ignore_index]
@@ -76,14 +76,14 @@ def count_labels(dataset: SegmentationDataset, progress: bool = True) -> LabelCo
 
 
 def _place() -> Tuple[int, int]:
-    """Number of this process and how many there are."""
+    """Rank of this process, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def _count(dataset: SegmentationDataset, indices: range, progress: bool) -> Tuple[np.ndarray, List[Tuple[int, str]]]:
-    """Pixels and masks of each label, int64 (2, 256), and what cannot be used, as (index, sentence)."""
+    """Count the pixels and masks of each label, int64 (2, 256), and collect errors as (index, message)."""
     def look(index: int) -> Union[np.ndarray, InputError]:
         try:
             return np.bincount(dataset.load(index)[1].ravel(), minlength=256)
@@ -108,15 +108,15 @@ def _count(dataset: SegmentationDataset, indices: range, progress: bool) -> Tupl
 
 
 def check_classes(dataset: SegmentationDataset, counts: LabelCounts, part: str) -> None:
-    """Check that the masks of a part are of more than one class.
+    """Check that the masks of a part have more than one class.
 
     Args:
-        dataset: The part.
-        counts: Of its labels.
-        part: Its name; masks of a part other than 'train' may be of one class.
+        dataset: The part of the data set.
+        counts: Counts of its labels.
+        part: Name of the part; masks of a part other than 'train' may all be of one class.
 
     Raises:
-        InputError: Of a set of one or two classes no more than one occurs, as where 255 was to be the second.
+        InputError: In a data set of one or two classes, only one occurs, e.g. because 255 was meant as the other.
     """
     names, pixels = dataset.classes, counts.pixels[:-1]
     absent = [i for i, count in enumerate(pixels) if not count]
@@ -124,19 +124,19 @@ def check_classes(dataset: SegmentationDataset, counts: LabelCounts, part: str) 
     if len(absent) == 1 and len(names) == 2 and dataset.label_map is None and counts.pixels[-1]:
         missing, there = absent[0], 1 - absent[0]
         raise InputError(
-            f'the masks in {folder} hold {there} ({names[there]}) and 255 alone, and 255 is ignored, so that class '
-            f'{missing} ({names[missing]}) occurs in none: where 255 means it, set label_map, as by '
-            f"--label-map '{{{there}: {there}, 255: {missing}}}'; where it is to be ignored, "
-            "'{0: 0, 1: 1, 255: 255}' says so")
+            f'the masks in {folder} hold only {there} ({names[there]}) and 255, and 255 is ignored, so that class '
+            f'{missing} ({names[missing]}) occurs in none: if 255 stands for it, set label_map, e.g. by '
+            f"--label-map '{{{there}: {there}, 255: {missing}}}'; if 255 should be ignored, "
+            "say so by '{0: 0, 1: 1, 255: 255}'")
     if part == 'train' and len(names) - len(absent) == 1 and len(names) <= 2:
         only = next(i for i in range(len(names)) if i not in absent)
         reason = f'class {absent[0]} ({names[absent[0]]}) occurs in none' if absent else 'classes.txt names no other'
         raise InputError(
-            f'the masks in {folder} hold class {only} ({names[only]}) alone, {reason}: nothing can be learned')
+            f'the masks in {folder} hold only class {only} ({names[only]}), {reason}: nothing can be learned')
 
 
 def describe_absent(classes: List[str], counts: LabelCounts) -> Optional[str]:
-    """A sentence that names the classes that occur in no training mask; None where all occur."""
+    """Say which classes occur in no training mask; None if all of them occur."""
     absent = [name for name, pixels in zip(classes, counts.pixels) if not pixels]
     if not absent:
         return None
@@ -147,11 +147,11 @@ def describe_absent(classes: List[str], counts: LabelCounts) -> Optional[str]:
 
 
 def describe_counts(classes: List[str], parts: Dict[str, LabelCounts]) -> List[str]:
-    """Lines that say how often each class occurs, in pixels and masks of each part; of many classes the rarest.
+    """Describe in lines how often each class, or each of the rarest if there are many, occurs in each part.
 
     Args:
-        classes: Their names.
-        parts: Counts of each part by its name, the training part first.
+        classes: Names of the classes.
+        parts: Counts of each part by its name, starting with the training part.
     """
     order = list(range(len(classes)))
     first = next(iter(parts.values()))
@@ -174,21 +174,21 @@ def _share(counts: LabelCounts, index: int) -> str:
 
 
 def _memory(dataset: SegmentationDataset) -> Path:
-    """The file of the user's cache folder that is for this part of this data set."""
+    """Path of the file in the user's cache folder that belongs to this part of this data set."""
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folders = '\n'.join(str(path.parent.absolute()) for path in dataset.samples[0])
     return cache / 'vt_zoo' / 'masks' / f'{hashlib.sha256(os.fsencode(folders)).hexdigest()[:32]}.json'
 
 
 def _state(dataset: SegmentationDataset) -> str:
-    """A hash of all that the counts depend on: names, sizes and times of the files, classes, label map."""
+    """Hash of everything that the counts depend on: names, sizes and times of the files, classes, label map."""
     label_map = sorted((str(key), label) for key, label in (dataset.label_map or {}).items())
     state = hashlib.sha256(json.dumps([__version__, type(dataset).__name__, dataset.classes, label_map]).encode())
     for path in (*dataset.described_by, *(path for sample in dataset.samples for path in sample)):
         try:
             found = path.stat()
             state.update(os.fsencode(f'{path.name}\n{found.st_size}\n{found.st_mtime_ns}\n'))
-        except OSError:  # such a file is opened, and then named
+        except OSError:  # opening this file will give an error that names it
             state.update(b'?')
     return state.hexdigest()
 
@@ -197,7 +197,7 @@ def _recall(dataset: SegmentationDataset, state: str) -> Optional[List]:
     try:
         memory = json.loads(_memory(dataset).read_text())
         return memory['counts'] if memory['state'] == state else None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # there is none, or no home folder, or half a file
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # no such file, no home folder, or half a file
         return None
 
 
@@ -206,5 +206,5 @@ def _remember(dataset: SegmentationDataset, state: str, counts: LabelCounts) -> 
         memory = _memory(dataset)
         memory.parent.mkdir(parents=True, exist_ok=True)
         memory.write_text(json.dumps({'state': state, 'counts': [counts.pixels, counts.masks, counts.total]}))
-    except (OSError, RuntimeError):  # the masks are looked at again next time
+    except (OSError, RuntimeError):  # the masks are checked again next time
         pass

@@ -1,4 +1,4 @@
-"""Mean IoU, IoU a class and pixel accuracy over a data set."""
+"""Mean IoU, IoU of each class and pixel accuracy over a data set."""
 import traceback
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
@@ -19,12 +19,12 @@ __all__ = ['SegmentMetrics', 'evaluate', 'segment']
 
 @dataclass
 class SegmentMetrics:
-    """Measures over all pixels of a set together, as shares of 1; ignored pixels do not count.
+    """Metrics over all pixels of a data set together, from 0 to 1; ignored pixels do not count.
 
     Attributes:
-        miou: Mean of the IoU over the classes that are in a mask or in a prediction.
-        iou: Of each class; None for a class that is in neither.
-        pixel_accuracy: Share of right pixels.
+        miou: Mean IoU over the classes that occur in a mask or in a prediction.
+        iou: IoU of each class; None for a class that occurs in neither.
+        pixel_accuracy: Share of correctly classified pixels.
     """
     miou: float
     iou: List[Optional[float]]
@@ -37,14 +37,13 @@ def segment(
         size: Tuple[int, int],
         eval_size: Optional[Union[int, Tuple[int, int]]] = None,
 ) -> torch.Tensor:
-    """Logits `(B, classes, *size)` of images (B, C, H, W).
+    """Compute the logits `(B, classes, *size)` of images (B, C, H, W).
 
     Args:
         model: Segmentation model.
         images: Normalised images.
-        size: (height, width) of the logits that come back.
-        eval_size: (height, width) to which images are resized before the model, or their short side; None for as they
-            are.
+        size: (height, width) of the returned logits.
+        eval_size: (height, width), or short side, to which images are resized before the model; None for no resizing.
 
     Raises:
         InputError: The model does not take images of this size.
@@ -52,7 +51,7 @@ def segment(
     images = to_eval_size(images, eval_size)
     try:
         logits = model(images)
-    except (RuntimeError, ValueError, AssertionError) as e:  # each library its own
+    except (RuntimeError, ValueError, AssertionError) as e:  # each library raises its own
         height, width = images.shape[-2:]
         raise InputError(f'the model does not take images of {height}x{width} pixels: {first_line(e)}') from e
     if logits.shape[-2:] != size:
@@ -61,11 +60,11 @@ def segment(
 
 
 def read_batches(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; of an error in another process the sentence alone, without its traceback."""
+    """Yield the loader's batches; an error in a worker process is raised with its message, but not its traceback."""
     try:
         yield from loader
     except InputError as e:
-        traceback.clear_frames(e.__traceback__)  # they refer to the loader's processes, which would live on
+        traceback.clear_frames(e.__traceback__)  # its frames would keep the loader's processes alive
         raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None
 
 
@@ -76,18 +75,18 @@ def evaluate(
         num_classes: int,
         eval_size: Optional[Union[int, Tuple[int, int]]] = None,
 ) -> SegmentMetrics:
-    """Measure a model, at the resolution of the masks.
+    """Evaluate a model at the resolution of the masks.
 
-    Where torch.distributed runs, each process gives its own batches and all get the measures over all of them.
+    With torch.distributed, each process passes its own batches, and all of them get the metrics over all batches.
 
     Args:
         model: Model; it is put into eval mode.
-        batches: Pairs of images (B, C, H, W), normalised, and masks (B, H, W) of classes, or 255.
+        batches: Pairs of normalised images (B, C, H, W) and masks (B, H, W) of classes, or 255.
         num_classes: Number of classes.
         eval_size: As in `segment`.
 
     Raises:
-        InputError: No pixel of the masks has a class, or the model does not take images of a size.
+        InputError: No pixel of the masks has a class, or the model does not take images of one of the sizes.
     """
     device = next(model.parameters()).device
     model.eval()

@@ -1,4 +1,4 @@
-"""Segmenting image files: a picture to look at and a file of class indices to compute with."""
+"""Segmenting image files, with a picture to look at and a file of class indices to compute with."""
 import colorsys
 import hashlib
 import os
@@ -26,13 +26,13 @@ Color = Tuple[int, int, int]
 
 @dataclass
 class Segmented:
-    """What became of an image file.
+    """Result of segmenting an image file.
 
     Attributes:
         path: The file.
-        overlay: Picture of the classes over the image; None where there is an error.
-        classes: Image of class indices; None where there is an error.
-        error: One sentence; None where the image was segmented.
+        overlay: Picture of the classes over the image; None if there was an error.
+        classes: Image of class indices; None if there was an error.
+        error: One sentence that describes the error; None if the image was segmented.
     """
     path: str
     overlay: Optional[Path] = None
@@ -41,8 +41,8 @@ class Segmented:
 
 
 def palette(num_classes: int) -> List[Color]:
-    """A colour (red, green, blue) for each class: hues as far apart as can be, in three steps of brightness."""
-    golden = 0.618033988749895  # of the circle: whatever the number of classes, neighbours are far apart
+    """Choose a colour (red, green, blue) for each class, with hues as far apart as possible and three brightnesses."""
+    golden = 0.618033988749895  # share of the colour circle: neighbours are far apart for any number of classes
     colors = []
     for i in range(num_classes):
         rgb = colorsys.hsv_to_rgb(i * golden % 1, (0.9, 0.6, 0.75)[i % 3], (0.95, 1.0, 0.6)[i % 3])
@@ -51,13 +51,13 @@ def palette(num_classes: int) -> List[Color]:
 
 
 def predict_classes(loaded: Loaded, image: Image.Image) -> np.ndarray:
-    """Class of each pixel of an RGB image, uint8 (H, W)."""
+    """Predict the class of each pixel of an RGB image, uint8 (H, W)."""
     return _predict_same_size(loaded, F.pil_to_tensor(image)[None])[0]
 
 
 @torch.inference_mode()
 def _predict_same_size(loaded: Loaded, images: torch.Tensor) -> np.ndarray:
-    """Class of each pixel (B, H, W) of images (B, 3, H, W), both uint8."""
+    """Predict the class of each pixel (B, H, W) of images (B, 3, H, W), both uint8."""
     mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
     x = prepare_image(images.to(next(loaded.model.parameters()).device), mean, std)
     logits = segment(loaded.model, x, tuple(x.shape[-2:]), loaded.eval_size)
@@ -65,9 +65,9 @@ def _predict_same_size(loaded: Loaded, images: torch.Tensor) -> np.ndarray:
 
 
 def draw_overlay(image: Image.Image, classes: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """Lay the colours of the classes over an image and name them, with their share of the pixels, on the right.
+    """Lay the colours of the classes over an image, and list their names and shares of the pixels on the right.
 
-    A name whose letters no font of the machine has is drawn as its number, and a warning names it.
+    If no font on the machine has the letters of a name, the number of the class is drawn, and a warning names it.
     """
     colors = palette(len(names))
     blended = Image.blend(image, Image.fromarray(np.array(colors, dtype=np.uint8)[classes]), 0.55)
@@ -94,19 +94,20 @@ def predict_files(
         batch_size: int = 1,
         workers: int = 1,
 ) -> Iterator[Segmented]:
-    """Segment image files, one batch after the other while the results are taken.
+    """Segment image files, one batch at a time, as the results are consumed.
 
     Args:
         loaded: The model.
-        sources: Files, as of `vt_zoo.data.image_stream.find_images`.
-        out: Folder to write to: of each image NAME the overlay `NAME_overlay.png`, and `NAME_classes.png`, a palette
-            image of the image's size whose values are class indices, in subfolders as the sources' names have them.
-            Files of these names are replaced, but not those of an earlier image: the later one gets an error.
-        batch_size: Images that are read at a time; those of one size go through the model together.
-        workers: Threads that open files.
+        sources: Files, as from `vt_zoo.data.image_stream.find_images`.
+        out: Folder to write to. For each image NAME, it gets the overlay `NAME_overlay.png`, and `NAME_classes.png`, a
+            palette image of the image's size whose values are class indices, in the subfolders given by the sources'
+            names. Existing files of these names are replaced, but not those of an earlier image of the same call: the
+            later image gets an error.
+        batch_size: Number of images to read at a time; those of the same size go through the model together.
+        workers: Number of threads that open files.
 
     Yields:
-        What was written of each image, or why it was not. To tell names apart, 16 bytes of each are kept.
+        What was written for each image, or why nothing was. To tell names apart, 16 bytes are kept for each.
 
     Raises:
         OSError: `out` cannot be written.
@@ -148,7 +149,7 @@ def _target(out: Path, source: Source, kind: str) -> Path:
 
 
 def _predict_batch(loaded: Loaded, batch: List[OpenedImage]) -> Dict[int, np.ndarray]:
-    """Classes as of `predict_classes`, by the image's index; images of a size that cannot be used get an error."""
+    """Predict classes, by the image's index in the batch; images of a size that cannot be used get an error."""
     by_size: Dict[torch.Size, List[int]] = {}
     for i, opened in enumerate(batch):
         if opened.error is None:

@@ -23,7 +23,7 @@ __all__ = ['SegmentSettings']
 ARCHITECTURES = ('vt_fpn', 'panoptic_fpn')
 SCHEDULES = ('multistep', 'poly', 'cosine')
 PRECISIONS = ('no', 'bf16', 'fp16')
-MAX_WIDTH = 4096  # of what a layer computes
+MAX_WIDTH = 4096  # channels of a layer's output
 MAX_SCALE = 16
 MAX_POWER = 100
 MIN_STD, MAX_STD = 0.001, 10  # of images with values from 0 to 1
@@ -37,10 +37,10 @@ def _is_size(value: Union[int, Tuple[int, int]]) -> bool:
 @documented
 @dataclass
 class SegmentSettings(Settings):
-    """What decides the outcome of `vt-zoo segment train`.
+    """Settings that decide the outcome of `vt-zoo segment train`.
 
-    The optimizer is the paper's (section 5.3: SGD; its momentum 0.9 is Detectron2's); the defaults of rate, batch and
-    length are for small sets. Counts are iterations, not epochs, as in Detectron2.
+    The optimizer is the paper's (section 5.3: SGD, with Detectron2's momentum of 0.9). The default learning rate, batch
+    size and length are for small data sets. As in Detectron2, training is counted in iterations, not epochs.
 
     Raises:
         InputError: A value is not of its field's type, or not allowed.

@@ -43,14 +43,14 @@ PROGRAM = 'vt-zoo segment train'
 
 @dataclass
 class SegmentResult:
-    """Outcome of a run.
+    """Result of a run.
 
     Attributes:
         best_dir: Folder of the model with the highest mean IoU on the validation images.
         last_dir: Folder of the model after the last iteration.
-        best_miou: Mean IoU of the first, 0 to 1.
-        last: Measures of the second.
-        seconds: Time of this call.
+        best_miou: Mean IoU of the best model, 0 to 1.
+        last: Metrics of the last model.
+        seconds: Time that this call took.
     """
     best_dir: Path
     last_dir: Path
@@ -60,10 +60,10 @@ class SegmentResult:
 
 
 def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
-    """Create the model that settings name.
+    """Create the model described by the settings.
 
     Raises:
-        InputError: There is no such encoder, or its weights cannot be had.
+        InputError: There is no such encoder, or its weights are not available.
     """
     kwargs: Dict[str, Any] = {'pyramid_channels': settings.pyramid_channels, 'head_channels': settings.head_channels}
     if settings.arch == 'vt_fpn':
@@ -81,7 +81,7 @@ def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
 
 
 def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """Mean and std that an encoder was trained with; ImageNet's where that is not known."""
+    """Mean and std that an encoder was trained with; ImageNet's if they are not known."""
     cfg = get_pretrained_cfg(encoder_name[3:], allow_unregistered=True) if encoder_name.startswith('tu-') else None
     if cfg is None:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -91,12 +91,12 @@ def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[floa
 def schedule_arguments(settings: SegmentSettings) -> Dict[str, Any]:
     """Arguments of timm's `create_scheduler_v2`, whose epochs are iterations here.
 
-    'multistep' falls to a tenth at each of `steps`, as Detectron2's; 'poly' and 'cosine' end at 0. In the first
-    `warmup` iterations the rate rises from a thousandth of `lr`.
+    As in Detectron2, 'multistep' divides the learning rate by ten at each of `steps`; 'poly' and 'cosine' end at 0. In
+    the first `warmup` iterations, the rate rises from a thousandth of `lr`.
     """
     schedule = {'sched': settings.schedule, 'warmup_epochs': settings.warmup, 'warmup_lr': settings.lr / 1000}
     if settings.schedule == 'multistep':
-        # timm's falls an update before a milestone
+        # timm changes the rate one update before a milestone
         schedule.update(decay_milestones=[step + 1 for step in settings.steps], decay_rate=0.1)
     elif settings.schedule == 'poly':
         schedule.update(decay_rate=settings.power)
@@ -104,7 +104,7 @@ def schedule_arguments(settings: SegmentSettings) -> Dict[str, Any]:
 
 
 class _Run:
-    """What a run trains, on which images, and what it writes."""
+    """State of a run: what it trains, on which images, and what it writes."""
 
     def __init__(
             self,
@@ -142,16 +142,16 @@ class _Run:
             'mean': list(self.mean), 'std': list(self.std), 'classes': self.classes,
             'label_map': settings.label_map and {str(key): label for key, label in settings.label_map.items()},
             'train_images': len(self.train_data)}
-        self.validation: Dict[str, Any] = {}  # what the validation part is, once it was looked at
+        self.validation: Dict[str, Any] = {}  # describes the validation part, once it was checked
         self.metrics: Optional[SegmentMetrics] = None  # of the last evaluation
         if isinstance(settings.eval_size, tuple):
             self.fingerprint['eval_size'] = list(settings.eval_size)
 
     def check_data(self) -> None:
-        """Look at all images and masks, and say how often each class occurs.
+        """Check all images and masks, and report how often each class occurs.
 
         Raises:
-            InputError: One cannot be used, or all masks of a set of two classes are of one.
+            InputError: One of them cannot be used, or only one of at most two classes occurs in the masks.
         """
         parts = {'train': self.train_data, 'val': self.val_data}
         counts = {name: count_labels(data, self.progress) for name, data in parts.items()}
@@ -168,11 +168,11 @@ class _Run:
             _logger.warning(absent)
 
     def loss_of(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of a process, whose mean over the processes is that over all pixels that are not ignored.
+        """Cross entropy of a process, scaled so that its mean over processes is the mean over all non-ignored pixels.
 
         Args:
-            logits: (B, classes, H, W).
-            masks: Classes (B, H, W), 255 where a pixel is ignored. Where all are, the loss is 0.
+            logits: Logits (B, classes, H, W).
+            masks: Classes (B, H, W), 255 for ignored pixels. If all pixels are ignored, the loss is 0.
         """
         ignored = SegmentationDataset.ignore_index
         total = F.cross_entropy(logits.float(), masks, ignore_index=ignored, reduction='sum')
@@ -180,7 +180,7 @@ class _Run:
         return total * self.accelerator.num_processes / count.clamp(min=1)
 
     def evaluate(self) -> Dict[str, float]:
-        """Measure the kept model on the validation images, each process on its share."""
+        """Evaluate the kept model on the validation images, each process on its share."""
         indices = self.loop.share(len(self.val_data))
         loader = DataLoader(Subset(self.val_data, indices), num_workers=self.workers)
         bar = tqdm(
@@ -190,12 +190,12 @@ class _Run:
         return {'miou': self.metrics.miou, 'pixel_accuracy': self.metrics.pixel_accuracy}
 
     def keep(self, line: Dict[str, float]) -> None:
-        """Write the kept model where it is better than any before."""
+        """Write the kept model if it is better than any before."""
         if line['miou'] > max((before['miou'] for before in self.loop.history[:-1]), default=-1.):
             self.write_model(self.out / 'best')
 
     def write_model(self, path: Path) -> None:
-        """Write the kept model, with the measures of the last evaluation."""
+        """Write the kept model, with the metrics of the last evaluation."""
         measures = {
             f'mIoU on {len(self.val_data)} validation images': f'{100 * self.metrics.miou:.2f} %',
             'pixel accuracy': f'{100 * self.metrics.pixel_accuracy:.2f} %', 'iterations': self.loop.iteration}
@@ -206,15 +206,15 @@ class _Run:
             measures, {'program': PROGRAM, 'arguments': self.fingerprint})
 
     def load(self, checkpoint: Path) -> None:
-        """Go on with a run. Another validation part is no hindrance, a warning says so."""
+        """Resume a run. If the validation part has changed, only a warning is given."""
         tensors, metadata = read_state(checkpoint, PROGRAM)
         self.loop.load(tensors, metadata, self.out, self.fingerprint)
         before = metadata['validation']
         if before != self.validation:
             _logger.warning(
-                f'the validation part is another than in the run so far ({before["images"]} images then, '
-                f'{self.validation["images"]} now): measures up to iteration {self.loop.iteration} and best/ are of '
-                'the old one')
+                f'the validation part is not the one of the run so far ({before["images"]} images then, '
+                f'{self.validation["images"]} now): metrics up to iteration {self.loop.iteration} and best/ are based '
+                'on the old one')
 
     def train(self, checkpoint: Path) -> None:
         """Train to the end."""
@@ -243,25 +243,26 @@ def train_segmenter(
 ) -> SegmentResult:
     """Train a segmentation model.
 
-    One process of `accelerate launch`, or the only one. All images and masks are looked at before the first iteration
-    (`count_labels`). The whole state is written every `checkpoint_every` iterations and before and after each
-    evaluation, so that a run that was killed at any moment goes on from there, to the same result on the same machine.
-    Batch norms of a distributed run on GPUs take their statistics over all processes, as in the paper.
+    This process may be the only one, or one of those started by `accelerate launch`. All images and masks are checked
+    before the first iteration (`count_labels`). The whole state is written every `checkpoint_every` iterations, and
+    before and after each evaluation, so that a run killed at any moment can be resumed from there, with the same result
+    on the same machine. In a distributed run on GPUs, batch norms take their statistics over all processes, as in the
+    paper.
 
     Args:
         data_dir: Folder of the data set, in the layout of `settings.format`.
-        out: Folder to write: `best/` and `last/` (models), `history.csv`; `checkpoint.safetensors` while training goes
-            on.
-        settings: What decides the outcome.
-        resume: Go on with the run that `out` holds, if it holds one.
-        overwrite: Begin anew where `out` holds a run.
-        workers: Processes that load images, for each that trains; 0 for none.
-        device: 'cpu', 'cuda' or 'mps'; what accelerate finds where None.
-        progress: Say what each evaluation gave, with a progress bar where standard error is a terminal.
+        out: Folder to write: `best/` and `last/` (models) and `history.csv`; also `checkpoint.safetensors` until
+            training ends.
+        settings: Settings that decide the outcome.
+        resume: Resume the run in `out`, if there is one.
+        overwrite: Start anew even if `out` holds a run.
+        workers: Number of processes that load images for each training process; 0 for none.
+        device: 'cpu', 'cuda' or 'mps'; None for the one that accelerate finds.
+        progress: Print the result of each evaluation, with a progress bar if standard error is a terminal.
 
     Raises:
-        RunFinishedError: `resume`, and the run is finished.
-        InputError: Data, settings or `out` cannot be used, or another process trains into `out`.
+        RunFinishedError: `resume` is given, but the run is finished.
+        InputError: Data, settings or `out` cannot be used, or another process is training into `out`.
         OSError: `out` cannot be written.
     """
     with run_folder(Path(out)):
@@ -284,7 +285,7 @@ def _train(
     start = time.monotonic()
     with accelerator_of(device, settings.precision) as accelerator:
         if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32
-            raise InputError('precision fp16 is for GPUs, on a CPU allowed are no and bf16')
+            raise InputError('precision fp16 is for GPUs, on a CPU no and bf16 are allowed')
         main = accelerator.is_main_process
         run = _Run(data_dir, out, settings, workers, accelerator, progress and main)
         run.check_data()

@@ -1,6 +1,6 @@
-"""Augmentation and normalisation of an image and its mask together, with torchvision's transforms v2.
+"""Augmentation and normalisation of an image together with its mask, by torchvision's transforms v2.
 
-Chance is drawn from torch's global generator, which a DataLoader seeds in each of its processes.
+Random numbers come from torch's global generator, which a DataLoader seeds in each of its processes.
 """
 from typing import Any, Callable, Optional, Sequence, Tuple
 
@@ -27,16 +27,16 @@ def train_transform(
         std: Sequence[float],
         flip_pairs: Sequence[Tuple[int, int]] = (),
 ) -> Callable[[Image.Image, np.ndarray], Pair]:
-    """Resize by a random factor, crop at a random place, mirror, normalise.
+    """Create a transform that resizes by a random factor, takes a random crop, flips at random and normalises.
 
     Args:
-        crop_size: (height, width) of the result. Where the resized image is smaller, it lies at a random place of the
-            crop; around it the image is `mean` (0 after normalising) and the mask 255.
-        scale: Smallest and largest factor on the image's own size.
-        hflip: Probability of a mirror image.
-        mean: Of each channel, values 0 to 1.
-        std: Of each channel, values 0 to 1.
-        flip_pairs: Classes that change places in a mirror image (`SegmentationDataset.flip_pairs`).
+        crop_size: (height, width) of the result. If the resized image is smaller, it is placed at random in the crop;
+            around it, the image is `mean` (0 after normalising) and the mask is 255.
+        scale: Smallest and largest factor by which the image is resized.
+        hflip: Probability of a horizontal flip.
+        mean: Mean of each channel, for values 0 to 1.
+        std: Standard deviation of each channel, for values 0 to 1.
+        flip_pairs: Pairs of classes that are swapped in a flip (`SegmentationDataset.flip_pairs`).
 
     Returns:
         Function of (image, mask) that returns float32 (3, H, W) and int64 (H, W). It can be pickled.
@@ -67,13 +67,14 @@ def eval_transform(
         std: Sequence[float],
         size: Optional[Tuple[int, int]] = None,
 ) -> Callable[[Image.Image, np.ndarray], Pair]:
-    """Normalise, and resize where a size is given.
+    """Create a transform that normalises, and resizes if a size is given.
 
     Args:
-        mean: Of each channel, values 0 to 1.
-        std: Of each channel, values 0 to 1.
-        size: (height, width) of image and mask, without regard to their aspect ratio; measures are then those on the
-            resized mask. None keeps the image's own size, so that images of different sizes need batches of one.
+        mean: Mean of each channel, for values 0 to 1.
+        std: Standard deviation of each channel, for values 0 to 1.
+        size: (height, width) to which image and mask are resized, whatever their aspect ratio; metrics are then
+            computed on the resized mask. None keeps the image's own size, so that images of different sizes need
+            batches of one.
 
     Returns:
         Function of (image, mask) that returns float32 (3, H, W) and int64 (H, W). It can be pickled.
@@ -89,7 +90,7 @@ def eval_transform(
 
 
 def _to_tv_tensors(image: Image.Image, mask: np.ndarray) -> Tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Both uint8, which resizes faster than int64; labels fit."""
+    """Convert both to uint8, which resizes faster than int64 and is large enough for labels."""
     return F.to_image(image), tv_tensors.Mask(torch.as_tensor(mask).to(torch.uint8))
 
 
@@ -100,8 +101,8 @@ def _to_tensors(image: tv_tensors.Image, mask: tv_tensors.Mask) -> Pair:
 def _resize(image: tv_tensors.Image, mask: tv_tensors.Mask, size: Sequence[int]) -> Tuple[Any, Any]:
     """Resize both to (height, width).
 
-    v2.Resize would give the mask the mode 'nearest', which takes the pixel at the corner of the area that bilinear
-    interpolation takes the middle of: half a pixel off. 'nearest-exact' takes the one in the middle.
+    v2.Resize would use the mode 'nearest' for the mask, which takes the pixel at the corner of each area, half a pixel
+    off from bilinear interpolation, which is centred on the area. 'nearest-exact' takes the pixel in the middle.
     """
     resized = F.resize_image(mask.as_subclass(torch.Tensor)[None], size, v2.InterpolationMode.NEAREST_EXACT)[0]
     return F.resize(image, size, antialias=True), tv_tensors.wrap(resized, like=mask)

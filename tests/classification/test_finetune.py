@@ -288,7 +288,7 @@ def test_arguments_of_the_model(few_digits, tiny_settings, tmp_path, model, mode
 @pytest.mark.parametrize(('model_kwargs', 'words'), [
     ({'num_classes': 3}, 'model_kwargs must not hold num_classes'), ({'checkpoint_path': 'x'}, 'checkpoint_path'),
     ({'no_such': 1}, 'cannot be trained here: .*no_such'), ({'num_tokens': -1}, 'num_tokens'),
-    ({'global_pool': ''}, 'does not give one logit a class')])
+    ({'global_pool': ''}, 'does not give one logit per class')])
 def test_arguments_that_no_model_can_have(few_digits, tiny_settings, tmp_path, model_kwargs, words, input_error):
     with input_error(words):
         train(few_digits, tmp_path / 'run', replace(tiny_settings, model_kwargs=model_kwargs))
@@ -350,7 +350,7 @@ def test_start_from_a_model_of_the_same_classes_keeps_the_classifier(few_digits,
     ({'model': 'vit_tiny_patch16_224'}, '224'),  # takes no other size
     ({'img_size': 16}, '32'),
     ({'aa': 'nosuchpolicy'}, 'nosuchpolicy'),
-    ({'precision': 'float16'}, 'is for GPUs, on a CPU allowed are float32 and bfloat16'),
+    ({'precision': 'float16'}, 'is for GPUs, on a CPU float32 and bfloat16 are allowed'),
 ])
 def test_settings_that_cannot_be_used(few_digits, tiny_settings, tmp_path, changes, match, input_error):
     with input_error(match):
@@ -368,7 +368,7 @@ def test_no_gpu(few_digits, tiny_settings, tmp_path, monkeypatch, input_error):
 def test_one_gpu_of_several(few_digits, tiny_settings, tmp_path, monkeypatch, input_error):
     monkeypatch.setattr('vt_zoo.training.loop.find_device', torch.device)
     monkeypatch.setattr('vt_zoo.classification.train.find_device', torch.device)
-    with input_error('device must be cpu, cuda or mps, got cuda:1: choose among GPUs by CUDA_VISIBLE_DEVICES'):
+    with input_error('device must be cpu, cuda or mps, got cuda:1: choose a GPU by CUDA_VISIBLE_DEVICES'):
         finetune(few_digits, tmp_path / 'run', tiny_settings, device='cuda:1')
     assert not (tmp_path / 'run').exists()
 

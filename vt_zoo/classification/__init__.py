@@ -1,4 +1,4 @@
-"""Training classifiers on folders of pictures, and using them."""
+"""Training classifiers on folders of images, and using them."""
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {

@@ -1,4 +1,4 @@
-"""The most likely classes of image files."""
+"""Predicting the most likely classes of image files."""
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -15,18 +15,19 @@ __all__ = ['load_classifier', 'predict_images']
 
 
 def load_classifier(name_or_dir: str, untrained: bool = False) -> Loaded:
-    """Load a classifier that was trained.
+    """Load a trained classifier.
 
     Args:
-        name_or_dir: What `vt_zoo.load` takes.
-        untrained: Allow one whose classifier never was, as NAME.untrained; its new weights are the same each time.
+        name_or_dir: As in `vt_zoo.load`.
+        untrained: Also allow a model whose classifier was never trained, such as NAME.untrained; its random weights are
+            the same each time.
 
     Raises:
-        InputError: As `vt_zoo.load`; the model is a segmenter, or was never trained.
+        InputError: As in `vt_zoo.load`; or the model is a segmenter, or was never trained.
     """
     tag = ''
     if ':' not in name_or_dir and not Path(name_or_dir).is_dir() and name_or_dir.split('.')[0] in list_classifiers():
-        with suppress(RuntimeError):  # an unknown tag, of which `load` says more
+        with suppress(RuntimeError):  # an unknown tag, for which `load` gives a better error
             tag = get_pretrained_cfg(name_or_dir).tag or ''
     if tag.startswith(('untrained', 'trunk_')):
         if not untrained:
@@ -41,16 +42,16 @@ def load_classifier(name_or_dir: str, untrained: bool = False) -> Loaded:
 
 @torch.inference_mode()
 def predict_images(loaded: Loaded, batches: Iterator[List[OpenedImage]], top: int) -> Iterator[Dict[str, Any]]:
-    """Classify images while they are read.
+    """Classify images as they are read.
 
     Args:
-        loaded: The classifier, which runs on the device that its weights are on.
-        batches: Opened images (C, H, W) of values 0 to 255, at the model's size.
-        top: Number of classes of each.
+        loaded: The classifier, which runs on the device of its weights.
+        batches: Batches of opened images (C, H, W) of values 0 to 255, at the model's size.
+        top: Number of classes to return for each image.
 
     Yields:
-        `image` and `top`, the classes with `index`, `label` and `probability`, the likeliest first; or `image` and
-        `error`.
+        For each image, `image` and `top`, a list of classes with `index`, `label` and `probability`, most likely first;
+        or `image` and `error`.
 
     Raises:
         InputError: A batch does not fit into the device's memory.
@@ -67,7 +68,7 @@ def predict_images(loaded: Loaded, batches: Iterator[List[OpenedImage]], top: in
                 best = loaded.model(x).softmax(-1).topk(top)
             except torch.OutOfMemoryError as e:
                 raise InputError(
-                    f'batch-size {len(images)} does not fit into the memory of {parameter.device}: give less') from e
+                    f'batch-size {len(images)} does not fit into the memory of {parameter.device}: try less') from e
             found = zip(best.indices.tolist(), best.values.tolist())
         for opened in batch:
             if opened.error is not None:

@@ -36,10 +36,10 @@ def _ordered(least: float, most: float, above: bool) -> Allowed:
 @documented
 @dataclass
 class FinetuneSettings(Settings):
-    """What decides the outcome of `vt-zoo finetune`, by names of timm's train.py.
+    """Settings that decide the outcome of `vt-zoo finetune`, named as in timm's train.py.
 
-    The defaults are section 5.1 of the paper (SGD with momentum 0.9, weight decay 4e-5) with a learning rate for small
-    batches, and a cosine instead of steps, since runs here are short.
+    The defaults follow section 5.1 of the paper (SGD with momentum 0.9, weight decay 4e-5), but with a learning rate
+    for small batches, and a cosine schedule instead of steps, since runs here are short.
 
     Raises:
         InputError: A value is not of its field's type, or not allowed.

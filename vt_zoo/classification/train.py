@@ -1,6 +1,6 @@
-"""Training a classifier on a folder of images, from timm's own parts.
+"""Training a classifier on a folder of images, built from timm's own parts.
 
-For ImageNet and all of timm's options there is timm's train.py.
+For ImageNet, or to use all of timm's options, use timm's train.py.
 """
 import json
 import logging
@@ -44,14 +44,14 @@ PROGRAM = 'vt-zoo finetune'
 _logger = logging.getLogger(__name__)
 
 
-DECIDED = {  # arguments of a model that are not for `model_kwargs`
+DECIDED = {  # arguments of a model that are not allowed in `model_kwargs`
     'num_classes', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path', 'features_only', 'pretrained_cfg',
     'pretrained_cfg_overlay'}
 
 
 @dataclass
 class FinetuneResult:
-    """Outcome of a run; accuracies are counts over the held-out images."""
+    """Result of a run; accuracies are counts over the held-out images."""
     model_dir: Path
     correct: int
     total: int
@@ -70,8 +70,8 @@ def evaluate(
     """Run a model over batches of images and classes, in float32.
 
     Returns:
-        The mean `loss` and the accuracy `top1` in percent, 0 where there are no images; and the predicted class of each
-        image (N,).
+        The mean `loss` and the accuracy `top1` in percent, both 0 if there are no images; and the predicted class of
+        each image (N,).
     """
     model.eval()
     losses, right, predictions = [], [], []
@@ -91,10 +91,10 @@ def _has_weights(name_or_dir: str) -> bool:
 
 
 def _starting_point(name: str) -> str:
-    """What to start from: a bare name gets the tag of its trunk, or where it has none its `untrained` tag.
+    """Name of the model to start from: a bare name gets the tag of its trunk, or its `untrained` tag if it has none.
 
     Raises:
-        InputError: The hub does not give the trunk.
+        InputError: The trunk is not available from the hub.
     """
     tagged = {} if '.' in name or Path(name).is_dir() else get_arch_pretrained_cfgs(name)
     untrained = f'{name}.untrained'
@@ -104,12 +104,12 @@ def _starting_point(name: str) -> str:
         file = config.hf_hub_id, WEIGHTS
         try:
             if not isinstance(try_to_load_from_cache(*file), str):
-                get_hf_file_metadata(hf_hub_url(*file))  # one request, a download would be tried again and again
+                get_hf_file_metadata(hf_hub_url(*file))  # a single request, whereas a download would be retried
         except Exception as e:  # the hub's client raises its own errors, the system's and those of its HTTP library
             raise InputError(
                 f'model {name} starts from the trunk {config.hf_hub_id}, which the hub does not give '
                 f'({hub_reason(e)}): model {untrained} starts from random weights') from e
-        _logger.info(f'starting from {trunk}; --model {untrained} begins new')
+        _logger.info(f'starting from {trunk}; --model {untrained} starts from random weights')
         return trunk
     return untrained if untrained in tagged else name
 
@@ -126,12 +126,12 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
     check_name(name)
     try:
         return create_model(name, **kwargs)
-    except Exception as e:  # what a model does not take, and the hub's client where model_kwargs ask for weights
+    except Exception as e:  # from the model, or from the hub's client if model_kwargs ask for weights
         raise InputError(f'model {name!r} cannot be trained here: {hub_reason(e)}') from e
 
 
 def _check_policy(name: Optional[str]) -> None:
-    """Raise an error where timm knows no such policy, which it does itself by `assert` alone."""
+    """Raise ValueError if timm knows no such policy, which timm itself checks only by `assert`."""
     if name and not name.startswith(('rand', 'augmix')) and auto_augment_policy(name.split('-')[0]) is None:
         raise ValueError(name)
 
@@ -152,9 +152,9 @@ def _create_datasets(split: Split, settings: FinetuneSettings, data_config: Dict
 
 
 def _precision(name: str, device: torch.device) -> str:
-    """accelerate's name of a precision."""
+    """accelerate's name for a precision."""
     if name == 'float16' and device.type == 'cpu':  # accelerate would go on in float32
-        raise InputError('precision float16 is for GPUs, on a CPU allowed are float32 and bfloat16')
+        raise InputError('precision float16 is for GPUs, on a CPU float32 and bfloat16 are allowed')
     if name == 'auto':
         if device.type != 'cuda':
             return 'no'
@@ -163,7 +163,7 @@ def _precision(name: str, device: torch.device) -> str:
 
 
 class _Run:
-    """What a run trains, on which images."""
+    """State of a run: what it trains, and on which images."""
 
     def __init__(
             self,
@@ -181,8 +181,8 @@ class _Run:
         size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
         self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
         logits = check_input_size(model, self.data_config['input_size'], settings.model)
-        if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):  # as without pooling
-            raise InputError(f'model {settings.model} with these model_kwargs does not give one logit a class')
+        if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):  # e.g. without pooling
+            raise InputError(f'model {settings.model} with these model_kwargs does not give one logit per class')
         pixels = math.prod(self.data_config['input_size'][1:])
         batch_size = min(settings.batch_size, len(split.train))
         if batch_size * pixels > MAX_PIXELS:
@@ -200,16 +200,16 @@ class _Run:
             'val_images': len(split.val)}
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of a process, whose mean over the processes is that over the whole batch."""
+        """Cross entropy of a process, scaled so that its mean over processes is the mean over the whole batch."""
         total = F.cross_entropy(logits, targets, label_smoothing=self.settings.smoothing, reduction='sum')
         return total * self.accelerator.num_processes / self.loop.batch_size
 
     def val_loader(self, indices: Sequence[int]) -> DataLoader:
-        """Batches of these held-out images."""
+        """Loader of the held-out images with these indices."""
         return DataLoader(Subset(self.val_data, indices), self.loop.batch_size, num_workers=self.workers)
 
     def evaluate(self) -> Dict[str, float]:
-        """Measure the kept model on the held-out images, each process on its share."""
+        """Evaluate the kept model on the held-out images, each process on its share."""
         indices = self.loop.share(len(self.val_data))
         metrics, _ = evaluate(self.loop.kept_model, self.val_loader(indices), self.loop.device)
         sums = torch.tensor([metrics['loss'], metrics['top1']], dtype=torch.float64) * len(indices)
@@ -230,7 +230,7 @@ class _Run:
 
 
 def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
-    """What `config.json` says of the settings and of what training starts from, without paths of this machine."""
+    """Describe the settings and the starting weights for `config.json`, without paths on this machine."""
     is_folder = Path(name.removeprefix('local-dir:')).is_dir()
     pretrained = _has_weights(name)
     return {
@@ -251,38 +251,39 @@ def finetune(
         device: Optional[str] = None,
         progress: bool = True,
 ) -> FinetuneResult:
-    """Train a model on a folder of images, and check that its files give the same predictions.
+    """Train a model on a folder of images, and check that the saved model makes the same predictions.
 
-    The weights that are validated and kept are the moving average, after the last epoch: picking the best epoch by the
-    held-out images would make their accuracy look better than it is. After each epoch the whole state is written, so
-    that a run that was killed at any moment goes on from its last complete epoch, to the same result on the same
-    machine, with any number of workers.
+    The weights that are validated and kept are the moving average after the last epoch: picking the best epoch by the
+    held-out images would make their accuracy look better than it is. The whole state is written after each epoch, so
+    that a run killed at any moment can be resumed from its last complete epoch, with the same result on the same
+    machine, for any number of workers.
 
-    One process of `accelerate launch`, or the only one. Batch norms of several take their statistics over all of them
-    on GPUs; on CPUs each has its own, and those of the first are kept.
+    This process may be the only one, or one of those started by `accelerate launch`. With several processes, batch
+    norms take their statistics over all of them on GPUs; on CPUs each process has its own, and those of the first are
+    kept.
 
-    A bare name of a model that has a trunk (`vt_resnet18`) starts from it; a name with a tag (`vt_resnet18.untrained`)
-    is what it says. A run that goes on needs no hub.
+    The bare name of a model that has a trunk (`vt_resnet18`) starts from that trunk; a name with a tag
+    (`vt_resnet18.untrained`) starts from the weights of that tag. Resuming a run does not need the hub.
 
     Args:
         data_dir: Folder of images (see `vt_zoo.data.images.find_split`).
-        out: Folder to write: `model/` (timm's hub layout; its `config.json` tells settings and result) and
-            `history.csv`; `checkpoint.safetensors` while training goes on.
-        settings: What decides the outcome.
-        resume: Go on with the run that `out` holds, if it holds one.
-        overwrite: Begin anew where `out` holds a run.
-        workers: Processes that load images; 0 for none.
-        device: 'cpu', 'cuda' or 'mps'; a GPU if CUDA has one, else the CPU, where None.
-        progress: Say what each epoch gave, with a progress bar where standard error is a terminal.
+        out: Folder to write: `model/` (timm's hub layout, with settings and result in its `config.json`) and
+            `history.csv`; also `checkpoint.safetensors` until training ends.
+        settings: Settings that decide the outcome.
+        resume: Resume the run in `out`, if there is one.
+        overwrite: Start anew even if `out` holds a run.
+        workers: Number of processes that load images; 0 for none.
+        device: 'cpu', 'cuda' or 'mps'; None for a GPU if CUDA has one, otherwise the CPU.
+        progress: Print the result of each epoch, with a progress bar if standard error is a terminal.
 
     Returns:
-        The result. `correct` of `total` held-out images are right; `reloaded_correct` says the same of the files. Of
-        several processes the first counts them, the others return 0.
+        The result. `correct` of `total` held-out images are classified correctly; `reloaded_correct` is the same for
+        the saved model. Of several processes, only the first counts them; the others return 0.
 
     Raises:
-        RunFinishedError: `resume`, and the run is finished.
-        InputError: Data, settings or `out` cannot be used, the hub does not give the trunk, or another process trains
-            into `out`.
+        RunFinishedError: `resume` is given, but the run is finished.
+        InputError: Data, settings or `out` cannot be used, the trunk is not available from the hub, or another process
+            is training into `out`.
         OSError: `out` cannot be written.
     """
     with run_folder(Path(out)):
@@ -333,7 +334,7 @@ def _finetune(
             training.update(
                 epochs=settings.epochs, weights='moving average', train_images=len(split.train),
                 val_images=len(targets), val_correct=correct)
-            kept = run.loop.kept_model.to(memory_format=torch.contiguous_format)  # as safetensors wants it
+            kept = run.loop.kept_model.to(memory_format=torch.contiguous_format)  # required by safetensors
             write_model(model_dir, kept, split.classes, run.data_config, training)
             reloaded = load_model(str(model_dir)).to(device, memory_format=torch.channels_last)
             _, reloaded_predictions = evaluate(reloaded, loader, device)

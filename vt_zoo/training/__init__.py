@@ -1,1 +1,1 @@
-"""What trainings of both tasks share."""
+"""Training code shared by classification and segmentation."""

@@ -1,4 +1,4 @@
-"""The loop that trains a model of either task: schedule, precision, moving average, processes, state on disk."""
+"""The training loop for both tasks: schedule, precision, moving average, multiple processes, state on disk."""
 import gc
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +30,14 @@ Measures = Dict[str, float]
 
 @contextmanager
 def accelerator_of(device: Optional[str], precision: str) -> Iterator['Accelerator']:
-    """What moves a training to its device and joins the processes of `accelerate launch`, while the block runs.
+    """Context manager for an Accelerator, which handles the device and joins the processes of `accelerate launch`.
 
     Args:
-        device: 'cpu', 'cuda' or 'mps'; what accelerate finds where None.
+        device: 'cpu', 'cuda' or 'mps'; None for the one that accelerate finds.
         precision: 'no', 'bf16' or 'fp16'.
 
     Raises:
-        InputError: Device or precision cannot be had here.
+        InputError: The device or precision is not available here.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -47,29 +47,29 @@ def accelerator_of(device: Optional[str], precision: str) -> Iterator['Accelerat
         found = find_device(device)
         if found.index is not None:
             raise InputError(
-                f'device must be cpu, cuda or mps, got {device}: choose among GPUs by CUDA_VISIBLE_DEVICES')
+                f'device must be cpu, cuda or mps, got {device}: choose a GPU by CUDA_VISIBLE_DEVICES')
         device = found.type
     try:
         accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=precision)
     except ValueError as e:
-        raise InputError(f'precision {precision} cannot be had here: {first_line(e)}') from e
+        raise InputError(f'precision {precision} is not available here: {first_line(e)}') from e
     try:
         if device not in (None, accelerator.device.type):
-            raise InputError(f'device {device} cannot be had here, accelerate gives {accelerator.device.type}')
+            raise InputError(f'device {device} is not available here, accelerate gives {accelerator.device.type}')
         yield accelerator
     finally:
-        if is_first and accelerator.num_processes == 1:  # else the next run could not have another precision or device
+        if is_first and accelerator.num_processes == 1:  # so that the next run may have another precision or device
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Loop:
-    """A training of one or several processes, and its state.
+    """The training of a model by one or several processes, and its state.
 
-    A unit is what progress is told in: an iteration, or an epoch of several.
+    Progress is reported in units: a unit is an iteration, or an epoch of several iterations.
 
     Attributes:
-        iteration: Iterations so far.
-        history: A line of measures for each evaluation.
+        iteration: Number of iterations so far.
+        history: A line of metrics for each evaluation.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class Loop:
     ) -> None:
         """
         Args:
-            model: The model.
-            accelerator: Of `accelerator_of`.
+            model: The model to train.
+            accelerator: Accelerator from `accelerator_of`.
             optimizer: Arguments of timm's `create_optimizer_v2`.
             schedule: Arguments of timm's `create_scheduler_v2`, whose epochs are units.
-            iterations: Their number.
-            batch_size: Samples of an iteration, of all processes together.
-            seed: Of order, augmentation and dropout.
-            ema_decay: Of the moving average of the weights; 0 for none.
+            iterations: Number of iterations.
+            batch_size: Samples per iteration, over all processes.
+            seed: Random seed of order, augmentation and dropout.
+            ema_decay: Decay of the moving average of the weights; 0 for no moving average.
             unit: Name of the unit.
-            unit_iterations: Iterations of a unit.
+            unit_iterations: Number of iterations per unit.
 
         Raises:
             InputError: There is no such optimizer, or there are more processes than samples in a batch.
@@ -124,23 +124,23 @@ class Loop:
 
     @property
     def device(self) -> torch.device:
-        """Of this process."""
+        """Device of this process."""
         return self.accelerator.device
 
     @property
     def model(self) -> nn.Module:
-        """The model that is trained, without what distributes it."""
+        """The model being trained, without its distributed wrapper."""
         return self.accelerator.unwrap_model(self.trained)
 
     @property
     def kept_model(self) -> nn.Module:
-        """The model that is evaluated and kept: the moving average, where there is one."""
+        """The model that is evaluated and kept: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def batches(self, dataset: Dataset, workers: int) -> DataLoader:
-        """Batches of this process, from the iteration at which the training is.
+        """Create the loader of this process's batches, starting from the current iteration.
 
-        What a sample draws is a function of the seed and of its number, whichever process draws it.
+        The random numbers of a sample depend only on the seed and its number, not on the process that loads it.
         """
         sampler = IterationBatches(
             len(dataset), self.batch_size, self.iteration, self.iterations, self.seed, self.accelerator.process_index,
@@ -149,32 +149,32 @@ class Loop:
             SeededDataset(dataset), batch_sampler=sampler, num_workers=workers, pin_memory=self.device.type == 'cuda')
 
     def share(self, number: int) -> range:
-        """Indices of the samples, of `number`, that this process evaluates."""
+        """Indices of the samples, out of `number`, that this process evaluates."""
         return range(self.accelerator.process_index, number, self.accelerator.num_processes)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, loss_of: LossOf) -> float:
-        """One iteration.
+        """Run one iteration.
 
         Args:
             images: Images of this process (B, C, H, W).
-            targets: What the loss takes.
-            loss_of: Loss of outputs and targets, whose mean over the processes is that of the whole batch.
+            targets: Targets of this process, passed to the loss.
+            loss_of: Function of outputs and targets, whose mean over the processes is the loss of the whole batch.
 
         Returns:
-            The mean loss.
+            The mean loss over the processes.
 
         Raises:
             InputError: The batch cannot be trained on, or the loss is not finite.
         """
         self.scheduler.step_update(self.iteration)
-        # of dropout: another in each process, and the same in a run that goes on
+        # for dropout: different in each process, but the same in a resumed run
         torch.manual_seed(seed_of(self.seed, self.iteration * self.batch_size + self.accelerator.process_index))
         self.trained.train()
         try:
             outputs = self.trained(images.to(self.device))
-        except ValueError as e:  # batch norm of a single value a channel
+        except ValueError as e:  # batch norm of a single value per channel
             size = 'x'.join(map(str, images.shape[-2:]))
-            raise InputError(f'a batch of {len(images)} images of {size} cannot be trained: {first_line(e)}') from e
+            raise InputError(f'a batch of {len(images)} images of {size} cannot be trained on: {first_line(e)}') from e
         loss = loss_of(outputs, targets.to(self.device))
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -201,18 +201,18 @@ class Loop:
             describe: Callable[[Measures], str],
             progress: bool,
     ) -> None:
-        """Train to the last iteration; every process calls it.
+        """Train until the last iteration. Every process must call this.
 
         Args:
-            batches: Of `batches`, of the iterations that are left.
-            loss_of: As of `step`.
-            evaluate: Measures the kept model, each process on its share.
+            batches: Batches of the remaining iterations, from `batches()`.
+            loss_of: As in `step`.
+            evaluate: Evaluates the kept model, each process on its share.
             keep: Called by the first process with the new line of the history, before the state is written.
-            save: Writes the state; called by the first process, before and after each evaluation too.
-            evaluate_every: Iterations from one evaluation to the next; there is one at the end.
-            save_every: Iterations from one state to the next.
-            describe: What is told of a line of the history.
-            progress: Tell it, with a progress bar where standard error is a terminal.
+            save: Writes the state; called by the first process, also before and after each evaluation.
+            evaluate_every: Iterations between evaluations; there is also one at the end.
+            save_every: Iterations between writes of the state.
+            describe: Turns a line of the history into text.
+            progress: Print this text, with a progress bar if standard error is a terminal.
         """
         main = self.accelerator.is_main_process
         bar = tqdm(
@@ -225,7 +225,7 @@ class Loop:
             return self.iteration > measured and (at_end or self.iteration % evaluate_every == 0)
 
         def measure() -> None:
-            bar.clear()  # whose line the evaluation's takes
+            bar.clear()  # the evaluation's bar takes its line
             self._share_buffers()
             measures = evaluate()
             self.history.append({
@@ -239,7 +239,7 @@ class Loop:
                 tqdm.write(describe(self.history[-1]))
 
         with bar:
-            if is_due():  # which did not end well before
+            if is_due():  # the evaluation that was interrupted before
                 measure()
             for images, targets in batches:
                 loss = self.step(images, targets, loss_of)
@@ -252,7 +252,7 @@ class Loop:
                     measure()
 
     def _share_buffers(self) -> None:
-        """Give all processes the batch statistics of the first, which are the processes' own on CPU."""
+        """Copy the batch statistics of the first process to the others, since on CPU each has its own."""
         from accelerate.utils import broadcast
 
         broadcast(list(self.kept_model.buffers()))
@@ -265,9 +265,9 @@ class Loop:
 
         Args:
             path: File to write.
-            program: Whose run it is.
-            fingerprint: What decides the run, JSON-able.
-            **more: More of it to write, JSON-able.
+            program: Name of the program that runs the training.
+            fingerprint: Settings and data that decide the run, as JSON-serializable values.
+            **more: Further JSON-serializable values to write.
         """
         tensors, scalars = state_tensors(self._modules(), self.optimizer)
         scaler = self.accelerator.scaler
@@ -276,10 +276,10 @@ class Loop:
             'losses': self.losses, 'optimizer': scalars, 'scaler': scaler and scaler.state_dict(), **more})
 
     def load(self, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any], out: Path, fingerprint: Dict) -> None:
-        """Take over what `read_state` read.
+        """Load a state that `read_state` returned.
 
         Raises:
-            InputError: It belongs to a run with other settings or data than `fingerprint`.
+            InputError: The state belongs to a run with settings or data other than `fingerprint`.
         """
         check_same_run(out, metadata['fingerprint'], fingerprint)
         load_state(tensors, metadata['optimizer'], self._modules(), self.optimizer)
@@ -288,9 +288,9 @@ class Loop:
         self.iteration, self.history, self.losses = metadata['iteration'], metadata['history'], metadata['losses']
 
     def end(self) -> None:
-        """Free what distributes the model, then part from the other processes.
+        """Free the distributed model, then leave the other processes.
 
-        The other way round it is the model that frees gloo, and waits for its threads while they wait for Python.
+        In the opposite order, freeing the model would free gloo and wait for its threads, which wait for Python.
         """
         del self.trained, self.optimizer, self.scheduler
         self.accelerator.free_memory()
@@ -299,13 +299,13 @@ class Loop:
 
 
 def read_state(path: Path, program: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """Read a file of `Loop.save`.
+    """Read a file written by `Loop.save`.
 
     Raises:
-        InputError: It is damaged, or of another program.
+        InputError: The file is damaged, or belongs to another program.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get('program') != program:
         raise InputError(
-            f'checkpoint {path} is not one of `{program}` of this version: add --overwrite to begin anew')
+            f'checkpoint {path} is not one of `{program}` of this version: add --overwrite to start anew')
     return tensors, metadata

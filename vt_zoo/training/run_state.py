@@ -1,4 +1,4 @@
-"""The folder of a training run and the state in it, from which a run goes on: what both training commands share."""
+"""The folder of a training run, and the state in it from which a run is resumed; shared by both training commands."""
 import csv
 import json
 from pathlib import Path
@@ -15,25 +15,25 @@ __all__ = ['RunFinishedError']
 
 
 class RunFinishedError(InputError):
-    """A run was to go on that has ended, with the same settings: there is nothing to do."""
+    """The run to resume has already finished with the same settings, so there is nothing to do."""
 
 
 def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: Dict[str, Any]) -> None:
-    """Raise InputError where a folder holds a run that is not to be lost.
+    """Raise InputError if a folder holds a run that must not be lost.
 
     Args:
-        checkpoint: File of an unfinished run.
-        model_dir: Folder of a finished one, whose config.json has the settings in `arguments` of `training` (of
-            `_training` in a folder of segmentation_models_pytorch).
-        resume: Whether an unfinished run is to go on.
-        settings: Of the run that is to begin or to go on; None for a value that the data or the model decides.
+        checkpoint: Checkpoint of an unfinished run.
+        model_dir: Model folder of a finished run, whose config.json has the settings in `arguments` of `training` (or
+            of `_training`, in a folder of segmentation_models_pytorch).
+        resume: Whether to resume an unfinished run.
+        settings: Settings of the run to start or resume; None for a value that depends on the data or the model.
 
     Raises:
-        RunFinishedError: A run with these settings was to go on, and is finished.
+        RunFinishedError: The run to resume has these settings and is finished.
     """
     out = checkpoint.parent
     if checkpoint.exists() and not resume:
-        raise InputError(f'{out} holds an unfinished run: add --resume to go on with it, --overwrite to begin anew')
+        raise InputError(f'{out} holds an unfinished run: add --resume to resume it, or --overwrite to start anew')
     if not model_dir.exists() or checkpoint.exists():
         return
     other = ''
@@ -42,7 +42,7 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
         ours = json.loads(json.dumps(settings))
         differing = [name for name, value in ours.items() if value is not None and theirs.get(name) != value]
         if not differing:
-            raise RunFinishedError(f'{out} holds this run, and it is finished: its model is {model_dir}')
+            raise RunFinishedError(f'{out} holds this run, and it is finished: its model is in {model_dir}')
         name = differing[0]
         if name in theirs:
             other = f' with {name} = {theirs[name]!r} instead of {ours[name]!r}'
@@ -50,7 +50,7 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
 
 
 def _read_settings(model_dir: Path) -> Dict[str, Any]:
-    """Settings that a model was trained with; none where its config.json does not say them."""
+    """Settings that a model was trained with; empty if its config.json does not have them."""
     check_regular(model_dir / 'config.json', 'file')
     try:
         config = json.loads((model_dir / 'config.json').read_text(encoding='utf-8'))
@@ -60,7 +60,7 @@ def _read_settings(model_dir: Path) -> Dict[str, Any]:
 
 
 def check_same_run(out: Path, theirs: Dict[str, Any], ours: Dict[str, Any]) -> None:
-    """Raise InputError, naming the first difference, where the run in `out` had other settings or data than ours."""
+    """Raise InputError, naming the first difference, if the run in `out` has settings or data other than ours."""
     for name, value in theirs.items():
         if ours.get(name) != value:
             raise InputError(
@@ -71,11 +71,11 @@ def state_tensors(
         modules: Dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
 ) -> Tuple[Dict[str, torch.Tensor], List[Any]]:
-    """The state of modules and an optimizer.
+    """Collect the state of modules and an optimizer.
 
     Returns:
-        Tensors by `MODULE.NAME` and `optimizer.PARAMETER.NAME`, and what the optimizer has beside tensors, as
-        [parameter, name, value].
+        Tensors by `MODULE.NAME` and `optimizer.PARAMETER.NAME`, and the optimizer's other values as [parameter, name,
+        value].
     """
     tensors = {f'{key}.{name}': value for key, module in modules.items() for name, value in module.state_dict().items()}
     scalars = []
@@ -94,10 +94,10 @@ def load_state(
         modules: Dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Give modules and an optimizer the state that `state_tensors` took; the optimizer's settings stay its own.
+    """Load a state from `state_tensors` into modules and an optimizer, which keeps its own settings.
 
     Raises:
-        InputError: The weights are not those of these modules.
+        InputError: The weights do not fit the modules.
     """
     parts: Dict[str, Dict[str, torch.Tensor]] = {'optimizer': {}, **{key: {} for key in modules}}
     for key, value in tensors.items():
@@ -118,7 +118,7 @@ def load_state(
 
 
 def write_history(path: Union[str, Path], history: List[Dict[str, float]]) -> None:
-    """Write the measures of a run as CSV, a line an entry."""
+    """Write the metrics of a run as CSV, one line per entry."""
     with whole(path) as new, new.open('w', newline='') as f:
         writer = csv.DictWriter(f, list(history[0]))
         writer.writeheader()

@@ -1,6 +1,7 @@
-"""Which samples an iteration sees, and with which augmentation: a function of seed and iteration alone.
+"""Sampling that depends only on the seed and the iteration: which samples are used, and how they are augmented.
 
-So the order does not depend on how many processes load or train, and a run that goes on sees what it would have seen.
+The order therefore does not depend on how many processes load or train, and a resumed run sees the same samples as an
+uninterrupted one.
 """
 from functools import lru_cache
 from typing import Any, Iterator, List, Tuple
@@ -12,9 +13,9 @@ from ..data.seeding import seed_of, seeded
 
 
 class IterationBatches:
-    """Batches of (index, seed) for `SeededDataset`, one an iteration, to be a DataLoader's `batch_sampler`.
+    """Batch sampler for a DataLoader of a `SeededDataset`, with one batch of (index, seed) per iteration.
 
-    Samples are drawn without replacement until each was seen once, then anew.
+    Samples are drawn without replacement until each has been seen once, then in a new order.
     """
 
     def __init__(
@@ -29,13 +30,13 @@ class IterationBatches:
     ) -> None:
         """
         Args:
-            num_samples: Samples in the data set.
-            batch_size: Samples of an iteration, of all processes together.
+            num_samples: Number of samples in the data set.
+            batch_size: Samples per iteration, over all processes.
             start: First iteration.
             stop: Iteration to stop before.
-            seed: Of order and augmentation.
-            rank: Of this process, which gets every `world_size`-th sample of a batch.
-            world_size: Processes that train.
+            seed: Random seed of order and augmentation.
+            rank: Rank of this process, which gets every `world_size`-th sample of a batch.
+            world_size: Number of training processes.
         """
         self.num_samples, self.batch_size = num_samples, batch_size
         self.start, self.stop = start, stop
@@ -58,7 +59,7 @@ class IterationBatches:
 
 
 class SeededDataset(Dataset):
-    """A data set whose items are drawn with a seed: `self[index, seed]`. The generators are as before afterwards."""
+    """Dataset wrapper whose items are loaded with a seed, `self[index, seed]`, leaving the generators' states alone."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""Settings of a training run: dataclasses whose fields are documented once, for recipes (YAML), options and readers."""
+"""Settings of a training run: dataclasses whose fields are documented once, for recipes (YAML), CLI and docstrings."""
 import copy
 import inspect
 import re
@@ -27,25 +27,25 @@ from ..files import check_regular
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
 MAX_LR = 1e6
-# of reading YAML: numbers of too many digits and dates that are none, lists in lists in lists, and its own
+# raised in reading YAML: for numbers with too many digits and invalid dates, for deeply nested lists, and YAML's own
 YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)
 
 Kind = TypeVar('Kind', bound='Settings')
 
 
 class Allowed(NamedTuple):
-    """Values that a setting may have: a test, and words that follow "must be"."""
+    """Values that a setting may have: a test, and the words that follow "must be" in a message."""
     accept: Callable[[Any], bool]
     words: str
 
 
 def at_least(least: int, most: int = MAX_INT) -> Allowed:
-    """Numbers of a range."""
+    """Allow the numbers of a range."""
     return Allowed(lambda v: least <= v <= most, f'at least {least} and at most {most}')
 
 
 def one_of(*names: str) -> Allowed:
-    """One of some words."""
+    """Allow one of several words."""
     return Allowed(lambda v: v in names, f'one of {", ".join(names)}')
 
 
@@ -62,15 +62,15 @@ def setting(
         none: str = 'none',
         read: Optional[Callable[[Any], Any]] = None,
 ) -> Any:
-    """A field of settings.
+    """Create a field of settings.
 
     Args:
-        default: Its value where nothing is given.
-        metavar: What stands for a value in `--help`.
-        text: What it is, for `--help` and the docstring.
-        allowed: Its values; those of its type where None. A field whose type has None may always be None.
+        default: Default value.
+        metavar: Placeholder for the value in `--help`.
+        text: Description, for `--help` and the docstring.
+        allowed: Allowed values; None for all values of its type. A field whose type includes None may always be None.
         none: What None means, in words.
-        read: Makes a value of what YAML gives, in place of the conversion to the field's type.
+        read: Converts a value from YAML, in place of the usual conversion to the field's type.
     """
     metadata = {'metavar': metavar, 'text': text, 'allowed': allowed, 'none': none, 'read': read}
     if isinstance(default, (dict, list)):
@@ -79,7 +79,7 @@ def setting(
 
 
 def shown_default(f: Field) -> str:
-    """The default of a field as one would give it as an option."""
+    """The default of a field, written as on the command line."""
     value = f.default_factory() if f.default is MISSING else f.default
     if value is None or value in ([], {}):
         return f.metadata['none']
@@ -102,13 +102,13 @@ def documented(kind: Type[Kind]) -> Type[Kind]:
 
 @dataclass
 class Settings:
-    """What decides the outcome of a run; checked when it is created.
+    """Settings that decide the outcome of a run; they are checked on creation.
 
     Raises:
         InputError: A value is not of its field's type, or not allowed.
     """
-    COMMAND: ClassVar[str]  # whose options are the fields
-    FOLDER: ClassVar[str]  # of recipes that come with the package
+    COMMAND: ClassVar[str]  # the command whose options are the fields
+    FOLDER: ClassVar[str]  # the folder of recipes that come with the package
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
@@ -131,7 +131,7 @@ class Settings:
 
         Args:
             config: A YAML file of fields and values, the name of a recipe that comes with the package, or None.
-            overrides: Fields that replace the recipe's.
+            overrides: Values that replace the recipe's.
 
         Raises:
             InputError: There is no such recipe, it is not YAML, or it has an unknown field or a value that is not
@@ -157,12 +157,12 @@ def _read_recipe(kind: Type[Settings], config: str) -> Dict[str, Any]:
     except (OSError, *YAML_ERRORS) as e:
         raise InputError(f'config {path} cannot be read: {first_line(e)}') from e
     if not isinstance(values, dict):
-        raise InputError(f'config {path} must hold fields and values, as `lr: 0.01`')
+        raise InputError(f'config {path} must hold fields and values, such as `lr: 0.01`')
     return values
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain words as YAML 1.2 does: `no` stays a word, and 1e-3 is a number."""
+    """YAML loader that reads plain words as YAML 1.2 does: `no` stays a word, and 1e-3 is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -176,15 +176,15 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text."""
+    """Parse a YAML text."""
     return yaml.load(text, _Loader)
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
-    """A value of YAML as the type of its field: whole numbers may stand for floats, lists for tuples.
+    """Convert a YAML value to the type of its field: whole numbers are accepted as floats, and lists as tuples.
 
     Raises:
-        InputError: It is not of that type.
+        InputError: The value is not of that type.
     """
     arguments = get_args(kind)
     if get_origin(kind) is Union:

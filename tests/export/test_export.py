@@ -284,7 +284,7 @@ def test_command_prints_nothing_of_the_exporter(command, tmp_path):
     (['--format', 'onnx', '--out', 'a.onnx', '--opset', '17'], 'opset must be from 18 to 25, got 17'),
     (['--format', 'onnx', '--out', 'a.onnx', '--opset', '26'], 'opset must be from 18 to 25, got 26'),
     (['--format', 'onnx', '--out', 'a.onnx', '--opset', 'x'], "'x' is not a whole number"),
-    (['--format', 'pt2', '--out', 'a.pt2', '--opset', '18'], 'opset is for format onnx, got format pt2'),
+    (['--format', 'pt2', '--out', 'a.pt2', '--opset', '18'], 'opset is only for format onnx, got format pt2'),
     (['--format', 'torchscript', '--out', 'a.pt', '--dynamic-size'], 'leave --dynamic-size out'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_command_refuses(command, tmp_path, words, holds):

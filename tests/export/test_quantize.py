@@ -195,7 +195,7 @@ def folder(float_file, quantized, tmp_path):
     ('none', 'DIGITS', 'a.onnx', 'none is not a file'),
     ('text.onnx', 'DIGITS', 'a.onnx', 'text.onnx is not an ONNX file'),
     ('empty.onnx', 'DIGITS', 'a.onnx', 'empty.onnx is not an ONNX file'),
-    ('other.onnx', 'DIGITS', 'a.onnx', 'it is not a file of vt-zoo export'),
+    ('other.onnx', 'DIGITS', 'a.onnx', 'vt-zoo export did not write it'),
     ('int8.onnx', 'DIGITS', 'a.onnx', 'int8.onnx is quantised already'),
     ('float.onnx', 'no', 'a.onnx', 'image folder no does not exist'),
     ('float.onnx', 'text.onnx', 'a.onnx', 'image folder text.onnx is not a folder'),

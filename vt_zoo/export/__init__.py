@@ -1,4 +1,4 @@
-"""Files for other runtimes."""
+"""Exporting models to files for other runtimes."""
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {

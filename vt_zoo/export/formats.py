@@ -1,4 +1,4 @@
-"""Trained models as files for other runtimes, in their inference form and checked before they get their name."""
+"""Exporting trained models, in their inference form, to files for other runtimes, which are checked before use."""
 import importlib
 import io
 import json
@@ -23,25 +23,25 @@ __all__ = ['FORMATS', 'Exported', 'default_out', 'export']
 _logger = logging.getLogger(__name__)
 
 OPSETS = range(18, 26)  # torch's exporter makes 18 and converts upwards; 25 is the newest that was tried
-DEFAULT_OPSET = 18  # the oldest: the most runtimes read it
-TOLERANCE = 1e-4  # of the largest output
+DEFAULT_OPSET = 18  # the oldest, which most runtimes can read
+TOLERANCE = 1e-4  # as a share of the largest output
 METADATA_FILE = 'metadata.json'  # in TorchScript and .pt2 files
-EXAMPLE_SIZE = (224, 224)  # of a model for images of any size
-AOTI_STRIDE = 32  # VT-FPN compiled for free sizes computes other things at sizes that are no multiples (torch 2.15)
-SMALLEST_SIDE = 64  # of the images that a file is checked with: two pixels of the coarsest map
+EXAMPLE_SIZE = (224, 224)  # for models that take images of any size
+AOTI_STRIDE = 32  # VT-FPN compiled for free sizes gives wrong results at sizes that are not multiples (torch 2.15)
+SMALLEST_SIDE = 64  # of the images used to check a file: two pixels of the coarsest map
 
 Runs = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Exported:
-    """What `export` wrote.
+    """Summary of what `export` wrote.
 
     Attributes:
-        inputs: Name and shape, a name in place of a number that is free.
-        outputs: As inputs.
+        inputs: Shapes of the inputs by name, in which a free dimension has a name instead of a number.
+        outputs: Shapes of the outputs, in the same form.
         difference: Largest difference from PyTorch, as a share of the largest output.
-        shapes: Shapes of the images that were compared.
+        shapes: Shapes of the images used in the comparison.
     """
     inputs: Dict[str, List[Union[int, str]]]
     outputs: Dict[str, List[Union[int, str]]]
@@ -51,15 +51,15 @@ class Exported:
 
 @dataclass
 class _Job:
-    """One export: a model in its inference form, and what a file says of it.
+    """One export: a model in its inference form, and what the file should contain.
 
     Attributes:
-        model: Inference form.
-        x: Images to trace it with.
+        model: The model in its inference form.
+        x: Images to trace the model with.
         free: Dimensions of x that are free in the file, with their names.
-        stride: Free sizes are multiples of it.
-        metadata: Texts by name.
-        opset: Of ONNX.
+        stride: Free sizes are multiples of this number.
+        metadata: Metadata texts by name.
+        opset: ONNX opset.
     """
     model: nn.Module
     x: torch.Tensor
@@ -85,14 +85,14 @@ def _write_onnx(job: _Job, path: Path) -> None:
     proto = program.model_proto
     made = {entry.domain: entry.version for entry in proto.opset_import}['']
     if made != job.opset:
-        raise InputError(f'opset {job.opset} cannot be made of this model, torch gives {made}')
+        raise InputError(f'this model cannot be exported with opset {job.opset}, torch gives {made}')
     _name_dimensions(proto.graph, job.free)
     onnx.helper.set_model_props(proto, job.metadata)
-    onnx.save(proto, path)  # one file: a model of more than 2 GB raises
+    onnx.save(proto, path)  # a single file, so a model of more than 2 GB raises
 
 
 def _name_dimensions(graph: Any, names: Dict[int, str]) -> None:
-    """Give the free dimensions of the input, which torch calls s77 and the like, their names wherever they stand."""
+    """Rename the free dimensions of the input, which torch calls s77 and the like, wherever they occur."""
     dims = graph.input[0].type.tensor_type.shape.dim
     renamed = {dims[i].dim_param: name for i, name in names.items()}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -109,7 +109,7 @@ def _load_onnx(path: Path) -> Runs:
 
 
 def _write_torchscript(job: _Job, path: Path) -> None:
-    content = io.BytesIO()  # torch's own writing to a file ends the process where the disk is full
+    content = io.BytesIO()  # writing directly to a file, torch ends the process if the disk is full
     torch.jit.save(torch.jit.script(job.model), content, _extra_files={METADATA_FILE: json.dumps(job.metadata)})
     path.write_bytes(content.getbuffer())
 
@@ -127,7 +127,7 @@ def _load_pt2(path: Path) -> Runs:
 def _write_aoti(job: _Job, path: Path) -> None:
     configs = {'aot_inductor.metadata': job.metadata}
     if hasattr(torch._inductor.config.aot_inductor, 'check_lowerbound'):
-        configs['aot_inductor.check_lowerbound'] = False  # a batch of one is right and not refused
+        configs['aot_inductor.check_lowerbound'] = False  # so that a batch of one, which works, is not refused
     torch._inductor.aoti_compile_and_package(_trace(job), package_path=str(path), inductor_configs=configs)
 
 
@@ -137,7 +137,7 @@ def _load_aoti(path: Path) -> Runs:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the end of its files' names, and how one is written and loaded."""
+    """A file format: the suffix of its files, and how to write and load one."""
     suffix: str
     write: Callable[[_Job, Path], None]
     load: Callable[[Path], Runs]
@@ -159,28 +159,28 @@ def export(
         opset: Optional[int] = None,
         overwrite: bool = False,
 ) -> Exported:
-    """Write a model, in its inference form, as a file of another runtime.
+    """Write a model, in its inference form, as a file for another runtime.
 
-    The file is loaded again by its runtime and compared with the model as it was trained, on noise of several batch
-    sizes and, where they are free, image sizes. Only if no output differs by more than `TOLERANCE` of the largest one
-    does it get its name. The batch is free in every format.
+    The file is loaded again by its runtime and compared with the trained model, on noise of several batch sizes and, if
+    they are free, several image sizes. It is written to `out` only if no output differs by more than `TOLERANCE` of the
+    largest one. The batch size is free in every format.
 
     Every file has the same metadata: architecture, preprocessing (of `Loaded`), class names, inputs, outputs, and the
-    versions of vt_zoo and torch, each as JSON. ONNX has it in metadata_props, AOTInductor in `get_metadata()`,
-    TorchScript and torch.export in the extra file `METADATA_FILE`.
+    versions of vt_zoo and torch, each as JSON. ONNX files have it in metadata_props, AOTInductor files in
+    `get_metadata()`, TorchScript and torch.export files in the extra file `METADATA_FILE`.
 
     Args:
-        name_or_dir: What `vt_zoo.load` takes.
-        file_format: 'onnx'; 'torchscript'; 'pt2', of torch.export; or 'aoti', compiled by AOTInductor for this
-            machine's CPU.
-        out: File to write, in a folder that is there.
-        dynamic_size: Leave height and width free. TorchScript does without being asked.
-        opset: Of ONNX, one of `OPSETS`; `DEFAULT_OPSET` where None.
-        overwrite: Replace `out` if it is there, which is refused otherwise.
+        name_or_dir: As in `vt_zoo.load`.
+        file_format: 'onnx'; 'torchscript'; 'pt2', the format of torch.export; or 'aoti', compiled by AOTInductor for
+            this machine's CPU.
+        out: File to write, in an existing folder.
+        dynamic_size: Leave height and width free. In TorchScript they always are.
+        opset: ONNX opset, one of `OPSETS`; None for `DEFAULT_OPSET`.
+        overwrite: Replace `out` if it exists, which is an error otherwise.
 
     Raises:
-        InputError: An argument cannot be used, the model cannot be loaded or is none that the format can hold, what the
-            format needs is not installed, or the file does not compute what the model does.
+        InputError: An argument cannot be used, the model cannot be loaded or exported to this format, what the format
+            needs is not installed, or the file does not compute the same as the model.
         OSError: `out` cannot be written.
     """
     out = Path(out)
@@ -211,7 +211,7 @@ def export(
         _logger.info(f'comparing it with PyTorch on {len(shapes)} batches')
         with quiet(), sentence(f'the file that {file_format} made of model {name_or_dir} does not run'):
             difference = largest_difference(loaded.model, form.load(new), shapes)
-        if not difference <= TOLERANCE:  # nor NaN
+        if not difference <= TOLERANCE:  # or if it is NaN
             raise InputError(
                 f'the file that {file_format} made of model {name_or_dir} differs from PyTorch by {difference:.1e} of '
                 f'the largest output, allowed is {TOLERANCE:.0e}: nothing was written')
@@ -223,7 +223,7 @@ def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]
         raise InputError(f'format must be one of {", ".join(FORMATS)}, got {file_format!r}')
     check_out(file_format, out, overwrite)
     if opset is not None and file_format != 'onnx':
-        raise InputError(f'opset is for format onnx, got format {file_format}')
+        raise InputError(f'opset is only for format onnx, got format {file_format}')
     if opset is not None and opset not in OPSETS:
         raise InputError(f'opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}')
     if dynamic_size and file_format == 'torchscript':
@@ -231,7 +231,7 @@ def _check(file_format: str, out: Path, dynamic_size: bool, opset: Optional[int]
 
 
 def default_out(name_or_dir: str, file_format: str) -> Path:
-    """File for a model without another: beside its folder and named after it; of a name, here."""
+    """Default file for a model: named after its folder and beside it; for a name, in the current folder."""
     folder = Path(name_or_dir.removeprefix('local-dir:'))
     if folder.is_dir():
         path = folder.resolve() if folder.name in ('', '..') else folder
@@ -241,8 +241,10 @@ def default_out(name_or_dir: str, file_format: str) -> Path:
 
 
 def check_out(file_format: str, out: Path, overwrite: bool = False) -> None:
-    """Raise InputError where a file of this format cannot be written as `out`: another ending or not UTF-8, there, no
-    folder."""
+    """Raise InputError if a file of this format cannot be written as `out`.
+
+    This is the case if the suffix is wrong, the name is not UTF-8, the file exists or its folder does not.
+    """
     check_utf8(out)
     suffix = FORMATS[file_format].suffix
     if out.suffix != suffix:
@@ -256,7 +258,7 @@ def check_out(file_format: str, out: Path, overwrite: bool = False) -> None:
 
 
 def check_packages(what: str, *packages: str) -> None:
-    """Raise InputError where a package of the extra `export` cannot be imported."""
+    """Raise InputError if a package of the extra `export` cannot be imported."""
     try:
         for package in packages:
             importlib.import_module(package)
@@ -278,7 +280,7 @@ def _check_installed(file_format: str) -> None:
 
 
 def _describe(loaded: Loaded, x: torch.Tensor, free: Dict[int, str]) -> Tuple[Dict[str, List], Dict[str, List]]:
-    """Names and shapes of the inputs and of the outputs."""
+    """Names and shapes of the inputs and outputs."""
     image = [free.get(i, n) for i, n in enumerate(x.shape)]
     logits = [image[0], len(loaded.classes), *(image[2:] if loaded.task == SEGMENTATION else [])]
     return {'image': image}, {'logits': logits}
@@ -298,7 +300,7 @@ def _multiple(side: int, stride: int) -> int:
 
 
 def _shapes(shape: Tuple[int, ...], any_size: bool, stride: int) -> List[Tuple[int, ...]]:
-    """Shapes of images to compare with."""
+    """Shapes of the images used in the comparison."""
     channels, height, width = shape[1:]
     shapes = [(1, channels, height, width), (3, channels, height, width)]
     if any_size:
@@ -310,7 +312,7 @@ def _shapes(shape: Tuple[int, ...], any_size: bool, stride: int) -> List[Tuple[i
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, other: Runs, shapes: List[Tuple[int, ...]]) -> float:
-    """Largest difference between the outputs of two models on noise, as a share of the largest output of the first."""
+    """Largest difference between two models' outputs on noise, as a share of the largest output of the first."""
     generator = torch.Generator().manual_seed(1)
     differences = []
     for shape in shapes:
@@ -319,12 +321,12 @@ def largest_difference(model: nn.Module, other: Runs, shapes: List[Tuple[int, ..
         if result.shape != expected.shape:
             raise ValueError(f'its output is of shape {list(result.shape)}, not {list(expected.shape)}')
         differences.append((result - expected).abs().max() / expected.abs().max())
-    return torch.stack(differences).max().item()  # NaN where one is
+    return torch.stack(differences).max().item()  # NaN if one of them is
 
 
 @contextmanager
 def quiet(level: int = logging.WARNING) -> Iterator[None]:
-    """Without what exporters print, their warnings and what they log up to a level: not for those who use the file."""
+    """Silence the output, warnings and logs (up to a level) of exporters, which are of no use to the user."""
     disabled = logging.root.manager.disable
     logging.disable(level)
     try:
@@ -337,7 +339,7 @@ def quiet(level: int = logging.WARNING) -> Iterator[None]:
 
 @contextmanager
 def sentence(what: str) -> Iterator[None]:
-    """Make an InputError of the errors of exporters and runtimes, of which each has its own."""
+    """Turn the errors of exporters and runtimes, which are of many types, into an InputError."""
     try:
         yield
     except (InputError, OSError):

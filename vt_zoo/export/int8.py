@@ -1,4 +1,4 @@
-"""ONNX files of `vt-zoo export` in int8, by onnxruntime's own tools, calibrated on a folder of images."""
+"""Quantising ONNX files of `vt-zoo export` to int8 by onnxruntime's own tools, calibrated on a folder of images."""
 import json
 import logging
 import random
@@ -24,22 +24,22 @@ __all__ = ['Quantized', 'quantize']
 
 _logger = logging.getLogger(__name__)
 
-DEFAULT_LIMIT = 100  # images: on the digits more change nothing, 10 lose some (benchmarks/results/int8.md)
+DEFAULT_LIMIT = 100  # images: on the digits, more change nothing and 10 lose accuracy (benchmarks/results/int8.md)
 WEIGHTED = ('Conv', 'Gemm', 'MatMul')  # operators of nodes that may have weights
-OF_MAPS = ('Add', 'MaxPool', 'Relu')  # operators between convolutions
+OF_MAPS = ('Add', 'MaxPool', 'Relu')  # operators on feature maps between convolutions
 QUANTIZED_BY = ('QuantizeLinear', 'DequantizeLinear')
 
 
 @dataclass
 class Quantized:
-    """What `quantize` wrote.
+    """Summary of what `quantize` wrote.
 
     Attributes:
-        nodes: Of each operator that may have weights, how many nodes are in int8, and of how many.
-        num_images: Images that the ranges were taken from, and on which the files were compared.
-        agreement: Share of these images, of a segmenter of their pixels, with the same class as in float32.
-        mean_difference: Largest difference of an output, as a share of the largest output: mean of the images.
-        largest_difference: The same in the worst image.
+        nodes: For each operator that may have weights, the number of nodes in int8 and the total number of nodes.
+        num_images: Number of images used to find the ranges and to compare the files.
+        agreement: Share of these images (for a segmenter, of their pixels) with the same class as in float32.
+        mean_difference: Largest difference of an output, as a share of the largest output, averaged over the images.
+        largest_difference: The same for the worst image.
     """
     nodes: Dict[str, Tuple[int, int]]
     num_images: int
@@ -49,7 +49,7 @@ class Quantized:
 
 
 class Reader:
-    """Images (1, C, H, W) as onnxruntime's calibration reads them."""
+    """Reader of images (1, C, H, W) for onnxruntime's calibration."""
 
     def __init__(self, images: Iterable[np.ndarray]) -> None:
         self.images = iter(images)
@@ -60,17 +60,17 @@ class Reader:
 
 
 def choose_nodes(graph: Any) -> List[str]:
-    """Names of the nodes of a float32 graph that are computed in int8.
+    """Choose the nodes of a float32 graph to compute in int8, and return their names.
 
-    These are the convolutions and the matrix products with weights, where most of the time and of the file is; and
-    sums, maxima and ReLUs of what convolutions computed, which would else go to float32 and back.
-    What stays in float32:
+    These are the convolutions and the matrix products with weights, which take most of the time and of the file; and
+    sums, maxima and ReLUs of the outputs of convolutions, which would otherwise be converted to float32 and back.
+    The following stay in float32:
 
     * products of two activations, of pixels with tokens and of tokens with each other, and their softmax: onnxruntime
-      would have to round both operands, of ranges that the images decide;
-    * stacks of matrices, of the grouped products in tokenizer and transformer: onnxruntime has no product in int8 for
-      one with a scale for each channel;
-    * sums, norms and means of tokens, and resizing and norms of a decoder: little time.
+      would have to round both operands, whose ranges depend on the images;
+    * the stacked matrices of the grouped products in tokenizer and transformer: onnxruntime has no int8 product for
+      them with a scale per channel;
+    * sums, norms and means of tokens, and the resizing and norms of a decoder, which take little time.
 
     Args:
         graph: onnx.GraphProto in topological order.
@@ -89,9 +89,9 @@ def choose_nodes(graph: Any) -> List[str]:
 def quantize_static_arguments(graph: Any) -> Dict[str, Any]:
     """Keyword arguments for onnxruntime's `quantize_static`.
 
-    Activations are uint8: with int8 onnxruntime is slower than in float32 on x86. Weights have a scale for each channel
-    and 7 bits, with which no sum of two products saturates in the 16 bits that x86 CPUs without VNNI have for it.
-    Matrix products give float32, which the sums, softmaxes and norms after them take.
+    Activations are uint8, as with int8 onnxruntime is slower than in float32 on x86. Weights have a scale per channel
+    and 7 bits, so that no sum of two products saturates in the 16 bits that x86 CPUs without VNNI have for it. Matrix
+    products return float32, which the sums, softmaxes and norms after them take.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 
@@ -110,19 +110,19 @@ def quantize(
         progress: bool = True,
         overwrite: bool = False,
 ) -> Quantized:
-    """Write an int8 file of a float32 file of `vt-zoo export --format onnx`.
+    """Quantise a float32 file of `vt-zoo export --format onnx` to int8.
 
-    Ranges of activations are the least and largest values on the images. The new file is loaded, compared with the old
-    one on the same images, and gets its name if all outputs are finite. It has the metadata of the old one, and
-    `quantization`, which says how it was made.
+    The ranges of activations are their smallest and largest values on the images. The new file is loaded and compared
+    with the old one on the same images; it is written to `out` only if all outputs are finite. It has the metadata of
+    the old file, and `quantization`, which says how it was made.
 
     Args:
         file: The float32 file.
-        images: Folder with images, in subfolders or not, of the kind that the model is for.
-        out: File to write, another than `file`, in a folder that is there.
-        limit: Take so many of the images, drawn with a fixed seed.
-        progress: Show progress bars where standard error is a terminal.
-        overwrite: Replace `out` if it is there, which is refused otherwise.
+        images: Folder with images, in subfolders or not, like those that the model will be used on.
+        out: File to write, other than `file`, in an existing folder.
+        limit: Number of images to use, drawn with a fixed seed.
+        progress: Show progress bars if standard error is a terminal.
+        overwrite: Replace `out` if it exists, which is an error otherwise.
 
     Raises:
         InputError: An argument cannot be used, an image cannot be read, onnxruntime is not installed or cannot quantise
@@ -142,7 +142,7 @@ def quantize(
         for path in tqdm(paths, desc=desc, disable=None if progress else True, leave=False):
             yield prepare(load_image(path))[None].numpy()
 
-    size = file.stat().st_size  # the tools write as much at least
+    size = file.stat().st_size  # the tools write at least as much
     with whole(out, replace=overwrite) as new:
         _logger.info(f'calibrating on {len(paths)} images')
         with _quiet_tools(), sentence(f'{file} cannot be quantised'), _disk_errors(new.parent, size):
@@ -155,7 +155,7 @@ def quantize(
 
 
 def _read_metadata(file: Path) -> Dict[str, str]:
-    """Metadata of a float32 file of `vt-zoo export`."""
+    """Read the metadata of a float32 file of `vt-zoo export`."""
     import onnx
 
     if not file.is_file():
@@ -164,15 +164,15 @@ def _read_metadata(file: Path) -> Dict[str, str]:
         model = onnx.load(file)
     except OSError:
         raise
-    except Exception:  # protobuf's own
+    except Exception:  # protobuf's own errors
         model = onnx.ModelProto()
-    if not model.graph.node:  # protobuf reads some files that are none
+    if not model.graph.node:  # protobuf also reads some files that are not ONNX
         raise InputError(f'{file} is not an ONNX file')
     if any(node.op_type in QUANTIZED_BY for node in model.graph.node):
         raise InputError(f'{file} is quantised already')
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if 'preprocessing' not in metadata:
-        raise InputError(f'{file} does not say how its images are prepared: it is not a file of vt-zoo export')
+        raise InputError(f'{file} does not say how its images are prepared: vt-zoo export did not write it')
     return metadata
 
 
@@ -187,7 +187,7 @@ def _draw_images(folder: Path, limit: int) -> List[str]:
 
 @contextmanager
 def _quiet_tools() -> Iterator[None]:
-    """Without what onnxruntime and its tools print: their errors are raised too."""
+    """Silence onnxruntime and its tools; their errors are raised in any case."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -200,7 +200,7 @@ def _quiet_tools() -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(folder: Path, size: int) -> Iterator[None]:
-    """Make an OSError of any error where a folder has no place for so many bytes: some versions of the tools do not."""
+    """Turn any error into an OSError if a folder lacks space for `size` bytes; some versions of the tools do not."""
     try:
         yield
     except OSError:
@@ -217,7 +217,7 @@ def _disk_errors(folder: Path, size: int) -> Iterator[None]:
 
 
 def _write(file: Path, images: Iterator[np.ndarray], path: Path) -> Dict[str, Tuple[int, int]]:
-    """Write an int8 file; returns `Quantized.nodes`. Files that the tools need on the way lie beside it."""
+    """Write an int8 file, with the tools' temporary files beside it, and return `Quantized.nodes`."""
     import onnx
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -234,13 +234,13 @@ def _write(file: Path, images: Iterator[np.ndarray], path: Path) -> Dict[str, Tu
 
 
 def _inputs(node: Any) -> Set[str]:
-    """Names that a node takes, those that its subgraphs take from outside among them."""
+    """Names of a node's inputs, including those that its subgraphs take from outside."""
     inner = [n for attribute in node.attribute if attribute.HasField('g') for n in attribute.g.node]
     return set(node.input).union(*map(_inputs, inner))
 
 
 def _sort(path: Path) -> None:
-    """Put nodes after those that they need: onnxruntime's tools overlook what a loop's body needs."""
+    """Sort nodes so that each comes after its inputs, since onnxruntime's tools overlook those of a loop's body."""
     import onnx
 
     model = onnx.load(path)
@@ -253,7 +253,7 @@ def _sort(path: Path) -> None:
 
 
 def _compare(file: Path, other: Path, images: Iterator[np.ndarray]) -> Tuple[float, float, float]:
-    """Agreement, mean and largest difference of `Quantized`."""
+    """Compare two files; return the agreement, mean difference and largest difference of `Quantized`."""
     import onnxruntime
 
     sessions = [onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider']) for path in (file, other)]

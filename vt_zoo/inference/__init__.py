@@ -1,4 +1,4 @@
-"""The inference form: a trained stage or neck in, the same function with less work out."""
+"""The inference form of a trained stage or neck, which computes the same function with less work."""
 from .fold import fold_norms
 from .stage import InferenceStage, fold_neck
 

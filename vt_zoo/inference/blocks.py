@@ -1,11 +1,11 @@
-"""timm's own inference forms of blocks that have one, such as RepVGG's, MobileOne's and FastViT's."""
+"""Inference forms of timm's own blocks, such as those of RepVGG, MobileOne and FastViT."""
 import torch.nn as nn
 
 
 def reparameterize_blocks(model: nn.Module) -> None:
-    """Put timm's blocks in a model, in place, into their inference form.
+    """Turn timm's blocks in a model into their inference form, in place.
 
-    timm's `reparameterize_model` does the same, but also calls blocks that are in it already, and FastViT's then raise.
+    timm's `reparameterize_model` does the same, but also calls blocks that already have it, and FastViT's then raise.
     """
     for name, block in model.named_children():
         if getattr(block, 'reparam_conv', None) is not None:

@@ -1,4 +1,4 @@
-"""Folding of norms into the maps before them, exact in eval mode."""
+"""Folding norms into the maps before them, which is exact in eval mode."""
 import copy
 from collections import Counter
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
@@ -16,20 +16,21 @@ FOLDABLE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, FrozenBatchNormA
 
 
 def in_float64(weight: torch.Tensor) -> torch.Tensor:
-    """A weight in float64, on the CPU where its device has none."""
+    """Convert a weight to float64, on the CPU if its device does not support it."""
     weight = weight.detach()
     return (weight.cpu() if weight.device.type == 'mps' else weight).double()
 
 
 def runs_alone(module: nn.Module) -> bool:
-    """Whether no hook and no replaced forward, as pruning or offloading bring, acts on what a module computes."""
+    """Whether a module runs without hooks and without a replaced `forward`, such as pruning or offloading add."""
     return not (module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's weights alone say what it computes, so that its norm can be folded into it.
+    """Whether a layer's weights alone determine what it computes, so that its norm can be folded into it.
 
-    Not so with adapters, parametrizations, pruning, quantised weights, offloading or hooks: such a layer stays.
+    This is not the case with adapters, parametrizations, pruning, quantised weights, offloading or hooks: such a layer
+    stays as it is.
     """
     return (
         type(layer) in (nn.Conv2d, nn.Linear) and runs_alone(layer)
@@ -37,17 +38,17 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def fixed_affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-    """Scale and shift (C), in float64, that a norm is in eval mode.
+    """Scale and shift (C), in float64, that a norm applies in eval mode.
 
     Returns:
-        Both, or None where it is not one and the same affine map for every input, as with a group norm, a batch norm
-        without running statistics and a norm with an activation.
+        Both, or None if the norm is not the same affine map for every input, as is the case for a group norm, a batch
+        norm without running statistics and a norm with an activation.
     """
     return _affine(norm) if isinstance(getattr(norm, 'act', None), (nn.Identity, type(None))) else None
 
 
 def _affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-    """As `fixed_affine`, of what comes before an activation."""
+    """Like `fixed_affine`, but for a norm with an activation, return the part before the activation."""
     if not isinstance(norm, FOLDABLE) or norm.running_mean is None or not runs_alone(norm) or is_parametrized(norm):
         return None
     scale = (in_float64(norm.running_var) + norm.eps).rsqrt()
@@ -58,22 +59,22 @@ def _affine(norm: nn.Module) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
 
 
 def new_parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    """A parameter of the type and on the device of another tensor."""
+    """Create a parameter with the type and device of another tensor."""
     return nn.Parameter(value.to(like.device, like.dtype, copy=True))
 
 
 def fold_norm(layer: nn.Module, norm: nn.Module) -> Optional[nn.Module]:
-    """The layer, nn.Conv2d or nn.Linear, with the norm of its output folded in.
+    """Fold the norm of its output into a layer, nn.Conv2d or nn.Linear.
 
     Returns:
-        A new layer, or None where the layer is not plain or the norm no fixed affine map.
+        A new layer, or None if the layer is not plain or the norm is not a fixed affine map.
     """
     affine = fixed_affine(norm)
     return scaled(layer, *affine) if affine is not None and is_plain(layer) else None
 
 
 def scaled(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
-    """The layer with a scale and a shift (C_out) of its output, given in float64."""
+    """Copy a layer, with a scale and a shift (C_out) of its output, given in float64, folded in."""
     scaled = copy.deepcopy(layer)
     rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
     scaled.weight = new_parameter(in_float64(layer.weight) * rows, layer.weight)
@@ -83,7 +84,7 @@ def scaled(layer: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> nn.Mod
 
 
 class _Tracer(torch.fx.Tracer):
-    """Looks into all but norms, torch's own modules and `leaves`; `failed` is the innermost module that raised."""
+    """Tracer that enters all modules but norms, torch's own and `leaves`; `failed` is the innermost one that raised."""
 
     def __init__(self, leaves: List[nn.Module]) -> None:
         super().__init__()
@@ -101,16 +102,18 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _trace(model: nn.Module) -> Tuple[List[torch.fx.Node], Set[nn.Module]]:
-    """Nodes of a model, and the modules that lie in parts which torch.fx cannot trace, each of them one node.
+    """Trace a model.
 
-    No nodes where the model's own `forward` cannot be traced.
+    Returns:
+        The nodes, and all modules in parts that torch.fx cannot trace, each of which is a single node. There are no
+        nodes if the model's own `forward` cannot be traced.
     """
     leaves: List[nn.Module] = []
     while True:
         tracer = _Tracer(leaves)
         try:
             nodes = list(tracer.trace(model).nodes)
-        except Exception:  # of which kind depends on what the model does
+        except Exception:  # its type depends on what the model does
             if tracer.failed is None or tracer.failed in leaves:
                 return [], set()
             leaves.append(tracer.failed)
@@ -119,10 +122,10 @@ def _trace(model: nn.Module) -> Tuple[List[torch.fx.Node], Set[nn.Module]]:
 
 
 def fold_norms(model: nn.Module) -> None:
-    """Fold each batch norm that takes a convolution's output, and nothing else does, into that convolution, in place.
+    """Fold each batch norm that is the only user of a convolution's output into that convolution, in place.
 
-    Of a norm with an activation the activation stays. Convolutions are nn.Conv2d; other layers keep their norms. Which
-    ones these are is read from a trace of the model. Modules that torch.fx cannot trace stay as they are.
+    If a norm has an activation, the activation stays. Only nn.Conv2d is folded into; other layers keep their norms. A
+    trace of the model tells which norm follows which convolution; modules that torch.fx cannot trace stay as they are.
     """
     traced = copy.deepcopy(model).eval()
     if hasattr(traced, 'set_grad_checkpointing'):

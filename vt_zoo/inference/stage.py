@@ -1,11 +1,11 @@
-"""Inference forms of the VT stage and of VT-FPN's neck, exact in eval mode.
+"""Inference forms of the VT stage and VT-FPN's neck, which are exact in eval mode.
 
-Batch norms are affine there and fold into the maps before them. The scale of the logits' norm goes onto the tokenizer's
-filters, in a recurrent tokenizer as a parameter of its own, `scale`; its shift is one for all pixels and cancels in the
-softmax over them. A clustering tokenizer keeps the norm, as its filters are an image's. (What can run on the L tokens
-instead of on all H*W pixels does so in training already, see `vt_zoo.layers.linear`.) Norms that depend on their input,
-parts of other classes than those of `vt_zoo.layers` (subclasses too), and layers that a hook, an adapter, a
-parametrization or offloading acts on stay as they are.
+In eval mode, batch norms are affine and can be folded into the maps before them. The scale of the logits' norm is
+folded into the tokenizer's filters or, in a recurrent tokenizer, becomes a parameter of its own, `scale`; the shift is
+the same for all pixels and cancels in the softmax over them. A clustering tokenizer keeps its norm, as its filters
+depend on the image. (Whatever can run on the L tokens instead of all H*W pixels already does so in training, see
+`vt_zoo.layers.linear`.) The following stay as they are: norms that depend on their input, parts whose class is not one
+of `vt_zoo.layers` (even if it is a subclass), and layers with a hook, an adapter, a parametrization or offloading.
 """
 import copy
 from typing import Optional, Tuple
@@ -28,7 +28,7 @@ class GroupedTokenMap(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         """
         Args:
-            conv: The 1x1 convolution that it does on tokens.
+            conv: The 1x1 convolution to apply to tokens.
         """
         super().__init__()
         self.groups = conv.groups
@@ -63,21 +63,21 @@ class TokenAffine(nn.Module):
 
 
 class InferenceStage(nn.ModuleList):
-    """A trained VT stage in its inference form; the feature map and the tokens are those of its eval mode.
+    """A trained VT stage in its inference form, which returns the same feature map and tokens as in eval mode.
 
-    Its modules are the stage's, with the norms of its maps folded.
+    Its modules are copies of the stage's, with the norms folded into the maps.
 
     Attributes:
-        out_chs: Channels of the feature map that it returns.
+        out_chs: Channels of the returned feature map.
     """
 
     def __init__(self, stage: VTStage) -> None:
         """
         Args:
-            stage: The trained stage, which is left as it is.
+            stage: The trained stage, which is not changed.
 
         Raises:
-            TypeError: It is no VTStage.
+            TypeError: `stage` is not a VTStage.
         """
         if not isinstance(stage, VTStage):
             raise TypeError(f'stage must be a VTStage, got {type(stage).__name__}')
@@ -92,18 +92,18 @@ class InferenceStage(nn.ModuleList):
         self.train(stage.training)
 
     def forward(self, x: torch.Tensor, tokens: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Refine a feature map (B, C_in, H, W): the refined map (B, C_out, H, W) and the tokens (B, L, CT)."""
+        """Refine a feature map (B, C_in, H, W); return the refined map (B, C_out, H, W) and the tokens (B, L, CT)."""
         for module in self:
             x, tokens = module(x, tokens)
-        assert tokens is not None  # there is a module
+        assert tokens is not None  # there is at least one module
         return x, tokens
 
 
 def fold_neck(neck: VTNeck) -> VTNeck:
-    """The inference form of VT-FPN's neck, which is left as it is.
+    """Create the inference form of VT-FPN's neck, which itself is not changed.
 
     Raises:
-        TypeError: It is no VTNeck.
+        TypeError: `neck` is not a VTNeck.
     """
     if not isinstance(neck, VTNeck):
         raise TypeError(f'neck must be a VTNeck, got {type(neck).__name__}')
@@ -111,7 +111,7 @@ def fold_neck(neck: VTNeck) -> VTNeck:
 
 
 def fold_maps(part: nn.Module) -> nn.Module:
-    """A part of a VT module with each norm folded into the map before it; its children are replaced in place."""
+    """Fold each norm in a part of a VT module into the map before it, replacing its children in place."""
     if type(part) in (PixelLinear, GroupedTokenLinear, TokenLinear, TokenNorm):
         return _folded(part) if runs_alone(part) else part
     for name, child in part.named_children():
@@ -130,7 +130,7 @@ def _fold_logit_norm(tokenizer: nn.Module) -> None:
         tokenizer.scale = new_parameter(scale[:, None] * tokenizer.scale, tokenizer.logit_norm.running_mean)
     elif is_plain(tokenizer.filters):
         weight = tokenizer.filters.weight
-        tokenizer.filters = copy.deepcopy(tokenizer.filters)  # may be another tokenizer's too
+        tokenizer.filters = copy.deepcopy(tokenizer.filters)  # they may be shared with another tokenizer
         tokenizer.filters.weight = new_parameter(scale[:, None, None, None] * in_float64(weight), weight)
     else:
         return
@@ -138,7 +138,7 @@ def _fold_logit_norm(tokenizer: nn.Module) -> None:
 
 
 def _folded(layer: nn.Module) -> nn.Module:
-    """A layer of `vt_zoo.layers.linear` without its norm, or the layer where the norm cannot go."""
+    """Return a layer of `vt_zoo.layers.linear` with its norm folded in, or the layer itself if that is not possible."""
     if isinstance(layer, TokenNorm):
         affine = fixed_affine(layer.norm)
         return layer if affine is None else TokenAffine(*(new_parameter(x, layer.norm.running_mean) for x in affine))

@@ -1,4 +1,4 @@
-"""Packages that import what they export when it is asked for, so that `import vt_zoo` stays cheap."""
+"""Lazy exports: packages import what they export on first use, so that `import vt_zoo` stays cheap."""
 import sys
 from importlib import import_module
 from typing import Any, Callable, Dict, List, Sequence, Tuple
@@ -9,15 +9,15 @@ def exports(
         names: Dict[str, Sequence[str]],
         packages: Sequence[str] = (),
 ) -> Tuple[List[str], Callable[[str], Any], Callable[[], List[str]]]:
-    """What a package needs to export names of its modules.
+    """Create what a package needs to export names of its modules lazily.
 
     Args:
-        package: Its name.
-        names: What it exports, by the module that has it.
-        packages: Packages in it that it exports too.
+        package: Name of the package.
+        names: Names to export from each module.
+        packages: Subpackages to export.
 
     Returns:
-        Its `__all__`, `__getattr__` and `__dir__`.
+        `__all__`, `__getattr__` and `__dir__` of the package.
     """
     modules = {name: module for module, found in names.items() for name in found}
 

@@ -1,4 +1,4 @@
-"""Import paths and names of 0.1, which give what they meant with a DeprecationWarning, until 0.3."""
+"""Import paths and names of version 0.1, which work until 0.3, with a DeprecationWarning."""
 import sys
 import warnings
 from importlib import import_module
@@ -9,7 +9,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any, Callable, Optional
 
-MODULES = {  # and where their names are now
+MODULES = {  # old modules, and the modules that have their names now
     'vt_zoo.analysis.capture': ['vt_zoo.analysis.records'],
     'vt_zoo.analysis.count': ['vt_zoo.analysis.cost'],
     'vt_zoo.analysis.subject': ['vt_zoo.weights.loading'],
@@ -34,7 +34,7 @@ MODULES = {  # and where their names are now
 NAMES = {
     'Subject': 'Loaded', 'capture': 'capture_tokens', 'create_segmentation_model': 'create_segmenter',
     'load_segmentation_model': 'load', 'load_subject': 'load'}
-KEPT = {  # modules that stay: what each of their old names is now
+KEPT = {  # modules that still exist, and what each of their old names is now
     'vt_zoo.layers': {
         'KMeans': 'kmeans.KMeans', 'PixelLinear': 'linear.PixelLinear', 'PositionCode': 'position_code.PositionCode',
         'TokenLinear': 'linear.TokenLinear', 'TokenNorm': 'linear.TokenNorm',
@@ -69,16 +69,16 @@ class _Finder(MetaPathFinder, Loader):
         return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: its names are found when they are asked for."""
+        """Do nothing, as names are found when they are accessed."""
 
 
 def find_old_modules() -> None:
-    """Let `import` find the modules of 0.1."""
+    """Let `import` find the modules of version 0.1."""
     sys.meta_path.append(_Finder())
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """`__getattr__` of a module that stays, for its names of 0.1."""
+    """Create `__getattr__` of a module that still exists, for its names in version 0.1."""
 
     def find(name: str) -> Any:
         if name not in KEPT[module]:

@@ -1,4 +1,4 @@
-"""The check of timm's version, for a timm that no package manager has chosen, as a clone that is first in the path."""
+"""Checking timm's version, which no package manager has chosen if, for example, a clone comes first in the path."""
 import re
 import sys
 
@@ -16,7 +16,7 @@ def _numbers(version: str) -> list:
 
 
 def timm_is_at_least(version: str) -> bool:
-    """Whether the timm that Python finds is this one or a newer one."""
+    """Whether the timm that Python finds has at least this version."""
     return _numbers(timm.__version__) >= _numbers(version)
 
 
@@ -24,7 +24,8 @@ def check_timm() -> None:
     """Check that the timm that Python finds is not too old.
 
     Raises:
-        OldTimmError: It is. Where nothing catches it, the program ends with its sentence and exit code 2.
+        OldTimmError: It is too old. If nothing catches this error, the program prints its message and exits with code
+            2.
     """
     if timm_is_at_least(OLDEST_TIMM):
         return

@@ -1,4 +1,4 @@
-"""Devices that models run on, and processes that train one together."""
+"""Devices that models run on, and the processes of a distributed training."""
 import os
 from typing import Optional
 
@@ -10,10 +10,10 @@ DEVICES = ('cpu', 'cuda', 'mps')
 
 
 def find_device(name: Optional[str] = None) -> torch.device:
-    """The device of a name, or where it is None a GPU if CUDA has one, else the CPU.
+    """Find a device by name; without a name, a GPU if CUDA has one, otherwise the CPU.
 
     Args:
-        name: One of `DEVICES`, of several GPUs with a number, as 'cuda:1'.
+        name: One of `DEVICES`, with a number to choose among several GPUs, e.g. 'cuda:1'.
 
     Raises:
         InputError: There is no such device on this machine.
@@ -25,11 +25,11 @@ def find_device(name: Optional[str] = None) -> torch.device:
         if device.type in DEVICES and (device.type != 'cuda' or torch.cuda.is_available()):
             torch.empty(1, device=device)
             return device
-    except (RuntimeError, AssertionError, NotImplementedError):  # each kind its own
+    except (RuntimeError, AssertionError, NotImplementedError):  # each type of device raises its own
         pass
     raise InputError(f'device must be {", ".join(DEVICES[:-1])} or {DEVICES[-1]} and be on this machine, got {name}')
 
 
 def is_main_process() -> bool:
-    """Whether this is the first, or the only one, of the processes of a launcher: the one that writes and speaks."""
+    """Whether this is the only process, or the first one of a launcher, which writes files and prints."""
     return os.environ.get('RANK', '0') == '0'

@@ -1,4 +1,4 @@
-"""Files as machines have them: links that go in circles, pipes that never end, two processes at one place."""
+"""Robust file handling: circular links, pipes that never end, and several processes writing to the same place."""
 import ast
 import errno
 import logging
@@ -24,23 +24,23 @@ _logger = logging.getLogger(__name__)
 
 Sample = Tuple[str, int]
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of file systems
-RUN_LOCK = '.lock'  # in the folder of a run, while it goes on
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # raised by file systems without locks
+RUN_LOCK = '.lock'  # in the folder of a run, while it is running
 
 _held: Dict[Tuple[str, int], int] = {}  # descriptors of locks, by real path and thread
 
 
 def read_docstring(file: str) -> str:
-    """Docstring of a Python file, which `python -OO` leaves out of the module."""
+    """Read the docstring of a Python file, which its module does not have under `python -OO`."""
     return ast.get_docstring(ast.parse(Path(file).read_text(encoding='utf-8'))) or ''
 
 
 def check_regular(path: Union[str, Path], what: str) -> None:
-    """Raise InputError for a FIFO, socket or device: to read one may never end. What is not there is left to `open`.
+    """Raise InputError for a FIFO, socket or device, as reading it may never end. Missing files are left to `open`.
 
     Args:
-        path: The file, or a folder.
-        what: What the sentence calls it, as 'image'.
+        path: File or folder.
+        what: What the message calls it, e.g. 'image'.
     """
     try:
         mode = os.stat(path).st_mode
@@ -56,21 +56,21 @@ def walk_files(
         is_wanted: Callable[[str], bool],
         skip: Callable[[str], bool],
 ) -> Iterator[Tuple[str, Optional[OSError]]]:
-    """Files of a folder in the order of their names, then those of its subfolders.
+    """Yield the files of a folder in the order of their names, then those of its subfolders.
 
-    Links are followed, and each file counts once, by its real path: links to what is found without them, or was found
-    already, are left out. How many is said in a warning at the end. Memory is taken by the names in one folder at a
-    time, the folders, and the links.
+    Links are followed, but each file counts only once, by its real path: links to files that are found without them, or
+    were found already, are left out, and a warning at the end says how many. Memory holds the names in one folder at a
+    time, all folders and all links.
 
     Args:
-        folder: Where to look.
+        folder: Folder to search.
         is_wanted: Whether to take a file of this name.
-        skip: Whether to leave out a file or folder of this name, without a warning.
+        skip: Whether to skip a file or folder of this name, without a warning.
 
     Yields:
-        The path of a file and None; or of a folder and why it cannot be read.
+        The path of a file and None; or the path of a folder and the error that kept it from being read.
     """
-    roots: List[str] = []  # real paths of folders of which all is found that is below
+    roots: List[str] = []  # real paths of folders below which everything is found
     seen: Set[str] = set()  # real paths of the folders, and of the files that links lead to
     left_out: List[str] = []
 
@@ -115,12 +115,12 @@ def walk_files(
 
 
 def without_same_files(samples: List[Sample], others: List[Sample], where: Union[str, Path]) -> List[Sample]:
-    """The samples whose files are not those of others, whatever links lead there. A warning says how many are.
+    """Drop samples whose files are among those of others, also through links. A warning says how many were dropped.
 
     Args:
         samples: Paths of files, each with its class.
-        others: The same, of files that are in `where`.
-        where: Folder.
+        others: The same for the files in `where`.
+        where: Folder, for the warning.
     """
     real = {os.path.realpath(path) for path, _ in others}
     kept = [sample for sample in samples if os.path.realpath(sample[0]) not in real]
@@ -131,7 +131,7 @@ def without_same_files(samples: List[Sample], others: List[Sample], where: Union
 
 
 def _close_in_child() -> None:
-    """A process that loads images does not hold the locks of one that trains, which it may outlive."""
+    """Release locks in a forked process: one that loads images may outlive the training process that holds them."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
@@ -142,7 +142,7 @@ if hasattr(os, 'register_at_fork'):
 
 
 def _lock(file: Path, place: Path) -> int:
-    """Descriptor of a file with the only lock on it."""
+    """Lock a file exclusively and return its descriptor."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -150,7 +150,7 @@ def _lock(file: Path, place: Path) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if fcntl is None or os.path.samestat(os.stat(file), os.fstat(descriptor)):
                 return descriptor
-        except FileNotFoundError:  # by the process that held it before, at its end
+        except FileNotFoundError:  # removed by the process that held it before
             pass
         except OSError as e:
             if e.errno in NO_LOCKS:
@@ -165,18 +165,18 @@ def _lock(file: Path, place: Path) -> int:
 
 @contextmanager
 def hold(file: Path, place: Path) -> Iterator[None]:
-    """Keep other processes and threads away from a place while the block runs; within it the same may be held again.
+    """Keep other processes and threads away from a place while a block runs; the lock is reentrant.
 
-    The lock is the system's and ends with the process, however that ends. The file is removed at the end. File systems
-    without locks keep nobody away.
+    It is a lock of the operating system, which ends with the process, however that ends. The lock file is removed at
+    the end. On file systems without locks, nobody is kept away.
 
     Args:
-        file: File that stands for the lock, in a folder that is there.
-        place: What it is about, which the sentence names.
+        file: Lock file, in an existing folder.
+        place: The place to protect, for the message.
 
     Raises:
-        InputError: Another process or thread has it.
-        OSError: The file cannot be written.
+        InputError: Another process or thread holds the lock.
+        OSError: The lock file cannot be written.
     """
     key = os.path.realpath(file), threading.get_ident()
     if key in _held:
@@ -195,15 +195,15 @@ def hold(file: Path, place: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Union[str, Path], replace: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or folder to; it takes the name `path` when the block ends well.
+    """Yield a temporary path beside `path` to write a file or folder to; it is renamed to `path` if the block succeeds.
 
     Args:
-        path: Final name. What stood there is replaced, but not before the new is complete.
-        replace: Refuse a `path` that is there, also one that another process wrote since the caller looked.
+        path: Final name. An existing file or folder is replaced, but only once the new one is complete.
+        replace: If False, refuse a `path` that exists, even if another process has written it since the caller checked.
 
     Raises:
-        InputError: Another process writes `path`, or it is there and not to be replaced.
-        OSError: The disk is full or the place cannot be written. Nothing is left behind and `path` is as it was.
+        InputError: Another process is writing `path`, or it exists and must not be replaced.
+        OSError: The disk is full or the place cannot be written. Nothing is left behind, and `path` is unchanged.
     """
     path = Path(path)
     folder = path.parent / f'.{path.name}.tmp'
@@ -219,18 +219,18 @@ def whole(path: Union[str, Path], replace: bool = True) -> Iterator[Path]:
                     yield from _write_whole(path, folder)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:  # which may come while the folder is made or removed
+    except KeyboardInterrupt:  # it may come while the folder is being created or removed
         if is_ours:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _write_whole(path: Path, folder: Path) -> Iterator[Path]:
-    for left in set(folder.iterdir()) - {folder / '.lock'}:  # of a process that was killed
+    for left in set(folder.iterdir()) - {folder / '.lock'}:  # left by a process that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     new = folder / path.name
     new.touch()
-    mode = new.stat().st_mode  # what the umask leaves; safetensors writes files that their owner alone can read
+    mode = new.stat().st_mode  # as the umask allows; files written by safetensors can be read only by their owner
     new.unlink()
     yield new
     for file in (new, *new.rglob('*')):
@@ -249,7 +249,7 @@ def _write_whole(path: Path, folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path, folder: Path) -> Iterator[None]:
-    """Errors of writing in the folder that `whole` makes name the file as it would be called."""
+    """Make errors of writing in the temporary folder of `whole` name the final file."""
     try:
         yield
     except SafetensorError as e:
@@ -263,13 +263,13 @@ def _named(path: Path, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def run_folder(out: Path) -> Iterator[None]:
-    """Make the folder of a run and hold it while the block runs. What is empty at the end and was not there is removed.
+    """Create the folder of a run and lock it while the block runs. New folders that are empty at the end are removed.
 
-    Of several processes that train together the first does it for all.
+    In a distributed training, the first process does this for all.
 
     Raises:
-        InputError: Its name is not UTF-8, or another process or thread has it.
-        OSError: It cannot be made or written.
+        InputError: The name is not UTF-8, or another process or thread holds the lock.
+        OSError: The folder cannot be created or written.
     """
     if not is_main_process():
         yield

@@ -1,4 +1,4 @@
-"""Fonts for names in any script: Pillow's own, DejaVu where matplotlib brings it, and what the machine has."""
+"""Fonts for names in any script: Pillow's own, DejaVu if matplotlib is installed, and the machine's fonts."""
 import logging
 import os
 import sys
@@ -12,19 +12,19 @@ from PIL import ImageFont, features
 
 _logger = logging.getLogger(__name__)
 
-SIZE = 10  # pixels, that of Pillow's own font
+SIZE = 10  # pixels, the size of Pillow's own font
 SUFFIXES = ('.ttf', '.otf', '.ttc')
-NO_CHARACTER = '\U0010ffff'  # for which a font draws what it draws for all that it has not
+NO_CHARACTER = '\U0010ffff'  # drawn by a font like any character that it does not have
 
 Font = Union[ImageFont.ImageFont, ImageFont.FreeTypeFont]
 
 
 def drawable(texts: Sequence[str], substitutes: Sequence[str]) -> List[Tuple[str, Font]]:
-    """Each text with a font that has all of its letters.
+    """Pair each text with a font that has all of its letters.
 
     Args:
-        texts: Names of people's own, in any script.
-        substitutes: Plain ASCII, to draw in place of a text for which there is no font; a warning names such texts.
+        texts: Names in any script.
+        substitutes: Plain ASCII to draw in place of a text for which there is no font; a warning names such texts.
     """
     result, without = [], []
     for text, substitute in zip(texts, substitutes):
@@ -40,7 +40,7 @@ def drawable(texts: Sequence[str], substitutes: Sequence[str]) -> List[Tuple[str
 
 @lru_cache(maxsize=256)
 def warn_of(texts: Tuple[str, ...]) -> None:
-    """Say which texts cannot be drawn, once for the same ones."""
+    """Warn that texts cannot be drawn, once for the same texts."""
     listed = ', '.join(map(ascii, texts[:5])) + (f' and {len(texts) - 5} more' if len(texts) > 5 else '')
     _logger.warning(
         f'the fonts of this machine cannot draw {listed}: pictures show a number or escapes instead (fonts for most '
@@ -48,14 +48,15 @@ def warn_of(texts: Tuple[str, ...]) -> None:
 
 
 def find_font_file(text: str, shapes: bool) -> Optional[Path]:
-    """The first font file that has all letters of a text: DejaVu Sans of matplotlib, then the machine's by name.
+    """Find the first font file that has all letters of a text: matplotlib's DejaVu Sans, then the machine's by name.
 
     Args:
-        text: What is to be drawn.
-        shapes: Whether what draws it writes from right to left, joins letters and places marks over them.
+        text: Text to draw.
+        shapes: Whether the renderer can write from right to left, join letters and place marks over them.
 
     Returns:
-        None where there is none, or where the text needs shapes, or holds what is no letter, as control characters.
+        The file; None if there is none, if the text needs a renderer that can do this, or if it has characters that
+        cannot be drawn, such as control characters.
     """
     letters = frozenset(c for c in text if not c.isspace())
     if any(unicodedata.category(c) in ('Cc', 'Cs', 'Co', 'Cn') for c in text):
@@ -65,7 +66,7 @@ def find_font_file(text: str, shapes: bool) -> Optional[Path]:
 
 
 def _shapes() -> bool:
-    """Whether this Pillow shapes."""
+    """Whether this Pillow can shape text, as `find_font_file` needs to know."""
     return bool(features.check('raqm') and features.check('fribidi'))
 
 
@@ -105,7 +106,7 @@ def _plainest_first(path: Path) -> Tuple:
 def _load(path: Optional[Path]) -> Optional[ImageFont.FreeTypeFont]:
     try:
         return None if path is None else ImageFont.truetype(str(path), SIZE)
-    except (OSError, ImportError, ValueError):  # damaged, of bitmaps of another size, or Pillow without FreeType
+    except (OSError, ImportError, ValueError):  # damaged, bitmaps of another size, or no FreeType
         return None
 
 

@@ -1,11 +1,11 @@
-"""Runs a script of timm with the models of vt_zoo registered, as in::
+"""Run a script of timm with the models of vt_zoo registered, as in::
 
     python -m vt_zoo.run validate.py --model vt_resnet50 --data-dir data ...
     torchrun --nproc_per_node=2 -m vt_zoo.run train.py ...
 
-timm's train.py needs no help, it imports what `--device-modules vt_zoo` names. Its other scripts have no such flag.
-bulk_runner.py starts a process a model, which need it too: `python -m vt_zoo.run bulk_runner.py --model-list 'vt_*'
---module yes vt_zoo.run validate.py ...`.
+timm's train.py does not need this, since it imports vt_zoo by `--device-modules vt_zoo`; its other scripts have no such
+option. bulk_runner.py starts one process per model, which need it too: `python -m vt_zoo.run bulk_runner.py
+--model-list 'vt_*' --module yes vt_zoo.run validate.py ...`.
 """
 import os
 import runpy
@@ -43,7 +43,7 @@ def _has_other_timm(folder: Path) -> bool:
 
 
 def _restart(folder: Path, args: List[str]) -> None:
-    """Become a new Python process that finds the timm of this folder; this one has imported another already."""
+    """Replace this process, which has already imported another timm, by one that finds the timm of this folder."""
     flags = sys.orig_argv[1:sys.orig_argv.index('-m')] if '-m' in sys.orig_argv else []
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *flags, '-c', _START.format(folder=str(folder)), *args])
@@ -56,7 +56,7 @@ def run_script(script: Path, args: List[str]) -> None:
 
     Args:
         script: A Python file. Its folder comes first in `sys.path`.
-        args: Words for it.
+        args: Arguments of the script.
     """
     folder = str(script.resolve().parent)
     if sys.path[0] != folder:
@@ -69,14 +69,14 @@ def main() -> int:
     """Run the script that the command line names.
 
     Returns:
-        The exit code, 0, or 2 with a sentence on standard error for a script that does not exist or does not fit timm.
+        The exit code: 0, or 2 with a message on standard error if the script does not exist or does not fit timm.
     """
     args = sys.argv[1:]
     if args[:1] in (['-h'], ['--help']):
         print(f'{_USAGE}\n\n{__doc__ or read_docstring(__file__)}')
         return 0
     if not args:
-        return _refuse(f'no script is given; {_USAGE}')
+        return _refuse(f'no script was given; {_USAGE}')
     script = Path(args[0])
     if script.suffix != '.py' or not script.is_file():
         return _refuse(f"script {args[0]} is not a Python file that exists; timm's come with a clone of its repository")

@@ -1,4 +1,4 @@
-"""Recipes: files for `-c` of timm's train.py."""
+"""Recipes: configuration files for the option `-c` of timm's train.py."""
 from pathlib import Path
 from typing import List
 

@@ -1,2 +1,2 @@
-"""The command line, `vt-zoo` or `python -m vt_zoo`: one file a command."""
+"""The command line, `vt-zoo` or `python -m vt_zoo`: one file per command."""
 from .main import main

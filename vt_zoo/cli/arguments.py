@@ -11,7 +11,7 @@ from vt_zoo.training.settings import YAML_ERRORS, Settings, read_yaml, shown_def
 
 Kind = TypeVar('Kind', bound=Settings)
 
-MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each has the memory of a process
+MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each takes the memory of a process
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,12 +43,12 @@ def positive_int(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """A whole number of at least 0; the random numbers of a seed of up to 31 bits are right everywhere."""
+    """A whole number of at least 0 and of at most 31 bits, which is a valid seed everywhere."""
     return _int(text, 0, MAX_INT)
 
 
 def keyword(text: str) -> Tuple[str, Any]:
-    """`KEY=VALUE`: a value that reads as a Python literal is one, else it is text."""
+    """`KEY=VALUE`, where the value is a Python literal if it reads as one, otherwise text."""
     key, sign, value = text.partition('=')
     if not sign or not key.isidentifier():
         raise argparse.ArgumentTypeError(f'{short(text)} is not of the form KEY=VALUE')
@@ -100,14 +100,14 @@ def add_settings(parser: argparse.ArgumentParser, kind: Type[Settings]) -> None:
 
 
 def read_settings(args: argparse.Namespace, kind: Type[Kind]) -> Kind:
-    """Settings of `--config` and the options beside it."""
+    """Read settings from `--config` and from the options that override it."""
     types = get_type_hints(kind)
     given = {f.name: getattr(args, f'set_{f.name}') for f in fields(kind) if hasattr(args, f'set_{f.name}')}
     return kind.read(args.config, {name: read_option(name, value, types[name]) for name, value in given.items()})
 
 
 def read_option(name: str, given: Union[str, List[Any]], kind: Any) -> Any:
-    """The value of an option of settings.
+    """Parse the value of an option of settings.
 
     Args:
         name: Of the field.
@@ -115,7 +115,7 @@ def read_option(name: str, given: Union[str, List[Any]], kind: Any) -> Any:
         kind: Type of the field.
 
     Raises:
-        InputError: It is not YAML.
+        InputError: The value is not YAML.
     """
     if _is_keywords(kind):
         return dict(given)

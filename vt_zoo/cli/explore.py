@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     """Serve the page."""
     _end_on_signals()
     with _listen(args.port) as listener, _temporary_folder() as folder:
-        tempfile.tempdir = str(folder)  # what a broken upload leaves is deleted with the rest
+        tempfile.tempdir = str(folder)  # so that leftovers of broken uploads are deleted too
         port = listener.getsockname()[1]
         try:
             app = create_app(load(args.model), f'vt-zoo explore: {args.model}', folder, port)
@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> None:
         import uvicorn  # comes with gradio
 
         print(f'open       http://{HOST}:{port}  (Ctrl-C ends it)', flush=True)
-        # a page that is open keeps a connection: it is not waited for, and uvicorn need not say so
+        # an open page keeps a connection: do not wait for it, and keep uvicorn from saying so
         config = uvicorn.Config(
             app, log_level='critical', timeout_graceful_shutdown=1, proxy_headers=False, limit_concurrency=64)
         uvicorn.Server(config).run(sockets=[listener])
 
 
 def _end_on_signals() -> None:
-    """Make SIGTERM and SIGHUP end this process as Ctrl-C does, with what is to be deleted deleted."""
+    """Make SIGTERM and SIGHUP end this process like Ctrl-C, so that its temporary files are deleted."""
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
 
@@ -65,7 +65,7 @@ def _end_on_signals() -> None:
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """A folder of this process alone, deleted at the end; those of explorers that were killed are deleted now."""
+    """Yield a private folder, which is deleted at the end; folders of explorers that were killed are deleted now."""
     if os.name != 'posix':
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -82,11 +82,11 @@ def _temporary_folder() -> Iterator[Path]:
         return descriptor
 
     parent = _private_folder()
-    starting = lock(parent, fcntl.LOCK_EX)  # so that nobody finds a folder that is not locked yet
+    starting = lock(parent, fcntl.LOCK_EX)  # so that no other process finds the folder before it is locked
     for path in parent.iterdir():
         try:
             os.close(lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
-        except OSError:  # its explorer runs, or it is no folder
+        except OSError:  # its explorer is running, or it is not a folder
             continue
         shutil.rmtree(path, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=parent))
@@ -100,7 +100,7 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _private_folder() -> Path:
-    """The folder of this person's explorers among the temporary files."""
+    """Folder for this user's explorers in the temporary directory."""
     path = Path(tempfile.gettempdir()).resolve() / f'vt_zoo_explore_{os.getuid()}'
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()

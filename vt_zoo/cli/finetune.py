@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, and print what came of it."""
+    """Train, and print the result."""
     settings = read_settings(args, FinetuneSettings)
     try:
         result = finetune(

@@ -1,4 +1,4 @@
-"""Entry point: finds the command, turns errors of use into one sentence and an exit code."""
+"""Entry point of the CLI, which finds the command and turns usage errors into one sentence and an exit code."""
 import argparse
 import io
 import logging
@@ -58,7 +58,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _open_streams() -> None:
-    """Let closed standard streams (`vt-zoo ... >&-`) lead nowhere, so that no file that is opened takes their place."""
+    """Redirect closed standard streams (`vt-zoo ... >&-`) to the null device, so that no file takes their place."""
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         if getattr(sys, name) is None:
             with suppress(OSError):
@@ -75,7 +75,7 @@ def _is_of_memory(error: Exception) -> bool:
 
 
 def _complain(sentence: str) -> None:
-    with suppress(OSError):  # of standard error: the exit code still tells
+    with suppress(OSError):  # standard error is closed, but the exit code still tells
         print(sentence, file=sys.stderr)
 
 

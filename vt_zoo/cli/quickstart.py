@@ -65,7 +65,7 @@ def _run(out: Path, args: argparse.Namespace) -> None:
 
 
 def _is_of_quickstart(data: Path) -> bool:
-    """Whether a folder holds what `write_digits` writes, and nothing beside it."""
+    """Whether a folder holds what `write_digits` writes, and nothing else."""
     if not data.is_dir() or {p.name for p in data.iterdir()} != {'train', 'val'}:
         return False
     return all({p.name for p in split.iterdir()} == set('0123456789') for split in data.iterdir())

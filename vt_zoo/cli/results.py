@@ -1,4 +1,4 @@
-"""What commands print of many images: each result at once, as a table, JSON or CSV."""
+"""Printing the results of commands on many images, each as soon as it is available, as text, JSON or CSV."""
 import argparse
 import csv
 import io
@@ -18,7 +18,7 @@ __all__ = ['add_image_arguments', 'print_results']
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the arguments of a command that goes through images.
+    """Add the arguments of a command that processes images.
 
     Args:
         parser: The command's.
@@ -44,7 +44,7 @@ def print_results(
         to_row: Callable[[Dict[str, Any]], List[Any]],
         to_text: Callable[[Dict[str, Any]], str],
 ) -> int:
-    """Print results while they come, each whole and at once.
+    """Print results as they arrive, each as a whole and without delay.
 
     Args:
         args: `json`, `jsonl` and `csv` say how.
@@ -57,7 +57,7 @@ def print_results(
         Exit code: 1 where there are errors, whose number is then said on standard error.
 
     Raises:
-        InputError: There is not one result.
+        InputError: There are no results.
     """
     total = failed = 0
     if args.csv:
@@ -86,7 +86,7 @@ def print_results(
 
 
 def _print(text: str) -> None:
-    """Print in one go: a process that is killed leaves whole lines."""
+    """Print in one go, so that a killed process leaves only whole lines."""
     print(text, end='', flush=True)
 
 

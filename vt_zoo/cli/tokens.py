@@ -37,7 +37,7 @@ from .arguments import positive_int
 
 _logger = logging.getLogger(__name__)
 
-GRID_IMAGES = 16  # that tokens.png shows, the first ones
+GRID_IMAGES = 16  # number of images in tokens.png, the first ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def numbers(records: List[VTRecord]) -> List[Dict[str, Any]]:
-    """Measures of the tokens of one image, for each module."""
+    """Compute the metrics of the tokens of one image, for each module."""
     result = []
     for record in records:
         tokens, attention = record.tokens, record.attention
@@ -73,7 +73,7 @@ def numbers(records: List[VTRecord]) -> List[Dict[str, Any]]:
 
 
 def describe(modules: Sequence[Dict[str, Any]], most: int) -> str:
-    """How alike the tokens of a module are, in one line, on average over the images.
+    """Describe in one line how alike the tokens of a module are, on average over the images.
 
     Args:
         modules: Its measures of each image.
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _names(paths: Iterable[Path]) -> Dict[Path, str]:
-    """What the picture of each image is called: its name, with its folders where another has the same."""
+    """Name the picture of each image: by the image's own name, with its folders if another has the same name."""
     names = {path: path.stem for path in paths}
     counts = Counter(names.values())
     alike = [path for path in names if counts[path.stem] > 1]
@@ -171,7 +171,7 @@ def _open(paths: List[str]) -> Dict[Path, Any]:
 
 
 def _draw_grid(drawn: List, path: Path) -> None:
-    """Draw those images that have a map of the first one's size."""
+    """Draw the images whose attention maps have the same size as the first one's."""
     size = drawn[0][1].shape
     same = [entry for entry in drawn if entry[1].shape == size]
     draw_token_attention(

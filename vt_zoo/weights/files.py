@@ -17,7 +17,7 @@ __all__ = ['write_model', 'write_segmenter']
 
 
 def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
-    """Write tensors and JSON-able metadata to a safetensors file."""
+    """Write tensors and JSON-serializable metadata to a safetensors file."""
     with whole(path) as new:
         save_file(
             {k: v.detach().contiguous().clone() for k, v in tensors.items()}, new, {'json': json.dumps(metadata)})

@@ -220,8 +220,8 @@ def test_models_of_other_channels(command, few_digits, tmp_path, channels, pictu
     result = command('predict', colour, '--model', tmp_path / 'model', '--json')
     if channels > 1:
         assert (result.code, result.stdout) == (2, '')
-        assert result.lines == [f'vt-zoo: error: the model takes images of {channels} channels, but an image file gives 1 '
-                                '(grey) or 3 (RGB)']
+        assert result.lines == [f'vt-zoo: error: the model takes images of {channels} channels, but an image file '
+                                'gives 1 (grey) or 3 (RGB)']
         result = command('tokens', colour, '--model', tmp_path / 'model', '--out', tmp_path / 'out')
         assert (result.code, len(result.lines), (tmp_path / 'out').exists()) == (2, 1, False)
         return

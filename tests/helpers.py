@@ -218,7 +218,7 @@ def run_main(*args, cwd):
 def run_command(forks, *args, cwd=None, **kwargs):
     """Run a command of vt-zoo, in a fork where something would stay in this process: what it is given, as `before`, and
     what `explore` sets, which is a server for as long as its process lives."""
-    if kwargs or args[0] == 'explore':
+    if kwargs or args[:1] == ('explore',):
         return forks.command(*args, cwd=cwd, **kwargs)
     return run_main(*args, cwd=cwd or forks.folder)
 

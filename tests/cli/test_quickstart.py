@@ -29,11 +29,9 @@ def printed(text):
 @pytest.fixture(scope='module')
 def small_images():
     """What is written and told is the same with images of a ninth of the pixels, which train in seconds."""
-    def small(**kwargs):
-        return FinetuneSettings(**{**kwargs, 'img_size': 32})
-
+    read = FinetuneSettings.read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('vt_zoo.cli.quickstart.FinetuneSettings', small)
+        patch.setattr(FinetuneSettings, 'read', lambda config, changes: read(config, {**changes, 'img_size': 32}))
         yield
 
 

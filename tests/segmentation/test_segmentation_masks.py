@@ -288,7 +288,7 @@ def test_ctrl_c_while_masks_are_looked_at(tmp_path, cache, segment_command, segm
         environment={'XDG_CACHE_HOME': str(cache)},
         before=signal_at('vt_zoo.segmentation.datasets.load_upright', 3, signal.SIGINT, after=True))
     assert (result.code, result.lines[-1]) == (130, 'vt-zoo: interrupted')
-    assert not (tmp_path / 'run').exists() and not list(cache.rglob('*.json'))
+    assert not (tmp_path / 'run').exists() and not list((cache / 'vt_zoo').rglob('*.json'))
 
 
 def test_cache_folder_that_cannot_be_written(tmp_path, cache):

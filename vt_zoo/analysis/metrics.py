@@ -95,7 +95,7 @@ def foreground_ratio(attention: torch.Tensor, foreground: torch.Tensor) -> torch
         foreground: As in `foreground_share`.
 
     Returns:
-        Ratio (B, L): 1 for uniform attention; NaN for an image without foreground or without background.
+        Ratio (B, L), which is 1 for uniform attention; NaN for an image without foreground or without background.
     """
     area = _cover(foreground, attention).mean((-2, -1))[:, None]
     share = foreground_share(attention, foreground)
@@ -115,7 +115,7 @@ def attention_spread(attention: torch.Tensor) -> torch.Tensor:
         attention: A (B, L, H, W), which sums to one over the pixels.
 
     Returns:
-        Distance (B, L): 0 if all attention is on one pixel, 0.27 for uniform attention on a large square map.
+        Distance (B, L), which is 0 if all attention is on one pixel, 0.27 for uniform attention on a large square map.
     """
     height, width = attention.shape[-2:]
     rows = torch.arange(height).to(attention)[:, None]
@@ -174,7 +174,7 @@ def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
         tokens: T (B, L, CT).
 
     Returns:
-        Rank (B): from 1 to the smaller of L - 1 and CT if the tokens differ, 0 if they are all the same, NaN if one of
+        Rank (B), from 1 to the smaller of L - 1 and CT if the tokens differ, 0 if they are all the same, NaN if one of
         them is not finite.
     """
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # half precision has no SVD

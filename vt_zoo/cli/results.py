@@ -54,7 +54,7 @@ def print_results(
         to_text: Result as lines of the table; of one without an error.
 
     Returns:
-        Exit code: 1 where there are errors, whose number is then said on standard error.
+        The exit code, which is 1 if there are errors; their number is then printed on standard error.
 
     Raises:
         InputError: There are no results.

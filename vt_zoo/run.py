@@ -69,7 +69,8 @@ def main() -> int:
     """Run the script that the command line names.
 
     Returns:
-        The exit code, which is 0, or 2 with a message on standard error if the script does not exist or does not fit timm.
+        The exit code, which is 0, or 2 with a message on standard error if the script does not exist or does not fit
+        timm.
     """
     args = sys.argv[1:]
     if args[:1] in (['-h'], ['--help']):

@@ -51,7 +51,7 @@ class FinetuneSettings(Settings):
         'vt_resnet18', 'NAME_OR_DIR',
         'name of the model to train, NAME.TAG or a folder for its weights, NAME.untrained for new ones')
     model_kwargs: Dict[str, Any] = setting(
-        {}, 'KEY=VALUE', 'arguments of the model, e.g. trunk=regnety_016 trunk_pretrained=True with --model vt_net',
+        {}, 'KEY=VALUE', 'arguments of the model, e.g. trunk=regnety_016 for the model vt_net',
         read=_read_model_kwargs)
     epochs: int = setting(30, 'N', 'number of epochs to train', at_least(1))
     batch_size: int = setting(32, 'N', 'batch size in images, of all processes together', at_least(1))

@@ -52,7 +52,6 @@ RESULTS = Path(__file__).parent / 'results'
 FOREGROUND = 'sign_symbol', 'car', 'pedestrian', 'bicyclist'
 PREPARED = 64  # training pictures for the statistics of random weights
 SCENE = 60  # test picture that is drawn
-LEVEL = 0  # of VT-FPN that is drawn large, the finest
 
 
 class Pictures(NamedTuple):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import MAX_SENTENCE, SIGNAL_AT, Forks, run_command
+from helpers import MAX_SENTENCE, SIGNAL_AT, Forks, run_command, words_of
 
 from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import finetune
@@ -23,6 +23,7 @@ from vt_zoo.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 SEGMENT_MODULES = ['vt_zoo.models.vt_fpn', 'vt_zoo.segmentation.train', 'vt_zoo.segmentation.predict']
+
 
 def pytest_configure(config):
     """Each process of pytest-xdist, with all that it starts, takes its share of the cores."""
@@ -233,8 +234,7 @@ def segment_settings():
 @pytest.fixture(scope='session')
 def segment_arguments(segment_settings):
     """The words that give segment_settings on the command line, without the data folder and --out."""
-    words = [(f'--{name.replace("_", "-")}', str(value)) for name, value in segment_settings.items()]
-    return [word for pair in words for word in pair] + ['--workers', '0', '--device', 'cpu']
+    return [*words_of(segment_settings), '--workers', '0', '--device', 'cpu']
 
 
 @pytest.fixture(scope='session')

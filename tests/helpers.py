@@ -296,8 +296,8 @@ def truncate(path, share=0.5):
     return path
 
 
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+def noise(*shape, high=256, seed=0):
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
 
 
 @contextmanager
@@ -469,6 +469,19 @@ def calibrated_segmenter(cls=None, **kwargs):
     model = small_segmenter(cls, **kwargs)
     model.load_state_dict(_calibrated_segmenter_state(cls, tuple(kwargs.items())))
     return model.eval()
+
+
+sync_batch_norm_conversions = pytest.mark.parametrize('convert', [
+    nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm], ids=['torch', 'timm'])
+
+
+def check_sync_batch_norms(model, convert, norm, x):
+    """All batch norms become synchronised ones, that of this name among them, and the outputs stay."""
+    converted = convert(copy.deepcopy(model))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+    assert isinstance(converted.get_submodule(norm), nn.SyncBatchNorm)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def in_form(model, form):

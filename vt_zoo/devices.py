@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, either
 
 DEVICES = ('cpu', 'cuda', 'mps')
 
@@ -27,7 +27,7 @@ def find_device(name: Optional[str] = None) -> torch.device:
             return device
     except (RuntimeError, AssertionError, NotImplementedError):  # each type of device raises its own
         pass
-    raise InputError(f'device must be {", ".join(DEVICES[:-1])} or {DEVICES[-1]} and be on this machine, got {name}')
+    raise InputError(f'device must be {either(DEVICES)} and be on this machine, got {name}')
 
 
 def is_main_process() -> bool:

@@ -1,7 +1,7 @@
 """The error for mistakes in the user's input, as opposed to bugs in the package, and helpers for its messages."""
 import reprlib
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Sequence, Union
 
 __all__ = ['InputError']
 
@@ -22,6 +22,11 @@ class InputError(ValueError):
 def short(value: Any) -> str:
     """Return `repr(value)`, shortened if it is too long for a message."""
     return _repr.repr(value)
+
+
+def either(names: Sequence[str]) -> str:
+    """Several names as a choice in a sentence: `a, b or c`."""
+    return f'{", ".join(names[:-1])} or {names[-1]}'
 
 
 def first_line(error: BaseException) -> str:

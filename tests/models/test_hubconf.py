@@ -17,7 +17,6 @@ import torch
 from documents import blocks
 from timm_plugin import registered_models
 
-ROOT = Path(__file__).parents[2]
 (_, FROM_CLONE), (_, FROM_GITHUB) = blocks('docs/libraries.md', 'python', name='hub')
 
 # Begins each program: the packages of this environment without vt_zoo are all that there is.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import calibrated_segmenter as calibrated
-from helpers import run_in_precision, stir
+from helpers import check_sync_batch_norms, run_in_precision, stir, sync_batch_norm_conversions
 from helpers import small_segmenter as small
 from reference import (
     array,
@@ -348,15 +348,9 @@ def test_channels_last():
         close(result, expected)
 
 
-@pytest.mark.parametrize('convert', [
-    nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm], ids=['torch', 'timm'])
+@sync_batch_norm_conversions
 def test_sync_batch_norm_conversion_keeps_outputs(convert):
-    model = calibrated()
-    converted = convert(copy.deepcopy(model))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
-    assert isinstance(converted.decoder.neck.tokenizers[0].logit_norm, nn.SyncBatchNorm)
-    with torch.no_grad():
-        close(converted(images()), model(images()), tol=1e-5)
+    check_sync_batch_norms(calibrated(), convert, 'decoder.neck.tokenizers.0.logit_norm', images())
 
 
 # --- compilers

@@ -10,7 +10,14 @@ import timm.optim
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import calibrate, exports_max_pooling_of_any_size, needs_timm_that_reads_folders, run_in_precision
+from helpers import (
+    calibrate,
+    check_sync_batch_norms,
+    exports_max_pooling_of_any_size,
+    needs_timm_that_reads_folders,
+    run_in_precision,
+    sync_batch_norm_conversions,
+)
 from paper_order import in_paper_order
 from timm.layers import BlurPool2d, DropPath, FrozenBatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -492,15 +499,9 @@ def test_channels_last():
 # --- numerics
 
 
-@pytest.mark.parametrize('convert', [
-    nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm], ids=['torch', 'timm'])
+@sync_batch_norm_conversions
 def test_sync_batch_norm_conversion_keeps_outputs(convert):
-    model = calibrated()
-    converted = convert(copy.deepcopy(model))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
-    assert isinstance(converted.vt_stage[0].tokenizer.logit_norm, nn.SyncBatchNorm)
-    with torch.no_grad():
-        assert_close(converted(images()), model(images()), tol=1e-5)
+    check_sync_batch_norms(calibrated(), convert, 'vt_stage.0.tokenizer.logit_norm', images())
 
 
 @pytest.mark.parametrize('precision', ['float16', 'bfloat16', 'autocast'])

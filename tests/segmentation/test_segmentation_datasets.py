@@ -5,16 +5,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from helpers import noise
 from PIL import Image, ImageOps
 
 from vt_zoo.segmentation.datasets import FORMATS, SegmentationDataset, load_dataset
 
 NAMES = ['000000000139', '000000000285']
 LIP_NAMES = ['100034_483681', '10005_205677']
-
-def noise(*shape, high=256, seed=0):
-    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
-
 
 def save(pixels, path, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)

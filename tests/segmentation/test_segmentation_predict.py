@@ -4,17 +4,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import with_eval_size
+from helpers import noise, with_eval_size
 from PIL import Image
 
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.segmentation.predict import draw_overlay, palette, predict_classes
 from vt_zoo.segmentation.predict import predict_files as stream
 from vt_zoo.weights import load
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def predict_files(loaded, paths, out, **kwargs):

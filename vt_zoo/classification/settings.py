@@ -2,16 +2,16 @@
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
-from ..errors import MAX_SIDE, InputError, short
+from ..errors import MAX_SIDE, InputError, either, short
 from ..training.settings import (
     LEARNING_RATE,
     SHARE,
     UNDER_ONE,
-    Allowed,
     Settings,
     at_least,
     documented,
     one_of,
+    ordered,
     setting,
 )
 
@@ -24,13 +24,6 @@ def _read_model_kwargs(value: Any) -> Dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) and key.isidentifier() for key in value):
         raise InputError(f'model_kwargs must be arguments of the model, as {{trunk: regnety_016}}, got {short(value)}')
     return dict(value)
-
-
-def _ordered(least: float, most: float, above: bool) -> Allowed:
-    sign = '<' if above else '<='
-    return Allowed(
-        lambda v: (least < v[0] if above else least <= v[0]) and v[0] <= v[1] <= most,
-        f'two numbers, {least} {sign} smallest <= largest <= {most}')
 
 
 @documented
@@ -68,10 +61,10 @@ class FinetuneSettings(Settings):
         0.998, 'DECAY', 'decay of the moving average of the weights, from 0 to under 1', UNDER_ONE)
     scale: Tuple[float, float] = setting(
         (0.35, 1.0), 'SHARE', 'smallest and largest area of a random crop, as a share of the image',
-        _ordered(0, 1, above=True))
+        ordered('numbers', 0, 1))
     ratio: Tuple[float, float] = setting(
         (3 / 4, 4 / 3), 'RATIO', 'smallest and largest aspect ratio of a random crop, width by height',
-        _ordered(0.1, 10, above=False))
+        ordered('numbers', 0.1, 10, inclusive=True))
     hflip: float = setting(0.5, 'P', 'horizontal flip probability, from 0 to 1', SHARE)
     color_jitter: float = setting(0.4, 'X', 'color jitter factor, from 0 to under 1', UNDER_ONE)
     aa: Optional[str] = setting(None, 'POLICY', 'AutoAugment policy of timm, e.g. rand-m9-mstd0.5')
@@ -80,5 +73,5 @@ class FinetuneSettings(Settings):
     seed: int = setting(0, 'N', 'random seed of weights, order and augmentation', at_least(0))
     precision: str = setting(
         'auto', 'NAME',
-        f'precision of training: {", ".join(PRECISIONS[:-1])} or {PRECISIONS[-1]}; auto is mixed precision on cuda, '
+        f'precision of training: {either(PRECISIONS)}; auto is mixed precision on cuda, '
         'else float32', one_of(*PRECISIONS))

@@ -1,13 +1,14 @@
 """Print the path of a recipe for timm's train.py, as in `python train.py -c $(vt-zoo recipe advanced) ...`."""
 import argparse
 
+from vt_zoo.errors import either
 from vt_zoo.recipes import list_recipes, recipe_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     names = list_recipes()
-    parser.add_argument('name', choices=names, metavar='NAME', help=f'recipe: {", ".join(names[:-1])} or {names[-1]}')
+    parser.add_argument('name', choices=names, metavar='NAME', help=f'recipe: {either(names)}')
     parser.add_argument('--show', action='store_true', help='print the recipe instead of its path')
 
 

@@ -5,7 +5,7 @@ from typing import Dict, List, Optional, Tuple, Union
 
 from .._moved import old_names
 from ..data.label_map import read_label_map
-from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError
+from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, either
 from ..training.settings import (
     LEARNING_RATE,
     SHARE,
@@ -15,6 +15,7 @@ from ..training.settings import (
     at_least,
     documented,
     one_of,
+    ordered,
     setting,
 )
 
@@ -53,7 +54,7 @@ class SegmentSettings(Settings):
     label_map: Optional[Dict[Union[int, str], int]] = setting(
         None, 'MAP', 'class of each value of the masks, e.g. {0: 0, 255: 1} or {"255,0,0": 1}', read=read_label_map)
     arch: str = setting(
-        'vt_fpn', 'NAME', f'model architecture: {" or ".join(ARCHITECTURES)}', one_of(*ARCHITECTURES))
+        'vt_fpn', 'NAME', f'model architecture: {either(ARCHITECTURES)}', one_of(*ARCHITECTURES))
     encoder_name: str = setting(
         'tu-resnet50', 'NAME',
         'backbone, an encoder of segmentation_models_pytorch; tu-NAME is the model NAME of timm')
@@ -74,7 +75,7 @@ class SegmentSettings(Settings):
     momentum: float = setting(0.9, 'M', 'optimizer momentum, from 0 to under 1', UNDER_ONE)
     weight_decay: float = setting(1e-4, 'W', 'weight decay, from 0 to under 1', UNDER_ONE)
     schedule: str = setting(
-        'poly', 'NAME', f'learning rate schedule: {", ".join(SCHEDULES[:-1])} or {SCHEDULES[-1]}', one_of(*SCHEDULES))
+        'poly', 'NAME', f'learning rate schedule: {either(SCHEDULES)}', one_of(*SCHEDULES))
     steps: List[int] = setting(
         [], 'N', 'iterations at which the learning rate falls to a tenth; only for multistep', Allowed(
             lambda v: all(1 <= step <= MAX_INT for step in v), f'iterations of at least 1 and at most {MAX_INT}'))
@@ -85,7 +86,7 @@ class SegmentSettings(Settings):
         Allowed(_is_size, f'a height and a width of at least 1 and at most {MAX_SIDE}'))
     scale: Tuple[float, float] = setting(
         (0.5, 2.0), 'FACTOR', 'smallest and largest factor by which a training image is resized before it is cropped',
-        Allowed(lambda v: 0 < v[0] <= v[1] <= MAX_SCALE, f'two factors, 0 < smallest <= largest <= {MAX_SCALE}'))
+        ordered('factors', 0, MAX_SCALE))
     hflip: float = setting(0.5, 'P', 'horizontal flip probability, from 0 to 1', SHARE)
     mean: Optional[Tuple[float, float, float]] = setting(
         None, 'MEAN', 'mean of each channel, red, green and blue, of images with values from 0 to 1',
@@ -103,7 +104,7 @@ class SegmentSettings(Settings):
     ema_decay: float = setting(
         0., 'DECAY', 'decay of the moving average of the weights, from 0 to under 1; 0 for none', UNDER_ONE)
     precision: str = setting(
-        'no', 'NAME', f'mixed precision: {", ".join(PRECISIONS[:-1])} or {PRECISIONS[-1]}', one_of(*PRECISIONS))
+        'no', 'NAME', f'mixed precision: {either(PRECISIONS)}', one_of(*PRECISIONS))
     seed: int = setting(
         0, 'N', 'random seed of weights, order and augmentation',
         Allowed(lambda v: 0 <= v < 2 ** 63, 'from 0 to under 2 ** 63'))

@@ -1,6 +1,7 @@
 """Settings of a training run: dataclasses whose fields are documented once, for recipes (YAML), CLI and docstrings."""
 import copy
 import inspect
+import operator
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -24,8 +25,8 @@ import yaml
 
 from ..errors import MAX_INT, InputError, first_line, short
 from ..files import check_regular
+from ..recipes import list_recipes, recipe_path
 
-RECIPES = Path(__file__).parents[1] / 'recipes'
 MAX_LR = 1e6
 # raised in reading YAML: for numbers with too many digits and invalid dates, for deeply nested lists, and YAML's own
 YAML_ERRORS = (ValueError, RecursionError, yaml.YAMLError)
@@ -47,6 +48,14 @@ def at_least(least: int, most: int = MAX_INT) -> Allowed:
 def one_of(*names: str) -> Allowed:
     """Allow one of several words."""
     return Allowed(lambda v: v in names, f'one of {", ".join(names)}')
+
+
+def ordered(words: str, least: float, most: float, inclusive: bool = False) -> Allowed:
+    """Allow two numbers, the smaller one first, above `least`, or from it on if `inclusive`."""
+    above, sign = (operator.le, '<=') if inclusive else (operator.lt, '<')
+    return Allowed(
+        lambda v: above(least, v[0]) and v[0] <= v[1] <= most,
+        f'two {words}, {least} {sign} smallest <= largest <= {most}')
 
 
 LEARNING_RATE = Allowed(lambda v: 0 < v <= MAX_LR, f'above 0 and at most {MAX_LR}')
@@ -123,7 +132,7 @@ class Settings:
     @classmethod
     def recipes(cls) -> List[str]:
         """Names of the recipes that come with the package."""
-        return sorted(path.stem for path in (RECIPES / cls.FOLDER).glob('*.yaml'))
+        return list_recipes(cls.FOLDER)
 
     @classmethod
     def read(cls: Type[Kind], config: Optional[str] = None, overrides: Optional[Dict[str, Any]] = None) -> Kind:
@@ -148,7 +157,7 @@ class Settings:
 
 def _read_recipe(kind: Type[Settings], config: str) -> Dict[str, Any]:
     names = kind.recipes()
-    path = RECIPES / kind.FOLDER / f'{config}.yaml' if config in names else Path(config)
+    path = recipe_path(config, kind.FOLDER) if config in names else Path(config)
     check_regular(path, 'config')
     try:
         values = read_yaml(path.read_text(encoding='utf-8')) or {}

@@ -5,18 +5,15 @@ Needs the extra `segmentation`. On several GPUs: accelerate launch -m vt_zoo seg
 import argparse
 import json
 import os
-import sys
 from dataclasses import fields
 from itertools import zip_longest
-from pathlib import Path
 from typing import Optional
 
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.label_map import read_label_map
-from vt_zoo.devices import DEVICES, find_device, is_main_process
+from vt_zoo.devices import find_device
 from vt_zoo.errors import InputError
 from vt_zoo.segmentation.settings import SegmentSettings
-from vt_zoo.training.run_state import RunFinishedError
 from vt_zoo.weights.loading import SEGMENTATION, load
 
 from .arguments import (
@@ -30,6 +27,7 @@ from .arguments import (
     whole_number,
 )
 from .results import add_image_arguments, print_results
+from .training import add_run_arguments, run_training
 
 FIELDS = {f.name: f for f in fields(SegmentSettings)}
 
@@ -43,15 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name, help=text, description=text, formatter_class=HelpFormatter)
 
     train = command('train', 'train a model')
-    add = train.add_argument
-    add('--data-dir', required=True, metavar='DIR', help='path to the data set')
-    add('--out', default='vt_zoo_segment', metavar='DIR', help='path to the output folder')
-    add('--resume', action='store_true', help='continue the run in the output folder')
-    add('--overwrite', action='store_true', help='replace the run in the output folder')
-    add('--workers', type=num_workers, default=min(4, os.cpu_count() or 1), metavar='N',
-        help='number of data loading processes, for each process that trains')
-    add('--device', choices=DEVICES, default=argparse.SUPPRESS,
-        help='device to train on (default: a GPU if there is one)')
+    train.add_argument('--data-dir', required=True, metavar='DIR', help='path to the data set')
+    add_run_arguments(train, 'vt_zoo_segment', 'a GPU if there is one')
     add_settings(train, SegmentSettings)
 
     add = command('digits', 'write a small data set to try: handwritten digits on textured backgrounds').add_argument
@@ -91,18 +82,8 @@ def run(args: argparse.Namespace) -> Optional[int]:
 def _train(args: argparse.Namespace) -> None:
     settings = read_settings(args, SegmentSettings)
     from vt_zoo.segmentation.train import train_segmenter
-    try:
-        result = train_segmenter(
-            args.data_dir, args.out, settings, args.resume, args.overwrite, args.workers, getattr(args, 'device', None))
-    except RunFinishedError as e:
-        if is_main_process():
-            print(f'finished   {e}')
-        return
-    except KeyboardInterrupt:
-        if (Path(args.out) / 'checkpoint.safetensors').exists():
-            print(f'the last checkpoint is kept in {args.out}, go on with --resume', file=sys.stderr)
-        raise
-    if not is_main_process():
+    result = run_training(train_segmenter, args, settings)
+    if result is None:
         return
     print(
         f'mIoU       {100 * result.last.miou:.2f} % after the last iteration, pixel accuracy '

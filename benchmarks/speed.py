@@ -8,6 +8,7 @@ measures parts and writes each to a page of benchmarks/results, beside the parts
     models                    whole models, beside ResNets and others              speed
     predict                   `vt-zoo predict` and timm's inference.py             speed
     necks                     the VT neck against the FPN module                   segmentation_speed
+    segmenters                training steps, VT-FPN against the panoptic FPN      segmentation_speed
 
 What is compared takes turns in one process. Memory is that of one pass in a process of its own, asked of Linux.
 """
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from harness import machine, peak_bytes, read_runs, reset_peak, table, time_in_turns, times_faster, versions, write_runs
 from matplotlib.figure import Figure
 from PIL import Image
+from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
@@ -45,6 +47,8 @@ from vt_zoo.data.digits import write_digits
 from vt_zoo.files import whole
 from vt_zoo.inference import fold_norms
 from vt_zoo.models.vt_fpn import FPNNeck, VTNeck
+from vt_zoo.segmentation import SegmentSettings, create_segmenter
+from vt_zoo.segmentation.settings import ARCHITECTURES
 
 RESULTS = Path(__file__).parent / 'results'
 RESNETS, TRAINED, REFERENCE = ('resnet18', 'resnet34', 'resnet50', 'resnet101'), ('resnet18', 'resnet50'), 'resnet50'
@@ -56,6 +60,7 @@ COMPILE = 'float32 compile'
 MODES, BATCHES, TRAINING_BATCHES = ('float32', 'bfloat16', COMPILE), (1, 16), (16, 32)
 SIZE, SIZES, TOKENS = 224, (224, 384, 512, 768, 1024), (16, 32, 64, 128, 256)
 CHANNELS, NECK_SIZE = (256, 512, 1024, 2048), 512  # of a ResNet-50's maps, at strides 4, 8, 16 and 32
+CLASSES = 11  # of CamVid
 FORMATS = {'NCHW': torch.contiguous_format, 'channels last': torch.channels_last}
 PICTURES, PREDICTOR = 3000, 'test_vt_resnet'
 MIB = 2 ** 20
@@ -64,7 +69,7 @@ BLUE, ORANGE, GREY = '#0072b2', '#d55e00', '#595959'
 
 @dataclass(frozen=True)
 class Job:
-    """A pass of a model, its last stage or a neck ('model', 'stage', 'neck'), or a step of training one."""
+    """A pass of a model, its last stage or a neck, or a step of training one; `PREPARE` lists what there is."""
     what: str
     name: str
     mode: str = 'float32'
@@ -179,9 +184,27 @@ def prepare_neck(job: Job) -> Callable[[], None]:
     return run
 
 
+def prepare_segmenter(job: Job) -> Callable[[], None]:
+    """A step of the recipe `camvid` on random images and masks."""
+    settings = SegmentSettings.read('camvid', {'arch': job.name, 'batch_size': job.batch})
+    model = create_segmenter(settings, CLASSES).train()
+    optimizer = create_optimizer_v2(model, settings.opt, settings.lr, settings.weight_decay)
+    x = torch.randn(job.batch, 3, *settings.crop_size)
+    y = torch.randint(CLASSES, (job.batch, *settings.crop_size))
+
+    def run() -> None:
+        with torch.autocast('cpu', torch.bfloat16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return run
+
+
 PREPARE = {
     'model': prepare_inference, 'stage': prepare_inference, 'training': prepare_training,
-    'neck': prepare_neck, 'neck training': prepare_neck}
+    'neck': prepare_neck, 'neck training': prepare_neck, 'segmenter': prepare_segmenter}
 
 
 def prepare(job: Job) -> Callable[[], None]:
@@ -207,7 +230,7 @@ def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
 def measure_peak(job: Job) -> int:
     """Bytes that one run needs at its peak beyond what it starts from, in a process that has run no other."""
     ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed blocks from 64 KiB up leave the process
-    small = job.name if 'neck' in job.what else 'test_vt_resnet'
+    small = 'test_vt_resnet' if job.what in ('stage', 'training') else job.name
     prepare(replace(job, name=small, size=64, num_tokens=0))()  # loads the libraries' code
     run = prepare(job)
     reset_peak()
@@ -252,6 +275,14 @@ def neck_pairs() -> List[Tuple[Job, Job]]:
     return [
         (Job(what, name, mode, size=NECK_SIZE), Job(what, 'FPN module', mode, size=NECK_SIZE))
         for (what, name), mode in product(forms, FORMATS)]
+
+
+def segmenter_pairs() -> List[Tuple[Job, Job]]:
+    """Training steps of CamVid's recipe."""
+    settings = SegmentSettings.read('camvid')
+    return [tuple(
+        Job('segmenter', arch, settings.precision, settings.batch_size, settings.crop_size[0])
+        for arch in ARCHITECTURES)]
 
 
 def measure_pairs(pairs: Callable[[], List[Tuple[Job, Job]]], memory: bool, args: argparse.Namespace) -> List[dict]:
@@ -425,7 +456,12 @@ PARTS = {
         "image. *Reduced* is what timm's `reparameterize_model` makes of it: the same outputs, for inference only. "
         'Memory is beyond weights and incoming maps; in training, gradients of the maps and of the weights are among '
         'it.',
-        partial(measure_pairs, neck_pairs, True), rounds=30)}
+        partial(measure_pairs, neck_pairs, True), rounds=30),
+    'segmenters': Part(
+        'segmentation_speed', 'Training steps of VT-FPN and the panoptic FPN',
+        'Forward, backward and AdamW by the recipe `camvid`: ResNet-18 encoder, crops of 240x320. Memory is beyond '
+        'weights and images: activations, gradients and the state of AdamW.',
+        partial(measure_pairs, segmenter_pairs, True))}
 
 
 def report(runs: List[dict], environment: str) -> str:

@@ -1,14 +1,14 @@
 """What the tokens of trained models see on photographs, beside random weights (section 6 of the paper, Figure 6).
 
-    python benchmarks/token_analysis.py camvid --data-dir CAMVID --models segmentation_camvid
+    python benchmarks/token_analysis.py camvid --data-dir CAMVID --models camvid_runs
     python benchmarks/token_analysis.py cifar10 --data-dir CIFAR10 --models cifar10_runs
 
-look at the VT-FPNs that `benchmarks/segmentation.py camvid` trained, on the test pictures of CamVid, and at the VTs
-that `benchmarks/cifar10.py` trained, on those of CIFAR-10, and write token_analysis.md, .json and pictures in
+look at the VT-FPNs that `benchmarks/camvid.py` trained, on the test pictures of CamVid, and at the VTs that
+`benchmarks/cifar10.py` trained, on those of CIFAR-10, and write token_analysis.md, .json and pictures in
 benchmarks/results. The control are models with the random weights of the same seeds, the statistics of whose batch
 norms were taken over training pictures.
 
-Measures, each a mean over the pictures, of each module (of VT-FPN: level):
+Measures, each the median over the pictures, of each module (of VT-FPN: level):
 
 * entropy of A and of A-hat, as a share of that of uniform attention;
 * foreground: attention of a pixel of a car, a person or a sign over that of another pixel, of the mean map of all
@@ -40,18 +40,19 @@ from vt_zoo.analysis import (
     capture_tokens,
     draw_token_attention,
     effective_rank,
+    overlay_tokens,
     record_interaction,
     resize_attention,
 )
 from vt_zoo.files import whole
 from vt_zoo.segmentation import SegmentSettings, create_segmenter, load_dataset
+from vt_zoo.segmentation.predict import draw_overlay, predict_classes
 from vt_zoo.weights.files import read_tensors
-from vt_zoo.weights.loading import create_prepare
 
 RESULTS = Path(__file__).parent / 'results'
 FOREGROUND = 'sign_symbol', 'car', 'pedestrian', 'bicyclist'
 PREPARED = 64  # training pictures for the statistics of random weights
-SCENE = 60  # test picture that is drawn
+SCENE = 155  # test picture that is drawn
 
 
 class Pictures(NamedTuple):
@@ -177,8 +178,8 @@ class Sums:
                     self.area = self.area + area.sum(0)
 
     def result(self) -> Dict[str, Any]:
-        """Means over the pictures; those without foreground have no ratio."""
-        found: Dict[str, Any] = {name: torch.cat(v).nanmean().item() for name, v in self.values.items()}
+        """Medians over the pictures; those without foreground have no ratio."""
+        found: Dict[str, Any] = {name: torch.cat(v).nanmedian().item() for name, v in self.values.items()}
         for name, share in self.shares.items():
             found[f'information of {name}'] = information(share / share.sum(-1, keepdim=True))
         if self.shares:
@@ -250,7 +251,9 @@ def report(runs: List[Dict[str, Any]], environment: str) -> str:
                 'information of A': 'bits of A', 'information of A, other masks': 'other masks',
                 'information of A-hat': 'bits of Â', 'information of A-hat, other masks': 'other masks'}),
             '', '![Attention of each token by class](token_analysis_classes.png)', '',
-            '![Where the tokens of VT-FPN look in a road scene](token_analysis_scene.png)']
+            'Seed 0: tokens of the coarsest level and the classes that VT-FPN finds, then tokens of all levels.', '',
+            '![Where the tokens of the coarsest level look in a road scene](token_analysis_scene.png)', '',
+            '![Where the tokens of each level look](token_analysis_levels.png)']
     return '\n'.join([*lines, ''])
 
 
@@ -275,14 +278,30 @@ def draw_classes(runs: List[Dict[str, Any]], path: Path) -> None:
         figure.savefig(new, dpi=100)
 
 
-def draw_scene(models: CamVid, path: Path) -> None:
-    """Draw where the tokens of each level look in a test picture."""
+def draw_scene(models: CamVid, path: Path, levels_path: Path) -> None:
+    """Draw where the tokens of the coarsest level look in a test picture, and, in another figure, those of all levels.
+
+    The first also shows the classes that the model finds.
+    """
     loaded = load(models.folder(0), 'segmentation')
     image, _ = load_dataset('folder', models.data_dir, 'test')[SCENE]
-    x = create_prepare(loaded.preprocessing)(image)
+    x = loaded.prepare(image)
     records = capture_tokens(loaded.model, x[None])
-    maps = torch.cat([resize_attention(record.attention, x.shape[-2:]) for record in records])
+    found = draw_overlay(image, predict_classes(loaded, image), loaded.classes).crop((0, 0, *image.size))
+    tokens = overlay_tokens(loaded.shown(x), records[-1].attention[0])
+    half = len(tokens) // 2
+    pictures = [image, *tokens[:half], found, *tokens[half:]]
+    names = [f'token {i}' for i in range(1, len(tokens) + 1)]
+    figure = Figure(figsize=(11, 3.6), layout='constrained')
+    for ax, picture, title in zip(
+            figure.subplots(2, half + 1).flat, pictures, ['picture', *names[:half], 'classes', *names[half:]]):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize=9)
+        ax.axis('off')
     with whole(path) as new:
+        figure.savefig(new, dpi=90)
+    maps = torch.cat([resize_attention(record.attention, x.shape[-2:]) for record in records])
+    with whole(levels_path) as new:
         draw_token_attention(
             [loaded.shown(x)] * len(maps), maps, [f'level {i}' for i in range(1, len(maps) + 1)], new)
 
@@ -312,7 +331,7 @@ def main() -> None:
     write_runs(log, runs, environment, report)
     if args.task == 'camvid':
         draw_classes(runs, args.out / 'token_analysis_classes.png')
-        draw_scene(models, args.out / 'token_analysis_scene.png')
+        draw_scene(models, args.out / 'token_analysis_scene.png', args.out / 'token_analysis_levels.png')
     print(report(runs, environment))
 
 

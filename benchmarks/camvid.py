@@ -1,0 +1,140 @@
+"""VT-FPN against the panoptic FPN on road scenes: same encoder, recipe, data and order of images.
+
+    python benchmarks/camvid.py --data-dir CAMVID
+
+trains both by the recipe `camvid` for three seeds, and writes camvid.md, .json and .png in benchmarks/results. The
+measure is the mean IoU after the last iteration on the 233 test pictures, which decide nothing. CamVid is read in the
+layout `folder`, with 11 classes, as the SegNet tutorial divides it: 367 road scenes of 480x360 to train on, 101 to
+validate, 233 to test.
+
+A run that was killed goes on where it was. One takes about an hour on one CPU core.
+"""
+import argparse
+import statistics
+from contextlib import suppress
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import numpy as np
+import segmentation_models_pytorch
+import torch
+from harness import environment, mean_and_spread, read_runs, run_all, table
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vt_zoo.files import whole
+from vt_zoo.segmentation.datasets import load_dataset
+from vt_zoo.segmentation.metrics import evaluate
+from vt_zoo.segmentation.predict import palette, predict_classes
+from vt_zoo.segmentation.settings import ARCHITECTURES, SegmentSettings
+from vt_zoo.segmentation.train import train_segmenter
+from vt_zoo.segmentation.transforms import eval_transform
+from vt_zoo.training.run_state import RunFinishedError
+from vt_zoo.weights import load
+
+RESULTS = Path(__file__).parent / 'results'
+NAMES = {'vt_fpn': 'VT-FPN', 'panoptic_fpn': 'panoptic FPN'}
+PICTURES, WIDTH = 4, 3  # that are drawn, inches of one
+
+
+def run(arch: str, seed: int, iterations: int, data_dir: Path, work_dir: Path) -> Dict:
+    """Train one model and return its measures; in a process of its own."""
+    torch.set_num_threads(1)
+    settings = SegmentSettings.read('camvid', {'arch': arch, 'seed': seed, 'iterations': iterations})
+    out = work_dir / f'{arch}_{seed}_{iterations}'
+    with suppress(RunFinishedError):
+        train_segmenter(data_dir, out, settings, resume=True, device='cpu', progress=False)
+    loaded = load(out / 'last')
+    mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
+    data = load_dataset(settings.format, data_dir, 'test', eval_transform(mean, std))
+    measured = evaluate(loaded.model, DataLoader(data), len(loaded.classes), loaded.eval_size)
+    return {
+        'arch': arch, 'seed': seed, 'iterations': iterations, 'miou': 100 * measured.miou,
+        'iou': dict(zip(loaded.classes, (100 * v for v in measured.iou))),
+        'pixel_accuracy': 100 * measured.pixel_accuracy}
+
+
+def report(runs: List[Dict], environment: str) -> str:
+    """The result as Markdown."""
+    settings = SegmentSettings.read('camvid')
+    groups = {
+        (arch, n): sorted((r for r in runs if (r['arch'], r['iterations']) == (arch, n)), key=lambda r: r['seed'])
+        for n in sorted({r['iterations'] for r in runs}) for arch in ARCHITECTURES}
+    groups = {key: group for key, group in groups.items() if group}
+    classes = list(runs[0]['iou'])
+    return '\n'.join([
+        '# VT-FPN against the panoptic FPN on CamVid', '',
+        f'Command: `python benchmarks/camvid.py --data-dir DIR`. {environment}', '',
+        'Road scenes of 480x360 (G. Brostow, J. Fauqueur, R. Cipolla, 2009), 11 classes, 367 to train on and 233 to '
+        'test on, as in the SegNet tutorial; images as JPEG. Whole pictures at test, pixels without a label left out. '
+        f'Recipe `camvid`: {settings.encoder_name} from random weights, batches of {settings.batch_size} crops of '
+        f'{"x".join(map(str, settings.crop_size))}, {settings.precision}. Percent after the last iteration, mean ± '
+        'standard deviation over seeds. segmentation_speed.md has the time and the memory of a step.',
+        *table(('model', 'iterations', 'mean IoU', 'of each seed', 'pixel accuracy'), (
+            (NAMES[arch], n, mean_and_spread([r['miou'] for r in group]),
+             ', '.join(f'{r["miou"]:.2f}' for r in group), mean_and_spread([r['pixel_accuracy'] for r in group]))
+            for (arch, n), group in groups.items())),
+        'IoU of each class, mean over seeds:',
+        *table(('class', *(f'{NAMES[arch]}, {n}' for arch, n in groups)), (
+            (name, *(f'{statistics.mean(r["iou"][name] for r in group):.1f}' for group in groups.values()))
+            for name in classes)),
+        'The paper has +0.22 and -0.01 points for VT-FPN on COCO-stuff, +0.35 and +0.23 on LIP (Tables 9 and 10), '
+        'unverified.', '', '![Test pictures, their masks and the predictions of both](camvid.png)', ''])
+
+
+def draw(models: Dict[str, Path], data_dir: Path, path: Path) -> None:
+    """Draw test pictures, their masks, and what models make of them."""
+    data = load_dataset('folder', data_dir, 'test')
+    loaded = {label: load(folder) for label, folder in models.items()}
+    colors = np.array([*palette(len(data.classes)), *[(0, 0, 0)] * (256 - len(data.classes))], dtype=np.uint8)
+    columns = [_pictures(data[len(data) * i // PICTURES], loaded, colors) for i in range(PICTURES)]
+    height = WIDTH * columns[0]['image'].height / columns[0]['image'].width
+    figure = Figure(figsize=(WIDTH * PICTURES + 0.7, height * len(columns[0]) + 0.8), layout='constrained')
+    axes = figure.subplots(len(columns[0]), PICTURES)
+    for column, pictures in zip(axes.T, columns):
+        for ax, (label, picture) in zip(column, pictures.items()):
+            ax.imshow(picture)
+            ax.set(xticks=[], yticks=[])
+            if ax in axes[:, 0]:
+                ax.set_ylabel(label)
+    handles = [
+        Patch(facecolor=colors[i] / 255, edgecolor='black', label=label) for i, label in enumerate(data.classes)]
+    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), fontsize=8, handlelength=1)
+    with whole(path) as new:
+        figure.savefig(new, dpi=90)
+
+
+def _pictures(sample: Tuple[Image.Image, np.ndarray], models: Dict, colors: np.ndarray) -> Dict[str, Image.Image]:
+    image, mask = sample
+    made = {label: predict_classes(model, image) for label, model in models.items()}
+    return {'image': image, **{k: Image.fromarray(colors[v]) for k, v in {'mask': mask, **made}.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder of CamVid')
+    parser.add_argument('--arch', nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--iterations', type=int, default=SegmentSettings.read('camvid').iterations)
+    parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    log = args.out / 'camvid.json'
+    runs = read_runs(log)
+    done = {(r['arch'], r['seed'], r['iterations']) for r in runs}
+    jobs = [
+        (arch, seed, args.iterations, args.data_dir, args.work_dir)
+        for seed in args.seeds for arch in args.arch if (arch, seed, args.iterations) not in done]
+    machine = f'{environment()[:-1]}, segmentation_models_pytorch {segmentation_models_pytorch.__version__}.'
+    run_all(run, jobs, runs, log, machine, args.jobs, report)
+    print(report(runs, machine))
+    models = {NAMES[arch]: args.work_dir / f'{arch}_{args.seeds[0]}_{args.iterations}' / 'last' for arch in args.arch}
+    draw(models, args.data_dir, args.out / 'camvid.png')
+
+
+if __name__ == '__main__':
+    main()

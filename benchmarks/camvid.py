@@ -1,11 +1,13 @@
 """VT-FPN against the panoptic FPN on road scenes: same encoder, recipe, data and order of images.
 
     python benchmarks/camvid.py --data-dir CAMVID
+    vt-zoo finetune CIFAR10 --model resnet18 --img-size 64 --epochs 6 --out trunk
+    python benchmarks/camvid.py --data-dir CAMVID --trunk trunk --seeds 0
 
-trains both by the recipe `camvid` for three seeds, and writes camvid.md, .json and .png in benchmarks/results. The
-measure is the mean IoU after the last iteration on the 233 test pictures, which decide nothing. CamVid is read in the
-layout `folder`, with 11 classes, as the SegNet tutorial divides it: 367 road scenes of 480x360 to train on, 101 to
-validate, 233 to test.
+trains both by the recipe `camvid` for three seeds, the encoder from random weights or from those of a classifier, and
+writes camvid.md, .json and .png in benchmarks/results. The measure is the mean IoU after the last iteration on the 233
+test pictures, which decide nothing. CamVid is read in the layout `folder`, with 11 classes, as the SegNet tutorial
+divides it: 367 road scenes of 480x360 to train on, 101 to validate, 233 to test.
 
 A run that was killed goes on where it was. One takes about an hour on one CPU core.
 """
@@ -13,7 +15,7 @@ import argparse
 import statistics
 from contextlib import suppress
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import segmentation_models_pytorch
@@ -39,11 +41,17 @@ NAMES = {'vt_fpn': 'VT-FPN', 'panoptic_fpn': 'panoptic FPN'}
 PICTURES, WIDTH = 4, 3  # that are drawn, inches of one
 
 
-def run(arch: str, seed: int, iterations: int, data_dir: Path, work_dir: Path) -> Dict:
+def run_folder(work_dir: Path, arch: str, seed: int, trunk: bool) -> Path:
+    """Folder of a run."""
+    return work_dir / f'{arch}_{seed}{"_trunk" if trunk else ""}'
+
+
+def run(arch: str, seed: int, trunk: Optional[Path], data_dir: Path, work_dir: Path) -> Dict:
     """Train one model and return its measures; in a process of its own."""
     torch.set_num_threads(1)
-    settings = SegmentSettings.read('camvid', {'arch': arch, 'seed': seed, 'iterations': iterations})
-    out = work_dir / f'{arch}_{seed}_{iterations}'
+    weights = False if trunk is None else str(trunk)
+    settings = SegmentSettings.read('camvid', {'arch': arch, 'seed': seed, 'encoder_weights': weights})
+    out = run_folder(work_dir, arch, seed, trunk is not None)
     with suppress(RunFinishedError):
         train_segmenter(data_dir, out, settings, resume=True, device='cpu', progress=False)
     loaded = load(out / 'last')
@@ -51,7 +59,7 @@ def run(arch: str, seed: int, iterations: int, data_dir: Path, work_dir: Path) -
     data = load_dataset(settings.format, data_dir, 'test', eval_transform(mean, std))
     measured = evaluate(loaded.model, DataLoader(data), len(loaded.classes), loaded.eval_size)
     return {
-        'arch': arch, 'seed': seed, 'iterations': iterations, 'miou': 100 * measured.miou,
+        'arch': arch, 'seed': seed, 'trunk': trunk is not None, 'miou': 100 * measured.miou,
         'iou': dict(zip(loaded.classes, (100 * v for v in measured.iou))),
         'pixel_accuracy': 100 * measured.pixel_accuracy}
 
@@ -59,25 +67,24 @@ def run(arch: str, seed: int, iterations: int, data_dir: Path, work_dir: Path) -
 def report(runs: List[Dict], environment: str) -> str:
     """The result as Markdown."""
     settings = SegmentSettings.read('camvid')
-    groups = {
-        (arch, n): sorted((r for r in runs if (r['arch'], r['iterations']) == (arch, n)), key=lambda r: r['seed'])
-        for n in sorted({r['iterations'] for r in runs}) for arch in ARCHITECTURES}
-    groups = {key: group for key, group in groups.items() if group}
+    groups = {}
+    for run in sorted(runs, key=lambda r: (r['trunk'], ARCHITECTURES.index(r['arch']), r['seed'])):
+        groups.setdefault(NAMES[run['arch']] + (', trunk' if run['trunk'] else ''), []).append(run)
     classes = list(runs[0]['iou'])
     return '\n'.join([
         '# VT-FPN against the panoptic FPN on CamVid', '',
         f'Command: `python benchmarks/camvid.py --data-dir DIR`. {environment}', '',
         'Road scenes of 480x360 (G. Brostow, J. Fauqueur, R. Cipolla, 2009), 11 classes, 367 to train on and 233 to '
         'test on, as in the SegNet tutorial; images as JPEG. Whole pictures at test, pixels without a label left out. '
-        f'Recipe `camvid`: {settings.encoder_name} from random weights, batches of {settings.batch_size} crops of '
-        f'{"x".join(map(str, settings.crop_size))}, {settings.precision}. Percent after the last iteration, mean ± '
-        'standard deviation over seeds. segmentation_speed.md has the time and the memory of a step.',
-        *table(('model', 'iterations', 'mean IoU', 'of each seed', 'pixel accuracy'), (
-            (NAMES[arch], n, mean_and_spread([r['miou'] for r in group]),
-             ', '.join(f'{r["miou"]:.2f}' for r in group), mean_and_spread([r['pixel_accuracy'] for r in group]))
-            for (arch, n), group in groups.items())),
+        f'Recipe `camvid`: {settings.encoder_name} from random weights, {settings.iterations} iterations of '
+        f'{settings.batch_size} crops of {"x".join(map(str, settings.crop_size))}, {settings.precision}. *Trunk*: the '
+        'encoder starts from a ResNet-18 trained on CIFAR-10. Percent after the last iteration, mean ± standard '
+        'deviation over seeds. segmentation_speed.md has the time and the memory of a step.',
+        *table(('model', 'mean IoU', 'of each seed', 'pixel accuracy'), (
+            (name, mean_and_spread([r['miou'] for r in group]), ', '.join(f'{r["miou"]:.2f}' for r in group),
+             mean_and_spread([r['pixel_accuracy'] for r in group])) for name, group in groups.items())),
         'IoU of each class, mean over seeds:',
-        *table(('class', *(f'{NAMES[arch]}, {n}' for arch, n in groups)), (
+        *table(('class', *groups), (
             (name, *(f'{statistics.mean(r["iou"][name] for r in group):.1f}' for group in groups.values()))
             for name in classes)),
         'The paper has +0.22 and -0.01 points for VT-FPN on COCO-stuff, +0.35 and +0.23 on LIP (Tables 9 and 10), '
@@ -117,7 +124,7 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of CamVid')
     parser.add_argument('--arch', nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--iterations', type=int, default=SegmentSettings.read('camvid').iterations)
+    parser.add_argument('--trunk', type=Path, help='folder of a resnet18 for the encoder to start from')
     parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
@@ -125,15 +132,16 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'camvid.json'
     runs = read_runs(log)
-    done = {(r['arch'], r['seed'], r['iterations']) for r in runs}
+    done = {(r['arch'], r['seed'], r['trunk']) for r in runs}
     jobs = [
-        (arch, seed, args.iterations, args.data_dir, args.work_dir)
-        for seed in args.seeds for arch in args.arch if (arch, seed, args.iterations) not in done]
+        (arch, seed, args.trunk, args.data_dir, args.work_dir)
+        for seed in args.seeds for arch in args.arch if (arch, seed, args.trunk is not None) not in done]
     machine = f'{environment()[:-1]}, segmentation_models_pytorch {segmentation_models_pytorch.__version__}.'
     run_all(run, jobs, runs, log, machine, args.jobs, report)
     print(report(runs, machine))
-    models = {NAMES[arch]: args.work_dir / f'{arch}_{args.seeds[0]}_{args.iterations}' / 'last' for arch in args.arch}
-    draw(models, args.data_dir, args.out / 'camvid.png')
+    models = {NAMES[arch]: run_folder(args.work_dir, arch, 0, False) / 'last' for arch in ARCHITECTURES}
+    if all(map(Path.exists, models.values())):
+        draw(models, args.data_dir, args.out / 'camvid.png')
 
 
 if __name__ == '__main__':

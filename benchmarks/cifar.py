@@ -26,6 +26,8 @@ from vt_zoo.weights.files import read_tensors, write_tensors
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 PAD = 4
+BATCH = 128
+PLAIN = {'opt': 'sgd', 'lr': 0.1, 'weight_decay': 5e-4, 'momentum': 0.9}
 AUTOCAST = {'float32': None, 'bfloat16': torch.bfloat16}  # of `harness.cross_entropy`, by precision
 
 Pick = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -153,10 +155,9 @@ def fit_plain(
         model: nn.Module, x: torch.Tensor, classes: torch.Tensor, epochs: int, seed: int, state: Path, precision: str,
 ) -> List[Tuple[float, float]]:
     """`fit` on pictures in uint8 with crops and flips, by SGD with momentum."""
-    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=5e-4, momentum=0.9)
 
     def pick(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return normalise(crop_and_flip(x[indices], generator))
 
     loss_of = partial(cross_entropy, autocast=AUTOCAST[precision])
-    return fit(model, pick, classes, optimizer, epochs, 128, seed, state, loss_of)
+    return fit(model, pick, classes, create_optimizer_v2(model, **PLAIN), epochs, BATCH, seed, state, loss_of)

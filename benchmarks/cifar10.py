@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from ablations import RESNET, VARIANTS, tables
-from cifar import AUTOCAST, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise
+from cifar import AUTOCAST, BATCH, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise
 from harness import accuracy, environment, mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
@@ -37,7 +37,6 @@ from vt_zoo.analysis.cost import count_multiply_adds
 from vt_zoo.weights.files import read_tensors, write_tensors
 
 RESULTS = Path(__file__).parent / 'results'
-BATCH = 128
 EPOCHS, PRECISION = 20, 'bfloat16'
 BASE, TEACHER = 'VT', 'teacher'
 ABLATIONS = [name for name, (_, _, paper) in VARIANTS.items() if paper and name != RESNET]  # that the paper has

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from camvid import run_folder
 from cifar import load_cifar, normalise
 from cifar10 import BASE, create, trained_weights
 from harness import mean_and_spread, read_runs, versions, write_runs
@@ -71,7 +72,7 @@ class CamVid:
 
     def folder(self, seed: int) -> Path:
         """Of a trained model."""
-        return self.models / f'vt_fpn_{seed}_{self.settings.iterations}' / 'last'
+        return run_folder(self.models, 'vt_fpn', seed, trunk=False) / 'last'
 
     def trained(self, seed: int) -> nn.Module:
         return load(self.folder(seed), 'segmentation').model

@@ -11,10 +11,11 @@ import torch
 from helpers import as_in_version_0_1
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from vt_zoo.models.vt_fpn import VTFPN, PanopticFPN
 from vt_zoo.segmentation.settings import SegmentSettings
-from vt_zoo.segmentation.train import create_segmenter, encoder_statistics
+from vt_zoo.segmentation.train import create_segmenter, encoder_statistics, train_segmenter
 from vt_zoo.weights import load
 from vt_zoo.weights.files import write_segmenter
 
@@ -181,12 +182,52 @@ def test_what_is_no_folder(saved, tmp_path, input_error):
         load(str(tmp_path / 'no_such_model'), 'segmentation')
 
 
+@pytest.fixture(scope='module')
+def trunk(tmp_path_factory):
+    """A classifier, and its folder as timm writes it. Not to be changed."""
+    statistics = {'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6)}
+    model = timm.create_model('test_resnet', num_classes=5, pretrained_cfg_overlay=statistics)
+    folder = tmp_path_factory.mktemp('trunk')
+    save_for_hf(model, folder, safe_serialization=True)
+    return model, folder
+
+
+def test_encoder_starts_from_a_classifier(trunk):
+    model, folder = trunk
+    settings = SegmentSettings(**TINY, encoder_weights=str(folder))
+    state = create_segmenter(settings, 4).encoder.model.state_dict()
+    assert state.keys() == {key for key in model.state_dict() if not key.startswith('fc.')}
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
+    assert encoder_statistics(settings) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize('encoder', ['tu-resnet18', 'tu-test_efficientnet', 'resnet18'])
+def test_encoder_of_another_classifier(trunk, encoder, input_error):
+    with input_error(f'encoder_weights {trunk[1]} must be the folder of a classifier .* got the encoder {encoder}'):
+        create(encoder_name=encoder, encoder_weights=str(trunk[1]))
+
+
+def test_encoder_of_no_classifier(saved, tmp_path, input_error):
+    with input_error('is a segmenter, but a classifier is needed'):
+        encoder_statistics(SegmentSettings(**TINY, encoder_weights=str(saved)))
+    with input_error('encoder_weights must be true, false or the folder of a classifier, got .*no_such_folder'):
+        SegmentSettings(encoder_weights=str(tmp_path / 'no_such_folder'))
+
+
+def test_run_from_a_classifier_does_not_name_its_folder(trunk, composed, segment_settings, tmp_path):
+    words = {**segment_settings, 'encoder_weights': str(trunk[1]), 'iterations': 1}
+    train_segmenter(composed, tmp_path / 'run', SegmentSettings(**words), device='cpu', progress=False)
+    config = (tmp_path / 'run' / 'last' / 'config.json').read_text()
+    assert str(trunk[1]) not in config
+    assert json.loads(config)['_training']['arguments']['encoder_weights'] == 'a local folder'
+
+
 @pytest.mark.parametrize('name', ['resnet50.a1_in1k', 'test_resnet', 'vt_resnet50'])
 def test_statistics_of_timms_encoders(name):
     cfg = timm.create_model(name, device='meta').pretrained_cfg
-    assert encoder_statistics(f'tu-{name}') == (tuple(cfg['mean']), tuple(cfg['std']))
+    assert encoder_statistics(SegmentSettings(encoder_name=f'tu-{name}')) == (tuple(cfg['mean']), tuple(cfg['std']))
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'tu-no_such_encoder'])
 def test_statistics_that_are_not_known_are_imagenets(name):
-    assert encoder_statistics(name) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert encoder_statistics(SegmentSettings(encoder_name=name)) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -1,11 +1,12 @@
 """Settings of training a segmenter."""
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 
 from .._moved import old_names
 from ..data.label_map import read_label_map
-from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, either
+from ..errors import MAX_INT, MAX_PIXELS, MAX_SIDE, InputError, either, short
 from ..training.settings import (
     LEARNING_RATE,
     SHARE,
@@ -35,6 +36,14 @@ def _is_size(value: Union[int, Tuple[int, int]]) -> bool:
     return min(sides) >= 1 and max(sides) <= MAX_SIDE
 
 
+def _read_weights(value: Union[bool, str]) -> Union[bool, str]:
+    """Read `encoder_weights`, which the command line gives as a word."""
+    value = {'true': True, 'false': False}.get(value, value) if isinstance(value, str) else value
+    if isinstance(value, bool) or (isinstance(value, str) and Path(value).is_dir()):
+        return value
+    raise InputError(f'encoder_weights must be true, false or the folder of a classifier, got {short(value)}')
+
+
 @documented
 @dataclass
 class SegmentSettings(Settings):
@@ -58,8 +67,9 @@ class SegmentSettings(Settings):
     encoder_name: str = setting(
         'tu-resnet50', 'NAME',
         'backbone, an encoder of segmentation_models_pytorch; tu-NAME is the model NAME of timm')
-    encoder_weights: bool = setting(
-        False, 'BOOL', 'start from the pretrained weights of the encoder: true or false')
+    encoder_weights: Union[bool, str] = setting(
+        False, 'WEIGHTS', 'weights that the encoder starts from: true for its pretrained ones, false for random ones, '
+        'or the folder of a classifier of the same timm model, as vt-zoo finetune writes it', read=_read_weights)
     num_tokens: int = setting(
         8, 'N', 'visual tokens per pyramid level; only for vt_fpn', at_least(1, MAX_WIDTH))
     token_dim: int = setting(1024, 'N', 'channels of a visual token; only for vt_fpn', at_least(1, MAX_WIDTH))

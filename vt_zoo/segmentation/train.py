@@ -22,7 +22,7 @@ from ..models import segmenter_classes
 from ..training.loop import Loop, accelerator_of, read_state
 from ..training.run_state import check_run_folder, write_history
 from ..weights.files import write_segmenter
-from ..weights.loading import check_input_size
+from ..weights.loading import CLASSIFICATION, check_input_size, find_model, load, load_model
 from .datasets import SegmentationDataset, load_dataset
 from .label_counts import check_classes, count_labels, describe_absent, describe_counts
 from .metrics import SegmentMetrics, evaluate, read_batches
@@ -63,26 +63,39 @@ def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
     """Create the model described by the settings.
 
     Raises:
-        InputError: There is no such encoder, or its weights are not available.
+        InputError: There is no such encoder, or its weights are not available or not its own.
     """
     kwargs: Dict[str, Any] = {'pyramid_channels': settings.pyramid_channels, 'head_channels': settings.head_channels}
     if settings.arch == 'vt_fpn':
         kwargs.update(num_tokens=settings.num_tokens, token_dim=settings.token_dim)
     weights = None
-    if settings.encoder_weights:
+    if settings.encoder_weights is True:
         weights = True if settings.encoder_name.startswith('tu-') else 'imagenet'
     try:
-        return segmenter_classes()[settings.arch](
+        model = segmenter_classes()[settings.arch](
             encoder_name=settings.encoder_name, encoder_weights=weights, classes=num_classes, **kwargs)
     except InputError:
         raise
     except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
         raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)[:200]}') from e
+    if isinstance(settings.encoder_weights, str):
+        trunk = load_model(str(find_model(Path(settings.encoder_weights))), features_only=True)
+        try:
+            model.encoder.model.load_state_dict(trunk.state_dict())
+        except (AttributeError, RuntimeError) as e:
+            raise InputError(
+                f'encoder_weights {settings.encoder_weights} must be the folder of a classifier of timm whose name '
+                f'is that of the encoder without tu-, got the encoder {settings.encoder_name}') from e
+    return model
 
 
-def encoder_statistics(encoder_name: str) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+def encoder_statistics(settings: SegmentSettings) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
     """Mean and std that an encoder was trained with; ImageNet's if they are not known."""
-    cfg = get_pretrained_cfg(encoder_name[3:], allow_unregistered=True) if encoder_name.startswith('tu-') else None
+    name = settings.encoder_name
+    if isinstance(settings.encoder_weights, str):
+        preprocessing = load(settings.encoder_weights, CLASSIFICATION).preprocessing
+        return tuple(preprocessing['mean']), tuple(preprocessing['std'])
+    cfg = get_pretrained_cfg(name[3:], allow_unregistered=True) if name.startswith('tu-') else None
     if cfg is None:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return tuple(cfg.mean), tuple(cfg.std)
@@ -117,7 +130,7 @@ class _Run:
     ) -> None:
         self.out, self.settings, self.workers, self.accelerator = out, settings, workers, accelerator
         self.progress = progress
-        mean, std = encoder_statistics(settings.encoder_name)
+        mean, std = encoder_statistics(settings)
         self.mean, self.std = settings.mean or mean, settings.std or std
         self.train_data = load_dataset(settings.format, data_dir, 'train')
         self.train_data.transform = train_transform(
@@ -203,7 +216,12 @@ class _Run:
             path, self.loop.kept_model, self.classes, self.mean, self.std, self.settings.eval_size,
             self.settings.label_map,
             f'{len(self.train_data)} images in the layout {self.settings.format!r}, {len(self.classes)} classes',
-            measures, {'program': PROGRAM, 'arguments': self.fingerprint})
+            measures, {'program': PROGRAM, 'arguments': self.arguments()})
+
+    def arguments(self) -> Dict[str, Any]:
+        """The settings, without paths on this machine."""
+        own = {'encoder_weights': 'a local folder'} if isinstance(self.settings.encoder_weights, str) else {}
+        return {**self.fingerprint, **own}
 
     def load(self, checkpoint: Path) -> None:
         """Resume a run. If the validation part has changed, only a warning is given."""

@@ -6,10 +6,11 @@
 is `vt-zoo finetune` from random weights: with seed 0 for the file in vt_zoo/weights and with seed 1 to show how much
 hangs on the seed. Seed and last epoch were decided beforehand, the held-out images decide nothing. The recipe of the
 digits is the best of four on the training images alone, a quarter of them held out, three times. CIFAR-10 are JPEG
-files (see benchmarks/cifar.py), on which the model is trained at 96x96 and from there on at 128x128.
+files (see benchmarks/cifar.py), on which the model is trained at 96x96, then at 128x128, then, with milder crops, at
+144x144.
 
 The results are benchmarks/results/digits_weights and cifar10_weights, .md and .json; what was interrupted goes on where
-it was. All of the digits take about 40 minutes on one CPU core, a seed of CIFAR-10 about 150.
+it was. All of the digits take about 40 minutes on one CPU core, a seed of CIFAR-10 about 200.
 """
 import argparse
 import json
@@ -46,7 +47,9 @@ SPLITS = 3
 FIRST = FinetuneSettings(
     model='test_vt_resnet.untrained', img_size=96, epochs=20, lr=0.1, batch_size=128, weight_decay=5e-4,
     warmup_epochs=1, smoothing=0., scale=(0.6, 1.0), color_jitter=0., precision='bfloat16')
-CIFAR10 = [FIRST, replace(FIRST, img_size=128, epochs=24)]
+CIFAR10 = [
+    FIRST, replace(FIRST, img_size=128, epochs=24),
+    replace(FIRST, img_size=144, epochs=12, lr=0.05, scale=(0.8, 1.0), ratio=(0.9, 1.1))]
 DATA = {
     'digits': "scikit-learn's digits, 1,347 training and 450 held-out scans of 8x8.",
     'cifar10': 'CIFAR-10 as JPEG files, which is not the official data, 50,000 training and 10,000 held-out pictures.',

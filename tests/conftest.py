@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import MAX_SENTENCE, SIGNAL_AT, Forks, run_command, words_of
+from PIL import Image
 
 from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import finetune
@@ -64,6 +65,15 @@ def segment_command(tmp_path_factory):
     """As `command`, with what `vt-zoo segment` imports."""
     with closing(Forks(tmp_path_factory.mktemp('segment_command'), 'vt_zoo.cli', *SEGMENT_MODULES)) as forks:
         yield partial(run_command, forks)
+
+
+@pytest.fixture(scope='session')
+def photograph(tmp_path_factory):
+    """A photograph of a cat, 451x300 pixels, which comes with scikit-image."""
+    data = pytest.importorskip('skimage.data')
+    path = tmp_path_factory.mktemp('photograph') / 'cat.jpg'
+    Image.fromarray(data.chelsea()).save(path)
+    return path
 
 
 @pytest.fixture(scope='session')

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 def test_analysis(tmp_path):
     run_blocks('docs/analysis.md', tmp_path)
     for pattern, number in (
-            ('seen/*_tokens.png', 2), ('seen/tokens.png', 1), ('seen_by_module_2/*_tokens.svg', 1), ('figure6.png', 1),
-            ('tokens.png', 1), ('seen_by_level_2/*_tokens.png', 1), ('locality_random.png', 1)):
+            ('seen/*_tokens.png', 2), ('seen/tokens.png', 1), ('seen_in_a_photograph/cat_tokens.png', 1),
+            ('seen_by_module_2/*_tokens.svg', 1), ('figure6.png', 1), ('tokens.png', 1),
+            ('seen_by_level_2/*_tokens.png', 1), ('locality_random.png', 1)):
         assert len(list(tmp_path.glob(pattern))) == number, pattern
 
 

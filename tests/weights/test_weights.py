@@ -31,6 +31,12 @@ def card():
     return percent, int(correct)
 
 
+def cifar10_runs():
+    """Logged runs on CIFAR-10, by seed."""
+    runs = json.loads((ROOT / 'benchmarks' / 'results' / 'cifar10_weights.json').read_text())['runs']
+    return {run['seed']: run for run in runs}
+
+
 @pytest.fixture(scope='module')
 def model():
     return timm.create_model('test_vt_resnet', pretrained=True).eval()
@@ -66,6 +72,22 @@ def test_other_seed_of_the_log(correct):
     assert abs(run['correct'] - correct) / HELD_OUT <= 0.005
 
 
+def test_cifar10_of_the_model_card():
+    run = cifar10_runs()[0]
+    stated = re.search(r'([\d.]+) % \((\S+) of 10,000 test pictures\)', (ROOT / 'MODEL_CARDS.md').read_text()).groups()
+    assert stated == (f'{run["correct"] / 100:.2f}', f'{run["correct"]:,}')
+    assert run['correct'] / run['total'] >= 0.86
+
+
+def test_cifar10_of_the_file(tmp_path):
+    folder = os.environ.get('VT_ZOO_CIFAR10')
+    if not folder:
+        pytest.skip('VT_ZOO_CIFAR10 names no folder of CIFAR-10 as JPEG files')
+    data = weights.link_cifar(Path(folder), tmp_path / 'data')
+    correct = weights.count(weights.WEIGHTS / 'test_vt_resnet.cifar10.safetensors', data, weights.CIFAR10[-1].img_size)
+    assert correct == cifar10_runs()[0]['correct']
+
+
 @pytest.mark.slow
 def test_other_seed_trained_here(correct, digits, tmp_path):
     steps = [weights.DIGITS[weights.best_recipe(LOGGED)]]
@@ -73,21 +95,25 @@ def test_other_seed_trained_here(correct, digits, tmp_path):
     assert abs(result['correct'] - correct) / HELD_OUT <= 0.01  # 445 of 450 when this was written, the card says more
 
 
-def test_config(model):
+@pytest.mark.parametrize('tag, labels, side, license_, words', [
+    ('digits', list('0123456789'), 64, 'cc-by-4.0', ['Alpaydin', 'CC BY 4.0']),
+    ('cifar10', list(weights.CLASSES), 144, 'other', ['Krizhevsky', 'JPEG', 'research use'])])
+def test_config(tag, labels, side, license_, words):
+    model = timm.create_model(f'test_vt_resnet.{tag}', pretrained=True)
     config = model.pretrained_cfg
-    assert config['tag'] == 'digits'
-    assert list(config['label_names']) == list('0123456789')
-    assert (config['num_classes'], tuple(config['input_size'])) == (10, (3, 64, 64))
-    assert config['license'] == 'cc-by-4.0'
-    assert 'Alpaydin' in config['description'] and 'CC BY 4.0' in config['description']
-
-
-def test_file(model):
-    path = Path(model.pretrained_cfg['file'])
-    assert path == weights.WEIGHTS / 'test_vt_resnet.digits.safetensors'
+    assert (config['tag'], list(config['label_names'])) == (tag, labels)
+    assert (config['num_classes'], tuple(config['input_size'])) == (10, (3, side, side))
+    assert config['license'] == license_
+    assert all(word in config['description'] for word in words)
+    path = Path(config['file'])
+    assert path == weights.WEIGHTS / f'test_vt_resnet.{tag}.safetensors'
     assert path.stat().st_size < 2.5e6
     with safe_open(path, framework='pt') as f:
         assert set(f.keys()) == set(model.state_dict())
+
+
+def test_bare_name_is_that_of_the_digits(model):
+    assert model.pretrained_cfg['tag'] == 'digits'
 
 
 def test_nothing_is_unpickled(monkeypatch):
@@ -127,6 +153,12 @@ def test_predict(command, digits):
     assert (result.code, result.stderr) == (0, '')
     labels = [prediction['top'][0]['label'] for prediction in json.loads(result.stdout)]
     assert sum(label == path.parent.name for label, path in zip(labels, paths)) >= 9
+
+
+def test_predict_a_photograph(command, photograph):
+    result = command('predict', photograph, '--model', 'test_vt_resnet.cifar10', '--json')
+    assert (result.code, result.stderr) == (0, '')
+    assert json.loads(result.stdout)[0]['top'][0]['label'] == 'cat'
 
 
 def test_finetune_starts_from_them_by_tag(few_digits, tiny_settings, model, tmp_path):

@@ -363,6 +363,11 @@ def _trunk_cfg(resnet: str, **kwargs) -> Dict[str, Any]:
         **kwargs)
 
 
+def _shipped(name: str) -> str:
+    """File of the weights of that name in the package."""
+    return str(Path(__file__).parents[1] / 'weights' / f'{name}.safetensors')
+
+
 # The `untrained*` entries after the others keep timm from taking a trunk as the weights of a bare name. A trunk is
 # named after its ResNet, one of the best of its depth in timm's results of August 2026 under a licence like ours.
 default_cfgs = generate_default_cfgs({
@@ -376,10 +381,16 @@ default_cfgs = generate_default_cfgs({
     'vt_resnet101.trunk_a1h_in1k': _trunk_cfg('resnet101.a1h_in1k'),
     'vt_resnet101.untrained*': _cfg(),
     'test_vt_resnet.digits': _cfg(
-        file=str(Path(__file__).parents[1] / 'weights' / 'test_vt_resnet.digits.safetensors'),
+        file=_shipped('test_vt_resnet.digits'),
         input_size=(3, 64, 64), crop_pct=1.0, num_classes=10, label_names=tuple('0123456789'), license='cc-by-4.0',
         description="scikit-learn's digits: the test part of the UCI set Optical Recognition of Handwritten Digits, "
         'E. Alpaydin and C. Kaynak, 1998, CC BY 4.0'),
+    'test_vt_resnet.cifar10': _cfg(
+        file=_shipped('test_vt_resnet.cifar10'),
+        input_size=(3, 144, 144), crop_pct=1.0, num_classes=10, license='other', label_names=(
+            'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+        description='CIFAR-10 as JPEG files: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, '
+        '2009, research use'),
     'test_vt_resnet.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
 })
 

@@ -136,7 +136,7 @@ def main() -> None:
     jobs = [
         (arch, seed, args.trunk, args.data_dir, args.work_dir)
         for seed in args.seeds for arch in args.arch if (arch, seed, args.trunk is not None) not in done]
-    machine = f'{environment()[:-1]}, segmentation_models_pytorch {segmentation_models_pytorch.__version__}.'
+    machine = environment(f'segmentation_models_pytorch {segmentation_models_pytorch.__version__}')
     run_all(run, jobs, runs, log, machine, args.jobs, report)
     print(report(runs, machine))
     models = {NAMES[arch]: run_folder(args.work_dir, arch, 0, False) / 'last' for arch in ARCHITECTURES}

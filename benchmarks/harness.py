@@ -29,9 +29,9 @@ def versions() -> str:
         f'{vt_zoo.__version__}')
 
 
-def environment() -> str:
-    """The machine and the versions, as a sentence."""
-    return f'{platform.machine()}, {os.cpu_count()} CPU cores, {versions()}.'
+def environment(*more: str) -> str:
+    """The machine and the versions, with more of them, as a sentence."""
+    return f'{", ".join([platform.machine(), f"{os.cpu_count()} CPU cores", versions(), *more])}.'
 
 
 def machine() -> str:

@@ -117,6 +117,12 @@ def test_resuming_a_finished_training(segment_command, train_words, segment_run)
     assert tree(segment_run.out) == before
 
 
+@pytest.mark.parametrize('word', ['false', 'False'])
+def test_yes_or_no_as_yaml_has_it(segment_command, train_words, segment_run, word):
+    result = segment_command(*train_words, '--out', segment_run.out, '--resume', '--encoder-weights', word)
+    assert (result.code, result.stderr) == (0, '')
+
+
 def test_train_on_a_full_disk(segment_command, train_words, segment_run, tmp_path, limit_file_size):
     check_refused(segment_command(*train_words, '--out', tmp_path / 'run', before=limit_file_size(1_000_000)))
     assert files(tmp_path) == []

@@ -11,6 +11,7 @@ from vt_zoo.training.settings import YAML_ERRORS, Settings, read_yaml, shown_def
 
 Kind = TypeVar('Kind', bound=Settings)
 
+WORDS = {type(None): ('null',), bool: ('true', 'True', 'false', 'False')}  # that YAML reads as these types
 MAX_WORKERS = 8 * (os.cpu_count() or 1)  # each takes the memory of a process
 
 
@@ -123,7 +124,8 @@ def read_option(name: str, given: Union[str, List[Any]], kind: Any) -> Any:
         values = [read_option(name, text, Any) for text in given]
         whole = len(values) == 1 and (int in get_args(kind) or not isinstance(values[0], (int, float)))
         return values[0] if whole else values
-    if kind is str or (str in get_args(kind) and given != 'null'):
+    kinds = get_args(kind)
+    if kind is str or (str in kinds and not any(given in WORDS.get(k, ()) for k in kinds)):
         return given
     try:
         return read_yaml(given)

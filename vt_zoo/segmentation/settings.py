@@ -37,8 +37,7 @@ def _is_size(value: Union[int, Tuple[int, int]]) -> bool:
 
 
 def _read_weights(value: Union[bool, str]) -> Union[bool, str]:
-    """Read `encoder_weights`, which the command line gives as a word."""
-    value = {'true': True, 'false': False}.get(value, value) if isinstance(value, str) else value
+    """Read `encoder_weights`."""
     if isinstance(value, bool) or (isinstance(value, str) and Path(value).is_dir()):
         return value
     raise InputError(f'encoder_weights must be true, false or the folder of a classifier, got {short(value)}')

@@ -9,7 +9,8 @@ writes camvid.md, .json and .png in benchmarks/results. The measure is the mean 
 test pictures, which decide nothing. CamVid is read in the layout `folder`, with 11 classes, as the SegNet tutorial
 divides it: 367 road scenes of 480x360 to train on, 101 to validate, 233 to test.
 
-A run that was killed goes on where it was. One takes about an hour on one CPU core.
+A run that was killed goes on where it was. One takes about an hour on one CPU core; with `--device cuda`, several runs
+may share a GPU (`--jobs`).
 """
 import argparse
 import statistics
@@ -46,18 +47,20 @@ def run_folder(work_dir: Path, arch: str, seed: int, trunk: bool) -> Path:
     return work_dir / f'{arch}_{seed}{"_trunk" if trunk else ""}'
 
 
-def run(arch: str, seed: int, trunk: Optional[Path], data_dir: Path, work_dir: Path) -> Dict:
+def run(
+        arch: str, seed: int, trunk: Optional[Path], data_dir: Path, work_dir: Path, device: str, workers: int) -> Dict:
     """Train one model and return its measures; in a process of its own."""
     torch.set_num_threads(1)
     weights = False if trunk is None else str(trunk)
     settings = SegmentSettings.read('camvid', {'arch': arch, 'seed': seed, 'encoder_weights': weights})
     out = run_folder(work_dir, arch, seed, trunk is not None)
     with suppress(RunFinishedError):
-        train_segmenter(data_dir, out, settings, resume=True, device='cpu', progress=False)
+        train_segmenter(data_dir, out, settings, resume=True, workers=workers, device=device, progress=False)
     loaded = load(out / 'last')
     mean, std = loaded.preprocessing['mean'], loaded.preprocessing['std']
     data = load_dataset(settings.format, data_dir, 'test', eval_transform(mean, std))
-    measured = evaluate(loaded.model, DataLoader(data), len(loaded.classes), loaded.eval_size)
+    batches = DataLoader(data, num_workers=workers)
+    measured = evaluate(loaded.model.to(device), batches, len(loaded.classes), loaded.eval_size)
     return {
         'arch': arch, 'seed': seed, 'trunk': trunk is not None, 'miou': 100 * measured.miou,
         'iou': dict(zip(loaded.classes, (100 * v for v in measured.iou))),
@@ -126,7 +129,9 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trunk', type=Path, help='folder of a resnet18 for the encoder to start from')
     parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=0, help='processes that load the pictures of a run')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -134,9 +139,10 @@ def main() -> None:
     runs = read_runs(log)
     done = {(r['arch'], r['seed'], r['trunk']) for r in runs}
     jobs = [
-        (arch, seed, args.trunk, args.data_dir, args.work_dir)
+        (arch, seed, args.trunk, args.data_dir, args.work_dir, args.device, args.workers)
         for seed in args.seeds for arch in args.arch if (arch, seed, args.trunk is not None) not in done]
-    machine = environment(f'segmentation_models_pytorch {segmentation_models_pytorch.__version__}')
+    machine = environment(
+        f'segmentation_models_pytorch {segmentation_models_pytorch.__version__}', device=args.device)
     run_all(run, jobs, runs, log, machine, args.jobs, report)
     print(report(runs, machine))
     models = {NAMES[arch]: run_folder(args.work_dir, arch, 0, False) / 'last' for arch in ARCHITECTURES}

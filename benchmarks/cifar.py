@@ -60,18 +60,18 @@ def load_cifar(data_dir: Path) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """Pictures in uint8 as a model gets them."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
     return ((x / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def crop_and_flip(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Pictures in uint8 padded by reflection, cropped at random to their size, half of them flipped."""
-    padded = F.pad(x.float(), (PAD,) * 4, mode='reflect')
     size = x.shape[-1]
-    left, top = torch.randint(2 * PAD + 1, (2, len(x)), generator=generator)
-    flips = torch.rand(len(x), generator=generator) < 0.5
-    crops = [picture[:, i:i + size, j:j + size] for picture, i, j in zip(padded, top, left)]
-    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips)])
+    left, top = torch.randint(2 * PAD + 1, (2, len(x)), generator=generator).to(x.device)
+    flips = (torch.rand(len(x), generator=generator) < 0.5).to(x.device)
+    windows = F.pad(x.float(), (PAD,) * 4, mode='reflect').unfold(2, size, 1).unfold(3, size, 1)
+    crops = windows[torch.arange(len(x), device=x.device), :, top, left]
+    return torch.where(flips[:, None, None, None], crops.flip(-1), crops)
 
 
 def give_small_stem(model: nn.Module) -> nn.Module:

@@ -29,9 +29,10 @@ def versions() -> str:
         f'{vt_zoo.__version__}')
 
 
-def environment(*more: str) -> str:
+def environment(*more: str, device: str = 'cpu') -> str:
     """The machine and the versions, with more of them, as a sentence."""
-    return f'{", ".join([platform.machine(), f"{os.cpu_count()} CPU cores", versions(), *more])}.'
+    gpu = [] if device == 'cpu' else [torch.cuda.get_device_name()]
+    return f'{", ".join([platform.machine(), f"{os.cpu_count()} CPU cores", *gpu, versions(), *more])}.'
 
 
 def machine() -> str:
@@ -122,7 +123,7 @@ def train_epochs(
 
     Args:
         model: Gives logits.
-        data: Images (N, C, H, W), or what gives images of indices, and classes (N,).
+        data: Images (N, C, H, W), or what gives images of indices, and classes (N,), on the model's device.
         optimizer: Its learning rate is the peak.
         orders: Permutations of the images, one an epoch that is left.
         epochs: Number of epochs.
@@ -148,8 +149,8 @@ def train_epochs(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item()
-        yield total / steps
+            total = total + loss.detach()
+        yield total.item() / steps
 
 
 @torch.inference_mode()

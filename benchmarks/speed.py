@@ -1,4 +1,4 @@
-"""Speed and memory of VT modules beside what they replace, on the CPU.
+"""Speed and memory of VT modules beside what they replace.
 
     OMP_NUM_THREADS=2 python benchmarks/speed.py
 
@@ -6,11 +6,13 @@ measures parts and writes each to a page of benchmarks/results, beside the parts
 
     stage, training, growth   last stages and training steps, VT against layer4    speed
     models                    whole models, beside ResNets and others              speed
+    gpu                       whole models and training steps on a GPU             speed
     predict                   `vt-zoo predict` and timm's inference.py             speed
     necks                     the VT neck against the FPN module                   segmentation_speed
     segmenters                training steps, VT-FPN against the panoptic FPN      segmentation_speed
 
-What is compared takes turns in one process. Memory is that of one pass in a process of its own, asked of Linux.
+What is compared takes turns in one process. Memory is that of one pass, on the CPU in a process of its own, as Linux
+tells it, on a GPU as torch does.
 """
 import argparse
 import copy
@@ -34,6 +36,10 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from ablations import RESNET
+from cifar import BATCH
+from cifar10 import BASE
+from cifar10 import create as create_for_photographs
 from harness import machine, peak_bytes, read_runs, reset_peak, table, time_in_turns, times_faster, versions, write_runs
 from matplotlib.figure import Figure
 from PIL import Image
@@ -58,6 +64,7 @@ RIVALS = (
 COMPILED = ('vt_resnet18', 'resnet18', 'vt_resnet50', 'resnet50', 'convnext_tiny')  # compiling takes minutes
 COMPILE = 'float32 compile'
 MODES, BATCHES, TRAINING_BATCHES = ('float32', 'bfloat16', COMPILE), (1, 16), (16, 32)
+GPU_MODES, GPU_BATCH = ('float32', 'bfloat16'), 128
 SIZE, SIZES, TOKENS = 224, (224, 384, 512, 768, 1024), (16, 32, 64, 128, 256)
 CHANNELS, NECK_SIZE = (256, 512, 1024, 2048), 512  # of a ResNet-50's maps, at strides 4, 8, 16 and 32
 CLASSES = 11  # of CamVid
@@ -76,6 +83,7 @@ class Job:
     batch: int = 1
     size: int = SIZE
     num_tokens: int = 0  # 0 for the model's own
+    device: str = 'cpu'
 
 
 def twin(name: str) -> str:
@@ -130,7 +138,7 @@ class LastStage(nn.Module):
 def prepare_inference(job: Job) -> Callable[[], None]:
     """A pass of a model or its last stage, channels last."""
     dtype = getattr(torch, job.mode.split()[0])
-    net = copy.deepcopy(best_form(job.name, job.num_tokens)).to(dtype)
+    net = copy.deepcopy(best_form(job.name, job.num_tokens)).to(job.device, dtype)
     for parameter in net.parameters():
         if parameter.ndim == 4:  # Module.to would refuse the 3D convolutions of lambda_resnet26t
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
@@ -152,13 +160,17 @@ def prepare_inference(job: Job) -> Callable[[], None]:
 
 def prepare_training(job: Job) -> Callable[[], None]:
     """A step of SGD on random images."""
-    model = timm.create_model(job.name).train().to(memory_format=torch.channels_last)
+    photographs = job.what == 'photographs'
+    model = create_for_photographs(job.name) if photographs else timm.create_model(job.name)
+    model = model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     x = torch.randn(job.batch, 3, job.size, job.size).to(memory_format=torch.channels_last)
     y = torch.randint(model.num_classes, (job.batch,))
 
     def run() -> None:
-        loss = F.cross_entropy(model(x), y)
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.mode == 'bfloat16'):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -193,7 +205,7 @@ def prepare_segmenter(job: Job) -> Callable[[], None]:
     y = torch.randint(CLASSES, (job.batch, *settings.crop_size))
 
     def run() -> None:
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(job.device, torch.bfloat16):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), y)
         optimizer.zero_grad()
@@ -204,13 +216,21 @@ def prepare_segmenter(job: Job) -> Callable[[], None]:
 
 PREPARE = {
     'model': prepare_inference, 'stage': prepare_inference, 'training': prepare_training,
-    'neck': prepare_neck, 'neck training': prepare_neck, 'segmenter': prepare_segmenter}
+    'photographs': prepare_training, 'neck': prepare_neck, 'neck training': prepare_neck,
+    'segmenter': prepare_segmenter}
 
 
 def prepare(job: Job) -> Callable[[], None]:
     """All that a job needs, ready to run once and again."""
     torch.manual_seed(0)
-    return PREPARE[job.what](job)
+    with torch.device(job.device):
+        return PREPARE[job.what](job)
+
+
+def gpu_clock() -> float:
+    """Seconds, after all that a GPU was given to do is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
@@ -223,12 +243,20 @@ def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
     works = {job: prepare(job) for job in tqdm(jobs, 'prepare', leave=False)}
     first = jobs[0]
     desc = f'{first.what}, {first.mode}, batch {first.batch}, {first.size}'
-    seconds = time_in_turns(works, rounds, warm_up=2, desc=desc, untimed=int(first.batch == 1))
+    clock = time.perf_counter if first.device == 'cpu' else gpu_clock
+    seconds = time_in_turns(works, rounds, warm_up=2, desc=desc, untimed=int(first.batch == 1), clock=clock)
     return [{**asdict(job), 'seconds': seconds[job]} for job in jobs]
 
 
 def measure_peak(job: Job) -> int:
     """Bytes that one run needs at its peak beyond what it starts from, in a process that has run no other."""
+    if job.device == 'cuda':
+        prepare(job)()  # loads the libraries' code
+        run = prepare(job)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed blocks from 64 KiB up leave the process
     small = 'test_vt_resnet' if job.what in ('stage', 'training') else job.name
     prepare(replace(job, name=small, size=64, num_tokens=0))()  # loads the libraries' code
@@ -240,7 +268,9 @@ def measure_peak(job: Job) -> int:
 
 
 def measure_peaks(jobs: List[Job]) -> List[int]:
-    """Peaks of the jobs, each in a new process."""
+    """Peaks of the jobs, on the CPU each in a new process."""
+    if jobs[0].device == 'cuda':
+        return [measure_peak(job) for job in jobs]
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm', 'vt_zoo', 'torch._dynamo'])
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -255,10 +285,19 @@ def stage_pairs() -> List[Tuple[Job, Job]]:
 
 
 def training_pairs() -> List[Tuple[Job, Job]]:
-    """Training steps."""
+    """Training steps; then those of `cifar10.py`, in bfloat16."""
+    photographs = tuple(Job('photographs', name, 'bfloat16', BATCH, 32) for name in (BASE, RESNET))
     return [
-        (Job('training', twin(name), batch=batch), Job('training', name, batch=batch))
-        for name, batch in product(TRAINED, TRAINING_BATCHES)]
+        *((Job('training', twin(name), batch=batch), Job('training', name, batch=batch))
+          for name, batch in product(TRAINED, TRAINING_BATCHES)), photographs]
+
+
+def gpu_pairs() -> List[Tuple[Job, Job]]:
+    """Whole models, then training steps, of classifiers and of segmenters, on a GPU."""
+    models = [('model', name, mode) for mode, name in product(GPU_MODES, RESNETS)]
+    steps = [('training', name, 'bfloat16') for name in TRAINED]
+    pairs = [tuple(Job(what, n, mode, GPU_BATCH) for n in (twin(name), name)) for what, name, mode in models + steps]
+    return [tuple(replace(job, device='cuda') for job in pair) for pair in [*pairs, *segmenter_pairs()]]
 
 
 def growth_pairs() -> List[Tuple[Job, Job]]:
@@ -342,12 +381,12 @@ def tabulate_pairs(records: List[dict]) -> List[str]:
     rows = []
     for own, base in zip(records[::2], records[1::2]):
         rows.append([
-            own['name'], base['name'], own['mode'], own['batch'], own['size'], own['num_tokens'] or '',
+            own['what'], own['name'], base['name'], own['mode'], own['batch'], own['size'], own['num_tokens'] or '',
             *(f'{1000 * median(r["seconds"]):.2f}' for r in (own, base)),
             times_faster(base['seconds'], own['seconds'])])
         if 'bytes' in own:
             rows[-1] += [*(f'{r["bytes"] / MIB:.1f}' for r in (own, base)), f'{own["bytes"] / base["bytes"]:.2f}']
-    columns = ('VT', 'beside', 'mode', 'batch', 'image', 'tokens', 'VT, ms', 'beside, ms', 'times faster')
+    columns = ('of', 'VT', 'beside', 'mode', 'batch', 'image', 'tokens', 'VT, ms', 'beside, ms', 'times faster')
     memory = ('VT, MiB', 'beside, MiB', 'ratio') if 'bytes' in records[0] else ()
     return table((*columns, *memory), rows)
 
@@ -445,6 +484,11 @@ PARTS = {
         'speed', 'Growth',
         'The last stage by size of the image, and by number of tokens. Memory is beyond weights and the incoming map.',
         partial(measure_pairs, growth_pairs, True), picture='speed_growth.png', draw=draw_growth),
+    'gpu': Part(
+        'speed', 'On a GPU',
+        "Whole models in the form for inference, and training steps, the latter with autocast in bfloat16. In float32, "
+        "convolutions may run in TF32, which is torch's default. Memory is beyond weights and images.",
+        partial(measure_pairs, gpu_pairs, True)),
     'predict': Part(
         'speed', 'Many pictures',
         f'Whole processes on {PICTURES} pictures of 32x32, `{PREDICTOR}`, batches of 32, 2 workers, one thread for the '
@@ -482,7 +526,7 @@ def report(runs: List[dict], environment: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [name for name in PARTS if name != 'predict']
+    default = [name for name in PARTS if name not in ('gpu', 'predict')]
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=default, help='what to measure')
     parser.add_argument('--rounds', type=int, help='timed runs of each; default: by part')
     parser.add_argument('--scripts', type=Path, help="folder with timm's inference.py, for the part predict")
@@ -496,10 +540,12 @@ def main() -> None:
     for name in args.parts:
         part = PARTS[name]
         records = part.measure(argparse.Namespace(rounds=args.rounds or part.rounds, scripts=args.scripts))
+        gpu = [torch.cuda.get_device_name()] if name == 'gpu' else []
         log = args.out / f'{part.page}.json'
         kept = [run for run in read_runs(log) if run['part'] != name]
         command = f'OMP_NUM_THREADS={torch.get_num_threads()} python {words}'
-        runs = [*kept, {'part': name, 'command': command, 'environment': environment, 'records': records}]
+        where = ', '.join([*gpu, environment])
+        runs = [*kept, {'part': name, 'command': command, 'environment': where, 'records': records}]
         write_runs(log, sorted(runs, key=lambda run: list(PARTS).index(run['part'])), environment, report)
         if part.draw:
             with whole(args.out / part.picture) as new:

@@ -20,7 +20,6 @@ Measures, each the median over the pictures, of each module (of VT-FPN: level):
 * rank: `effective_rank` of the tokens.
 """
 import argparse
-import platform
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from camvid import run_folder
 from cifar import load_cifar, normalise
 from cifar10 import BASE, create, trained_weights
-from harness import mean_and_spread, read_runs, versions, write_runs
+from harness import environment, mean_and_spread, read_runs, write_runs
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -109,7 +108,7 @@ class Cifar10:
     def pictures(self) -> Pictures:
         data = load_cifar(self.data_dir)
         train, test = (normalise(data[part][0]) for part in ('train', 'test'))
-        return Pictures(train[::len(train) // 1000], [(batch, None) for batch in test.split(100)], [])
+        return Pictures(train[::max(len(train) // 1000, 1)], [(batch, None) for batch in test.split(100)], [])
 
 
 TASKS = {'camvid': CamVid, 'cifar10': Cifar10}
@@ -122,8 +121,9 @@ def take_statistics(model: nn.Module, images: torch.Tensor) -> nn.Module:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = None
     model.train()
+    device = next(model.parameters()).device
     for batch in images.split(8):
-        model(batch)
+        model(batch.to(device))
     return model.eval()
 
 
@@ -193,10 +193,11 @@ class Sums:
 
 def measure(model: nn.Module, pictures: Pictures, progress: str) -> List[Dict[str, Any]]:
     """The measures of each module or level."""
+    device = next(model.parameters()).device
     front = [i for i, name in enumerate(pictures.classes) if name in FOREGROUND]
     sums: List[Sums] = []
     for i, (images, mask) in enumerate(tqdm(pictures.test, progress, leave=False)):
-        records = capture_tokens(model, images)
+        records = capture_tokens(model, images.to(device))
         sums = sums or [Sums() for _ in records]
         other = pictures.test[(i + len(pictures.test) // 2) % len(pictures.test)][1]
         for index, (record, total) in enumerate(zip(records, sums)):
@@ -209,7 +210,8 @@ def measure(model: nn.Module, pictures: Pictures, progress: str) -> List[Dict[st
                 total.reads = total.reads + record.projection.mean((-2, -1)).sum(0)
             if mask is not None:
                 number = len(pictures.classes)
-                areas = {'own': cover(mask, number, total.size), 'other': cover(other, number, total.size)}
+                masks = {'own': mask, 'other': other}
+                areas = {whose: cover(m.to(device), number, total.size) for whose, m in masks.items()}
                 total.add_masks(maps, areas, front)
     return [total.result() for total in sums]
 
@@ -313,6 +315,7 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of the pictures')
     parser.add_argument('--models', type=Path, required=True, help='folder of the trained models')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
     models = TASKS[args.task](args.data_dir, args.models)
@@ -322,18 +325,18 @@ def main() -> None:
     for seed in args.seeds:
         for weights in ('trained', 'random'):
             if weights == 'trained':
-                model = models.trained(seed)
+                model = models.trained(seed).to(args.device)
             else:
-                model = take_statistics(models.random(seed), pictures.train)
+                model = take_statistics(models.random(seed).to(args.device), pictures.train)
             runs.append({
                 'models': models.name, 'part': models.part, 'weights': weights, 'seed': seed,
                 'classes': pictures.classes, 'parts': measure(model, pictures, f'{weights}, seed {seed}')})
-    environment = f'{platform.machine()}, {versions()}.'
-    write_runs(log, runs, environment, report)
+    machine = environment(device=args.device)
+    write_runs(log, runs, machine, report)
     if args.task == 'camvid':
         draw_classes(runs, args.out / 'token_analysis_classes.png')
         draw_scene(models, args.out / 'token_analysis_scene.png', args.out / 'token_analysis_levels.png')
-    print(report(runs, environment))
+    print(report(runs, machine))
 
 
 if __name__ == '__main__':

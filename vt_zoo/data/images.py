@@ -31,6 +31,7 @@ __all__ = ['ImageFolder', 'Split', 'find_split', 'image_transform', 'load_image'
 _logger = logging.getLogger(__name__)
 
 Sample = Tuple[str, int]
+CHUNK = 100  # files that a thread checks in its turn
 MOST_NAMED = 20  # the most classes that `describe_split` lists one by one
 
 BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339  # tags of TIFF
@@ -239,10 +240,12 @@ def _readable(samples: List[Sample], progress: bool) -> List[Sample]:
             return e
         return None
 
-    with ThreadPoolExecutor() as pool:
-        errors = list(tqdm(
-            pool.map(error, samples), total=len(samples), desc='checking images',
-            disable=None if progress else True, leave=False))
+    errors: List[Optional[InputError]] = []
+    bar = tqdm(total=len(samples), desc='checking images', disable=None if progress else True, leave=False)
+    with ThreadPoolExecutor() as pool, bar:  # by chunks, since a small image takes less time than a thread's turn
+        for found in pool.map(lambda i: [error(s) for s in samples[i:i + CHUNK]], range(0, len(samples), CHUNK)):
+            errors += found
+            bar.update(len(found))
     for e in filter(None, errors):
         _logger.warning(f'{e}; left out')
     return [s for s, e in zip(samples, errors) if e is None]

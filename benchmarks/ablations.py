@@ -2,12 +2,10 @@
 
     python benchmarks/ablations.py sums
     python benchmarks/ablations.py photographs --data-dir CIFAR10
-    python benchmarks/ablations.py digits
 
 `sums`: the sum of two handwritten digits among random strokes, by a small VT-ResNet with each ablation and by timm's
 ResNet on the same trunk. `photographs`: CIFAR-10 as JPEG files (see benchmarks/cifar.py), by a model of three VT
-modules with each ablation, and with changes of the modules that are no options. `digits`: `vt_resnet18` against
-`resnet18` on single digits, by both recipes of the paper.
+modules with each ablation, and with changes of the modules that are no options.
 
 Two seeds of the sums take about 45 minutes on two cores, a run of 6 epochs of 20,000 photographs 7 minutes in bfloat16.
 All runs are in benchmarks/results/ablations.md and .json; what was interrupted goes on after the last complete run.
@@ -51,11 +49,6 @@ VARIANTS = {  # name: (table of the paper, options, the paper's points against i
     '32 tokens': ('6', {'num_tokens': 32}, (-0.3, 0.3)),
     'no projector': ('7', {'projector': False}, (-1.1, -0.7)),
 }
-RECIPES = {  # section 5.1's SGD at its learning rate; section 5.2's RMSProp at its peak, 0.16 for 2048 images, scaled
-    'momentum': {'opt': 'momentum', 'lr': 0.1, 'weight_decay': 4e-5, 'momentum': 0.9},
-    'rmsproptf': {'opt': 'rmsproptf', 'lr': 0.16 * 64 / 2048, 'weight_decay': 1e-5, 'momentum': 0.9, 'eps': 1e-3},
-}
-DIGITS_MODELS = ('resnet18', 'vt_resnet18')
 SIZE, DIGIT = 96, 28  # pixels a side of an image of the sums, and of a digit in it
 HIGHEST = 7  # with 8 and 9, an hour is too short for any variant to learn the task
 BATCH = 64
@@ -86,11 +79,11 @@ CHANGES = {'competition': compete, 'projection from one': project_from_one}
 
 
 @lru_cache
-def load_scans(size: int) -> Dict[str, Tuple[np.ndarray, np.ndarray]]:
-    """The digits' scans in grey (N, size, size) and the digits (N,) by split, in the order of the digits."""
+def load_scans() -> Dict[str, Tuple[np.ndarray, np.ndarray]]:
+    """The digits' scans in grey (N, 28, 28) and the digits (N,) by split, in the order of the digits."""
     scans, digits, parts = read_digits()
     resized = np.stack([
-        np.asarray(Image.fromarray(scan).resize((size, size), Image.BILINEAR))
+        np.asarray(Image.fromarray(scan).resize((DIGIT, DIGIT), Image.BILINEAR))
         for scan in (scans * (255 / 16)).round().astype(np.uint8)])
     orders = {part: sorted(numbers, key=lambda i: (digits[i], i)) for part, numbers in parts.items()}
     return {part: (resized[order], digits[order]) for part, order in orders.items()}
@@ -116,7 +109,7 @@ def strokes(rng: np.random.Generator) -> Image.Image:
 def compose(part: str, number: int, seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 1, 96, 96) of two scans of a split, normalised, and their sums (N,)."""
     rng = np.random.default_rng(seed)
-    scans, of = load_scans(DIGIT)[part]
+    scans, of = load_scans()[part]
     by_digit = [scans[of == digit] for digit in range(HIGHEST + 1)]
     images = np.empty((number, SIZE, SIZE), np.uint8)
     digits = rng.integers(HIGHEST + 1, size=(number, 2))
@@ -135,15 +128,6 @@ def compose(part: str, number: int, seed: int) -> Tuple[torch.Tensor, torch.Tens
 def load_sums() -> Data:
     """Images and sums by split."""
     return {'train': compose('train', 12000, seed=0), 'val': compose('val', 2000, seed=1)}
-
-
-def load_digits() -> Data:
-    """Images (N, 3, 64, 64), normalised, and digits (N,) by split."""
-    scans = {part: (torch.from_numpy(x)[:, None].float() / 255, y) for part, (x, y) in load_scans(64).items()}
-    mean, std = scans['train'][0].mean(), scans['train'][0].std()
-    return {
-        part: (((x - mean) / std).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(y))
-        for part, (x, y) in scans.items()}
 
 
 def train_on_sums(run: dict, data_dir: Path) -> Trained:
@@ -184,25 +168,9 @@ def train_on_photographs(run: dict, data_dir: Path) -> Trained:
     return model, [loss for loss, _ in history], (normalise(x_test), y_test)
 
 
-def train_on_digits(run: dict, data_dir: Path) -> Trained:
-    data = load_digits()
-    torch.manual_seed(run['seed'])
-    name, recipe = run['variant'].split(', ')
-    model = timm.create_model(name, num_classes=10)
-    optimizer = create_optimizer_v2(model, **RECIPES[recipe])
-    generator = torch.Generator()
-    orders = (
-        torch.randperm(len(data['train'][1]), generator=generator.manual_seed(1000 * run['seed'] + epoch))
-        for epoch in range(run['epochs']))
-    losses = train_epochs(
-        model, data['train'], optimizer, orders, run['epochs'], BATCH, warmup_lr=RECIPES[recipe]['lr'] / 16)
-    return model, list(losses), data['val']
-
-
-TASKS = {  # name: (training, variants, epochs, seeds)
-    'sums': (train_on_sums, [*VARIANTS], 7, 2),
-    'photographs': (train_on_photographs, [name for name in (*VARIANTS, *CHANGES) if name != RESNET], 6, 2),
-    'digits': (train_on_digits, [f'{name}, {recipe}' for recipe in RECIPES for name in DIGITS_MODELS], 8, 3),
+TASKS = {  # name: (training, variants, epochs)
+    'sums': (train_on_sums, [*VARIANTS], 7),
+    'photographs': (train_on_photographs, [name for name in (*VARIANTS, *CHANGES) if name != RESNET], 6),
 }
 
 
@@ -247,7 +215,7 @@ def report(runs: List[dict], environment: str) -> str:
         f'*Sums*: 96x96 images of two scans of digits, 0 to {HIGHEST}, at least 48 pixels apart among random strokes; '
         '12,000 training and 2,000 held-out images of different scans. *Photographs*: CIFAR-10 as JPEG files, which is '
         "not the official data; rows of 0.1's module are of benchmarks/design.py at commit d7dbd5c, before the module "
-        "changed. *Digits*: scikit-learn's 1,347 training and 450 held-out scans at 64x64; a scan is 0.22 points.",
+        'changed.',
         '', '![Images of the sums](ablations.png)', *tables(runs, _schedule, BASE, columns), ''])
 
 
@@ -299,14 +267,14 @@ def main() -> None:
     parser.add_argument('task', choices=[*TASKS])
     parser.add_argument('--data-dir', type=Path, help='folder of CIFAR-10 as JPEG files, for photographs')
     parser.add_argument('--variants', nargs='+', metavar='NAME', help='(default: all of the task)')
-    parser.add_argument('--seeds', type=int, nargs='+', help='(default: 0 and 1, of digits also 2)')
-    parser.add_argument('--epochs', type=int, help='(default: 7 of sums, 6 of photographs, 8 of digits)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
+    parser.add_argument('--epochs', type=int, help='(default: 7 of sums, 6 of photographs)')
     parser.add_argument('--pictures', type=int, default=20000, help='training photographs (default: %(default)s)')
     parser.add_argument('--precision', default='bfloat16', choices=['float32', 'bfloat16'], help='of photographs')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
-    _, variants, epochs, seeds = TASKS[args.task]
+    _, variants, epochs = TASKS[args.task]
     unknown = {*(args.variants or [])} - {*variants}
     if unknown:
         parser.error(f'--variants must be of {"; ".join(variants)}, got {min(unknown)!r}')
@@ -322,7 +290,7 @@ def main() -> None:
     runs = read_runs(log)
     wanted = [
         {**schedule, 'variant': variant, 'seed': seed}
-        for seed in args.seeds or range(seeds) for variant in args.variants or variants]
+        for seed in args.seeds for variant in args.variants or variants]
     jobs = [(run, args.data_dir) for run in wanted if not any(run.items() <= r.items() for r in runs)]
     machine = environment()
     run_all(train, jobs, runs, log, machine, args.jobs, report)

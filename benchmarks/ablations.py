@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn as nn
 from cifar import fit_plain, give_small_stem, load_cifar, normalise
-from harness import accuracy, environment, mean_and_spread, read_runs, run_all, train_epochs
+from harness import accuracy, environment, mean_and_spread, read_runs, run_all, table, train_epochs
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from timm.models.resnet import BasicBlock, ResNet
@@ -241,13 +241,13 @@ def tables(
         for run in sorted((r for r in runs if schedule(r) == title), key=lambda r: r['seed']):
             by_name.setdefault(run['variant'], []).append(run)
         means = {name: statistics.mean(r['test'] for r in same) for name, same in by_name.items()}
-        lines += ['', f'## {title}', '', f'| {" | ".join(heads)} |', f'|{"---|" * len(heads)}']
+        rows = []
         for name in sorted(by_name, key=[base, *VARIANTS, *by_name].index):
-            table, _, paper = VARIANTS.get(BASE if name == base else name, ('', {}, ()))
+            number, _, paper = VARIANTS.get(BASE if name == base else name, ('', {}, ()))
             against = f'{means[name] - means[base]:+.2f}' if base in means and name != base else ''
             points = ', '.join(f'{p:+.1f}' for p in paper)
-            cells = name, *(cell(by_name[name]) for cell in columns.values()), against, table, points
-            lines.append(f'| {" | ".join(cells)} |')
+            rows.append((name, *(cell(by_name[name]) for cell in columns.values()), against, number, points))
+        lines += ['', f'## {title}', *table(heads, rows)]
     return lines
 
 

@@ -21,7 +21,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import segmentation_models_pytorch
 import torch
-from harness import environment, mean_and_spread, read_runs, run_all, table
+from harness import add_device, environment, mean_and_spread, read_runs, run_all, table
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trunk', type=Path, help='folder of a resnet18 for the encoder to start from')
     parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    add_device(parser)
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=0, help='processes that load the pictures of a run')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from ablations import RESNET, VARIANTS, tables
 from cifar import AUTOCAST, BATCH, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise
-from harness import accuracy, environment, mean_and_spread, read_runs, run_all
+from harness import accuracy, add_device, environment, mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--epochs', type=int, default=EPOCHS)
     parser.add_argument('--precision', default=PRECISION, choices=['float32', 'bfloat16'])
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    add_device(parser)
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()

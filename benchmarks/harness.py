@@ -1,4 +1,5 @@
 """What benchmarks share: the machine, resumable runs side by side, training on tensors, the peak of memory."""
+import argparse
 import json
 import os
 import platform
@@ -33,6 +34,16 @@ def environment(*more: str, device: str = 'cpu') -> str:
     """The machine and the versions, with more of them, as a sentence."""
     gpu = [] if device == 'cpu' else [torch.cuda.get_device_name()]
     return f'{", ".join([platform.machine(), f"{os.cpu_count()} CPU cores", *gpu, versions(), *more])}.'
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--device`, which refuses a GPU that is not there."""
+    def available(name: str) -> str:
+        if name == 'cpu' or (name == 'cuda' and torch.cuda.is_available()):
+            return name
+        raise argparse.ArgumentTypeError(f'must be cpu, or cuda where torch finds a GPU, got {name}')
+
+    parser.add_argument('--device', type=available, default='cpu', help='cpu or cuda (default: %(default)s)')
 
 
 def machine() -> str:

@@ -10,7 +10,6 @@ that was killed goes on after its last epoch; `--work-dir` keeps a log with a li
 """
 import argparse
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List
@@ -20,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar import crop_and_flip, fit, load_cifar
-from harness import accuracy, cross_entropy, environment, mean_and_spread, read_runs, run_all
+from harness import accuracy, cross_entropy, environment, mean_and_spread, read_runs, run_all, table, time_in_turns
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
@@ -120,12 +119,8 @@ def costs(weights: Path) -> Dict[str, dict]:
     forms = {
         name: reparameterize_model(model).to(memory_format=torch.channels_last) for name, model in models.items()}
     image = torch.randn(1, *size).contiguous(memory_format=torch.channels_last)
-    seconds: Dict[str, List[float]] = {name: [] for name in forms}
-    for _ in range(LATENCY_RUNS):
-        for name, model in forms.items():
-            start = time.perf_counter()
-            model(image)
-            seconds[name].append(time.perf_counter() - start)
+    works = {name: partial(model, image) for name, model in forms.items()}
+    seconds = time_in_turns(works, LATENCY_RUNS, warm_up=2, desc='latency')
     return {
         name: {
             'parameters': sum(p.numel() for p in model.parameters()), 'multiply_adds': count_multiply_adds(model, size),
@@ -144,17 +139,13 @@ def report(cost: Dict[str, dict], runs: List[dict], environment: str) -> str:
         f'new. Fine-tuned on CIFAR-10 as JPEG files, which is not the official data, enlarged to {SIZE}x{SIZE}: AdamW, '
         f'weight decay {WEIGHT_DECAY}, batch {BATCH}, one epoch of warm-up and a cosine, crops and flips, stochastic '
         'depth 0.1, bfloat16 but for depthwise convolutions. Accuracy on the 10,000 test pictures after the last '
-        'epoch in percent.', '',
-        '| model | parameters, M | multiply-adds, M | of them after the trunk, M | one image on one thread, ms |',
-        f'|{"---|" * 5}']
-    for name, c in cost.items():
-        millions = (f'{c[key] / 1e6:.2f}' for key in ('parameters', 'multiply_adds', 'after_the_trunk'))
-        lines.append(f'| {name} | {" | ".join(millions)} | {c["milliseconds"]:.1f} |')
-    lines += [
-        '', 'Time: medians, the models in turns, inference forms, float32.', '',
-        '| pictures | epochs | learning rate | model | test accuracy | each seed | loss of the last epoch | CPU s an '
-        'epoch |',
-        f'|{"---|" * 8}']
+        'epoch in percent.',
+        *table(('model', 'parameters, M', 'multiply-adds, M', 'of them after the trunk, M',
+                'one image on one thread, ms'), (
+            (name, *(f'{c[key] / 1e6:.2f}' for key in ('parameters', 'multiply_adds', 'after_the_trunk')),
+             f'{c["milliseconds"]:.1f}') for name, c in cost.items())),
+        'Time: medians, the models in turns, inference forms, float32.']
+    rows = []
     for key in sorted({(r['pictures'], r['epochs'], r['lr']) for r in runs}):
         for name in MODELS:
             same = sorted(
@@ -162,12 +153,13 @@ def report(cost: Dict[str, dict], runs: List[dict], environment: str) -> str:
                 key=lambda r: r['seed'])
             if same:
                 test = [r['test'] for r in same]
-                cells = (
+                rows.append((
                     *key, name, mean_and_spread(test), ', '.join(f'{a:.2f}' for a in test),
                     f'{statistics.mean(r["loss"][-1] for r in same):.3f}',
-                    f'{statistics.median(r["epoch_cpu_seconds"] for r in same):.0f}')
-                lines.append(f'| {" | ".join(map(str, cells))} |')
-    return '\n'.join([*lines, ''])
+                    f'{statistics.median(r["epoch_cpu_seconds"] for r in same):.0f}'))
+    return '\n'.join([*lines, *table((
+        'pictures', 'epochs', 'learning rate', 'model', 'test accuracy', 'each seed', 'loss of the last epoch',
+        'CPU s an epoch'), rows)])
 
 
 def main() -> None:

@@ -158,6 +158,21 @@ def prepare_inference(job: Job) -> Callable[[], None]:
     return run
 
 
+def training_step(
+        model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, bfloat16: bool,
+) -> Callable[[], None]:
+    """A step of training on images and classes."""
+
+    def run() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return run
+
+
 def prepare_training(job: Job) -> Callable[[], None]:
     """A step of SGD on random images."""
     photographs = job.what == 'photographs'
@@ -166,15 +181,7 @@ def prepare_training(job: Job) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     x = torch.randn(job.batch, 3, job.size, job.size).to(memory_format=torch.channels_last)
     y = torch.randint(model.num_classes, (job.batch,))
-
-    def run() -> None:
-        with torch.autocast(job.device, torch.bfloat16, enabled=job.mode == 'bfloat16'):
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return run
+    return training_step(model, optimizer, x, y, job.mode == 'bfloat16')
 
 
 def prepare_neck(job: Job) -> Callable[[], None]:
@@ -203,15 +210,7 @@ def prepare_segmenter(job: Job) -> Callable[[], None]:
     optimizer = create_optimizer_v2(model, settings.opt, settings.lr, settings.weight_decay)
     x = torch.randn(job.batch, 3, *settings.crop_size)
     y = torch.randint(CLASSES, (job.batch, *settings.crop_size))
-
-    def run() -> None:
-        with torch.autocast(job.device, torch.bfloat16):
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return run
+    return training_step(model, optimizer, x, y, True)
 
 
 PREPARE = {
@@ -534,6 +533,8 @@ def main() -> None:
     args = parser.parse_args()
     if 'predict' in args.parts and args.scripts is None:
         parser.error('predict needs --scripts')
+    if 'gpu' in args.parts and not torch.cuda.is_available():
+        parser.error('gpu needs a GPU that torch finds')
     args.out.mkdir(parents=True, exist_ok=True)
     words = shlex.join(['benchmarks/speed.py', *sys.argv[1:]])
     environment = f'{machine()}, {versions()}'

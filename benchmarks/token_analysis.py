@@ -21,7 +21,7 @@ Measures, each the median over the pictures, of each module (of VT-FPN: level):
 """
 import argparse
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from camvid import run_folder
 from cifar import load_cifar, normalise
 from cifar10 import BASE, create, trained_weights
-from harness import environment, mean_and_spread, read_runs, write_runs
+from harness import add_device, environment, mean_and_spread, read_runs, table, write_runs
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -216,12 +216,12 @@ def measure(model: nn.Module, pictures: Pictures, progress: str) -> List[Dict[st
     return [total.result() for total in sums]
 
 
-def rows(runs: List[Dict[str, Any]], keys: Dict[str, str]) -> Iterator[str]:
+def tabulate(runs: List[Dict[str, Any]], keys: Dict[str, str]) -> List[str]:
     """A table: a line a module or level, trained and random side by side."""
-    yield '| of | map | ' + ' | '.join(f'{title} | random' for title in keys.values()) + ' |'
-    yield '|---' * (2 * len(keys) + 2) + '|'
-    names = dict.fromkeys(run['models'] for run in runs)
-    for name in names:
+    heads, rows = ['of', 'map'], []
+    for title in keys.values():
+        heads += [title, 'random']
+    for name in dict.fromkeys(run['models'] for run in runs):
         mine = [run for run in runs if run['models'] == name]
         for i, part in enumerate(mine[0]['parts']):
             cells = [f'{name}, {mine[0]["part"]} {i + 1}', f'{part["height"]}x{part["width"]}']
@@ -230,7 +230,8 @@ def rows(runs: List[Dict[str, Any]], keys: Dict[str, str]) -> Iterator[str]:
                     found = [run['parts'][i].get(key) for run in mine if run['weights'] == weights]
                     found = [value for value in found if value is not None]
                     cells.append(mean_and_spread(found) if found else '')
-            yield f'| {" | ".join(cells)} |'
+            rows.append(cells)
+    return table(heads, rows)
 
 
 def report(runs: List[Dict[str, Any]], environment: str) -> str:
@@ -241,19 +242,19 @@ def report(runs: List[Dict[str, Any]], environment: str) -> str:
         '# What the tokens of trained models see on photographs', '',
         'Commands: `python benchmarks/token_analysis.py camvid --data-dir DIR --models DIR`, and `cifar10` in its '
         f'place. {environment} Mean and standard deviation over the seeds ({seeds}), on the test pictures; the '
-        'docstring of the benchmark defines each measure.', '', '## Entropy, use and rank', '',
-        *rows(runs, {
+        'docstring of the benchmark defines each measure.', '', '## Entropy, use and rank',
+        *tabulate(runs, {
             'entropy of A': 'entropy of A', 'entropy of A-hat': 'entropy of Â', 'used': 'used', 'rank': 'rank'})]
     if masks:
         lines += [
-            '', '## Cars, people and signs', '', *rows(masks, {
+            '## Cars, people and signs', *tabulate(masks, {
                 'foreground of A': 'A', 'foreground of A, other masks': 'A, other masks', 'foreground of A-hat': 'Â',
                 'foreground of A-hat, other masks': 'Â, other masks', 'least token': 'least token',
                 'most token': 'most token'}),
-            '', '## Which token sees which class', '', *rows(masks, {
+            '## Which token sees which class', *tabulate(masks, {
                 'information of A': 'bits of A', 'information of A, other masks': 'other masks',
                 'information of A-hat': 'bits of Â', 'information of A-hat, other masks': 'other masks'}),
-            '', '![Attention of each token by class](token_analysis_classes.png)', '',
+            '![Attention of each token by class](token_analysis_classes.png)', '',
             'Seed 0: tokens of the coarsest level and the classes that VT-FPN finds, then tokens of all levels.', '',
             '![Where the tokens of the coarsest level look in a road scene](token_analysis_scene.png)', '',
             '![Where the tokens of each level look](token_analysis_levels.png)']
@@ -315,7 +316,7 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of the pictures')
     parser.add_argument('--models', type=Path, required=True, help='folder of the trained models')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    add_device(parser)
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
     models = TASKS[args.task](args.data_dir, args.models)

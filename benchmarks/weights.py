@@ -23,7 +23,7 @@ from typing import List, Optional
 import timm
 import torch
 from cifar import CLASSES
-from harness import environment, read_runs, run_all
+from harness import environment, read_runs, run_all, table
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
@@ -128,18 +128,19 @@ def report(name: str, steps: List[FinetuneSettings], runs: List[dict], environme
         f'# The weights test_vt_resnet.{name}', '',
         f'Command: `python benchmarks/weights.py {name}`. {environment}', '',
         f'{DATA[name]} `vt-zoo finetune` from random weights {trainings}; all settings are in the script. Accuracy '
-        "after the last epoch. The file is seed 0's, as was decided beforehand.", '',
-        '| seed | right | of held-out images | accuracy |', '|---|---|---|---|']
-    for r in sorted((r for r in runs if r.get('of') != 'training images'), key=lambda r: r['seed']):
-        lines.append(f'| {r["seed"]} | {r["correct"]} | {r["total"]} | {100 * r["correct"] / r["total"]:.2f} % |')
+        "after the last epoch. The file is seed 0's, as was decided beforehand.",
+        *table(('seed', 'right', 'of held-out images', 'accuracy'), (
+            (r['seed'], r['correct'], r['total'], f'{100 * r["correct"] / r["total"]:.2f} %')
+            for r in sorted(runs, key=lambda r: r['seed']) if r.get('of') != 'training images'))]
     if name == 'digits':
+        of_splits = {
+            recipe: [100 * r['correct'] / r['total'] for r in validations(runs, recipe)] for recipe in DIGITS}
         lines += [
-            '', f'The recipe is "{best_recipe(runs)}", the best of these on the training images alone: trained on '
-            f'three quarters, measured on the fourth, for {SPLITS} random splits. Accuracy in percent.', '',
-            '| recipe | mean | each split |', '|---|---|---|']
-        for recipe in DIGITS:
-            each = [100 * r['correct'] / r['total'] for r in validations(runs, recipe)]
-            lines.append(f'| {recipe} | {statistics.mean(each):.2f} | {", ".join(f"{a:.2f}" for a in each)} |')
+            f'The recipe is "{best_recipe(runs)}", the best of these on the training images alone: trained on '
+            f'three quarters, measured on the fourth, for {SPLITS} random splits. Accuracy in percent.',
+            *table(('recipe', 'mean', 'each split'), (
+                (recipe, f'{statistics.mean(each):.2f}', ', '.join(f'{a:.2f}' for a in each))
+                for recipe, each in of_splits.items()))]
     return '\n'.join([*lines, ''])
 
 
@@ -177,7 +178,7 @@ def main() -> None:
         for seed in args.seeds])
     text = report(args.name, steps, runs, machine)
     if weights.exists():
-        text += f'\nCounted again from the file as it ships: {count(weights, data, steps[-1].img_size)} right.\n'
+        text += f'Counted again from the file as it ships: {count(weights, data, steps[-1].img_size)} right.\n'
     with whole(log.with_suffix('.md')) as new:
         new.write_text(text)
     print(text)

@@ -57,7 +57,8 @@ def test_report_shows_the_numbers(measured):
     report = (out / 'speed.md').read_text()
     vt, layer4 = (r['seconds'] for r in results['stage'] if r['batch'] == 2)
     row = re.search(
-        r'^\| test_vt_resnet \| test_resnet \| float32 \| 2 \| 224 \|  \| (\S+) \| (\S+) \| (\S+) ', report, re.M)
+        r'^\| stage \| test_vt_resnet \| test_resnet \| float32 \| 2 \| 224 \|  \| (\S+) \| (\S+) \| (\S+) ', report,
+        re.M)
     expected = [1000 * statistics.median(vt), 1000 * statistics.median(layer4)]
     expected.append(statistics.median(b / a for a, b in zip(vt, layer4)))
     assert [float(cell) for cell in row.groups()] == pytest.approx(expected, abs=0.006)

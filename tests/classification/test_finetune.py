@@ -1,4 +1,5 @@
 """Training on a folder of images: reproducible, resumable after a kill at any moment, its accuracy the true one."""
+import json
 import os
 import shutil
 import signal
@@ -12,11 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import as_in_version_0_1, count_correct, history, interrupted_after, truncate, weights
+from PIL import Image
 
 from vt_zoo.classification.train import evaluate, finetune
-from vt_zoo.data.images import find_split
+from vt_zoo.data.images import find_split, load_image
 from vt_zoo.errors import InputError
 from vt_zoo.training.run_state import RunFinishedError
+from vt_zoo.weights import load
 from vt_zoo.weights.files import read_tensors, write_model, write_tensors
 from vt_zoo.weights.loading import load_model
 
@@ -54,6 +57,25 @@ def test_same_seed_same_weights(few_digits, tiny_settings, tiny_run, tmp_path, r
     assert weights(tmp_path / 'run') == weights(tiny_run.out)
     assert history(tmp_path / 'run') == history(tiny_run.out)
     assert capfd.readouterr() == ('', '')
+
+
+def test_measured_with_the_preprocessing_of_the_model(my_digits, my_model, tiny_settings, tmp_path):
+    """As predict prepares pictures: here wide ones are squashed, not cropped."""
+    for path in my_digits.rglob('*.png'):
+        with Image.open(path) as image:
+            image.resize((64, 32)).save(path)
+    config = json.loads((my_model / 'config.json').read_text())
+    config['pretrained_cfg'].update(crop_mode='squash', crop_pct=0.9)
+    (my_model / 'config.json').write_text(json.dumps(config))
+    train(my_digits, tmp_path / 'run', replace(tiny_settings, model=str(my_model)))
+    loaded = load(tmp_path / 'run')
+    assert loaded.preprocessing['crop_mode'] == 'squash'
+    losses = []
+    for path, target in find_split(my_digits).val:
+        with torch.inference_mode():
+            logits = loaded.model(loaded.prepare(load_image(path))[None])
+        losses.append(F.cross_entropy(logits, torch.tensor([target])).item())
+    assert sum(losses) / len(losses) == pytest.approx(float(history(tmp_path / 'run')[-1]['val_loss']), rel=1e-4)
 
 
 def test_what_is_written(tiny_run, tiny_settings, few_digits):

@@ -148,7 +148,7 @@ def _create_datasets(split: Split, settings: FinetuneSettings, data_config: Dict
         raise InputError(f'aa must be an AutoAugment policy of timm, as rand-m9-mstd0.5, got {settings.aa!r}') from e
     return (
         ImageFolder(split.train, augment, mode),
-        ImageFolder(split.val, create_transform(**common, crop_pct=data_config['crop_pct']), mode))
+        ImageFolder(split.val, create_transform(**data_config), mode))
 
 
 def _precision(name: str, device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """VT-FPN against the panoptic FPN on road scenes: same encoder, recipe, data and order of images.
 
     python benchmarks/camvid.py --data-dir CAMVID
-    vt-zoo finetune CIFAR10 --model resnet18 --img-size 64 --epochs 6 --out trunk
+    vt-zoo finetune CIFAR10/train --model resnet18 --img-size 64 --epochs 6 --out trunk
     python benchmarks/camvid.py --data-dir CAMVID --trunk trunk --seeds 0
 
 trains both by the recipe `camvid` for three seeds, the encoder from random weights or from those of a classifier, and
@@ -21,7 +21,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import segmentation_models_pytorch
 import torch
-from harness import add_device, environment, mean_and_spread, read_runs, run_all, table
+from harness import add_device, add_jobs, at_least, complaints, environment, mean_and_spread, read_runs, run_all, table
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -125,15 +125,21 @@ def _pictures(sample: Tuple[Image.Image, np.ndarray], models: Dict, colors: np.n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of CamVid')
-    parser.add_argument('--arch', nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--arch', nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES, help='(default: both)')
+    parser.add_argument(
+        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2], help='a run each (default: 0 1 2)')
     parser.add_argument('--trunk', type=Path, help='folder of a resnet18 for the encoder to start from')
     parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
     add_device(parser)
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=0, help='processes that load the pictures of a run')
+    add_jobs(parser)
+    parser.add_argument('--workers', type=at_least(0), default=0, help='processes that load the pictures of a run')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
+    with complaints(parser):
+        for part in ('train', 'val', 'test'):
+            load_dataset('folder', args.data_dir, part)
+        if args.trunk is not None:
+            load(args.trunk, 'classification')
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'camvid.json'
     runs = read_runs(log)

@@ -19,12 +19,14 @@ from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
 from vt_zoo.data.images import load_image
+from vt_zoo.errors import InputError
 from vt_zoo.files import whole
 from vt_zoo.training.run_state import load_state, state_tensors
 from vt_zoo.weights.files import read_tensors, write_tensors
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+PICTURES = {'train': 50000, 'test': 10000}
 PAD = 4
 BATCH = 128
 PLAIN = {'opt': 'sgd', 'lr': 0.1, 'weight_decay': 5e-4, 'momentum': 0.9}
@@ -33,22 +35,36 @@ AUTOCAST = {'float32': None, 'bfloat16': torch.bfloat16}  # of `harness.cross_en
 Pick = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
+def find_pictures(data_dir: Path) -> Dict[str, List[Tuple[Path, int]]]:
+    """Files of `train` and `test`, and the class of each.
+
+    Raises:
+        InputError: The folder does not hold as many.
+    """
+    parts = {}
+    for part, number in PICTURES.items():
+        parts[part] = [
+            (path, i) for i, name in enumerate(CLASSES) for path in sorted((data_dir / part / name).glob('[!.]*'))]
+        if len(parts[part]) != number:
+            raise InputError(
+                f'--data-dir must hold {number} pictures in {part}/{CLASSES[0]}, ..., got {data_dir} with '
+                f'{len(parts[part])}')
+    return parts
+
+
 def load_cifar(data_dir: Path) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
     """Pictures (N, 3, 32, 32) in uint8 and classes (N,) of `train` and `test`.
 
-    They are kept beside the folder, as opening 60,000 files takes a minute.
+    They are kept in the folder, as opening 60,000 files takes a while.
 
     Raises:
-        SystemExit: The folder does not hold these classes.
+        InputError: As of `find_pictures`.
     """
+    parts = find_pictures(data_dir)
     kept = data_dir / 'cifar10.safetensors'
     if not kept.exists():
         tensors = {}
-        for part in ('train', 'test'):
-            folders = [data_dir / part / name for name in CLASSES]
-            if not all(folder.is_dir() for folder in folders):
-                raise SystemExit(f'--data-dir must hold {part}/{CLASSES[0]}, ..., got {data_dir}')
-            paths = [(path, i) for i, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+        for part, paths in parts.items():
             pictures = [np.asarray(load_image(path).convert('RGB')) for path, _ in tqdm(paths, part)]
             tensors[f'{part}.x'] = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
             tensors[f'{part}.y'] = torch.tensor([i for _, i in paths])

@@ -27,7 +27,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from ablations import RESNET, VARIANTS, tables
 from cifar import AUTOCAST, BATCH, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise
-from harness import accuracy, add_device, environment, mean_and_spread, read_runs, run_all
+from harness import (
+    accuracy,
+    add_device,
+    add_jobs,
+    at_least,
+    complaints,
+    environment,
+    mean_and_spread,
+    read_runs,
+    run_all,
+)
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -155,28 +165,33 @@ def report(runs: List[dict], environment: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ', '.join([*GROUPS, BASE, RESNET, TEACHER, *ABLATIONS])
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of CIFAR-10 as JPEG files')
     parser.add_argument('--work-dir', type=Path, default=Path('cifar10_runs'), help='folder for unfinished runs, logs')
     parser.add_argument(
         '--variants', nargs='+', default=['models'], metavar='NAME',
-        help=f'of {", ".join([*GROUPS, BASE, RESNET, *ABLATIONS])} (default: models)')
-    parser.add_argument('--recipe', default='plain', choices=['plain', 'advanced'])
+        help=f'of {known} (default: models)')
+    parser.add_argument(
+        '--recipe', default='plain', choices=['plain', 'advanced'], help='of training (default: %(default)s)')
     parser.add_argument('--teacher', type=Path, help='its weights (default: teacher.safetensors in --work-dir)')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--epochs', type=int, default=EPOCHS)
-    parser.add_argument('--precision', default=PRECISION, choices=['float32', 'bfloat16'])
+    parser.add_argument(
+        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2], help='a run each (default: 0 1 2)')
+    parser.add_argument('--epochs', type=at_least(1), default=EPOCHS, help='(default: %(default)s)')
+    parser.add_argument(
+        '--precision', default=PRECISION, choices=['float32', 'bfloat16'], help='of training (default: %(default)s)')
     add_device(parser)
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
+    add_jobs(parser)
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
     variants = [name for group in args.variants for name in GROUPS.get(group, [group])]
     unknown = {*variants} - {BASE, RESNET, TEACHER, *ABLATIONS}
     if unknown:
-        parser.error(f'--variants must be of {", ".join([*GROUPS, BASE, RESNET, *ABLATIONS])}, got {min(unknown)!r}')
+        parser.error(f'--variants must be of {known}, got {min(unknown)!r}')
     teacher = args.teacher or args.work_dir / 'teacher.safetensors'
     if args.recipe == 'advanced' and not teacher.is_file():
         parser.error(f'--teacher must name the weights of a teacher, which --variants teacher makes, got {teacher}')
-    load_cifar(args.data_dir)  # before processes do so at the same time
+    with complaints(parser):
+        load_cifar(args.data_dir)  # before processes do so at the same time
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'cifar10.json'
     runs = read_runs(log)

@@ -7,6 +7,7 @@ import re
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -18,6 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 import vt_zoo
+from vt_zoo.errors import InputError
 from vt_zoo.files import whole
 
 CPU_FLAGS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_bf16', 'amx_int8')
@@ -36,6 +38,24 @@ def environment(*more: str, device: str = 'cpu') -> str:
     return f'{", ".join([platform.machine(), f"{os.cpu_count()} CPU cores", *gpu, versions(), *more])}.'
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of an option that is a whole number."""
+    def read(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f'must be a whole number of at least {least}, got {word}')
+        return int(word)
+    return read
+
+
+@contextmanager
+def complaints(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Turn what is wrong with the data or the models into an error of the command line, exit status 2."""
+    try:
+        yield
+    except InputError as e:
+        parser.error(str(e))
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option `--device`, which refuses a GPU that is not there."""
     def available(name: str) -> str:
@@ -44,6 +64,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         raise argparse.ArgumentTypeError(f'must be cpu, or cuda where torch finds a GPU, got {name}')
 
     parser.add_argument('--device', type=available, default='cpu', help='cpu or cuda (default: %(default)s)')
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--jobs`."""
+    parser.add_argument(
+        '--jobs', type=at_least(1), default=2, help='runs at a time, one thread each (default: %(default)s)')
 
 
 def machine() -> str:
@@ -69,7 +95,7 @@ def run_all(
         processes: int,
         report: Optional[Callable[[List[dict], str], str]] = None,
 ) -> None:
-    """Run jobs, append what each returns to `runs`, and write all of them after each.
+    """Run jobs, append what each returns to `runs`, and write all of them after each; a failure is raised at the end.
 
     Args:
         work: Called with the words of a job, in a process of its own.
@@ -83,8 +109,11 @@ def run_all(
     with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
         futures = [pool.submit(work, *job) for job in jobs]
         for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
-            runs.append(future.result())
-            write_runs(log, runs, environment, report)
+            if future.exception() is None:
+                runs.append(future.result())
+                write_runs(log, runs, environment, report)
+    for future in futures:
+        future.result()
 
 
 def write_runs(

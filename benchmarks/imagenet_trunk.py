@@ -19,7 +19,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from cifar import crop_and_flip, fit, load_cifar
-from harness import accuracy, cross_entropy, environment, mean_and_spread, read_runs, run_all, table, time_in_turns
+from harness import (
+    accuracy,
+    add_jobs,
+    complaints,
+    cross_entropy,
+    environment,
+    mean_and_spread,
+    read_runs,
+    run_all,
+    table,
+    time_in_turns,
+)
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
@@ -171,10 +182,11 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, nargs='+', default=[5, 2], help='of each number of pictures')
     parser.add_argument('--lr', type=float, nargs='+', default=[1e-3], help='peak learning rates')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
+    add_jobs(parser)
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
-    load_cifar(args.data_dir)  # before processes do so at the same time
+    with complaints(parser):
+        load_cifar(args.data_dir)  # before processes do so at the same time
     args.work_dir.mkdir(parents=True, exist_ok=True)
     weights = args.work_dir / f'{TRUNK}.safetensors'
     with whole(weights) as new:

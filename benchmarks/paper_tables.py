@@ -6,6 +6,7 @@ counts each model that paper_tables.yaml names, as the paper counts and as the m
 benchmarks/results/paper_tables.md. Nothing is trained: accuracies are the paper's, unverified. If the cells that differ
 are not those with a star in paper_tables.yaml, the exit status is 1 and nothing is written.
 """
+import argparse
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -191,4 +192,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -40,7 +40,18 @@ from ablations import RESNET
 from cifar import BATCH
 from cifar10 import BASE
 from cifar10 import create as create_for_photographs
-from harness import machine, peak_bytes, read_runs, reset_peak, table, time_in_turns, times_faster, versions, write_runs
+from harness import (
+    at_least,
+    machine,
+    peak_bytes,
+    read_runs,
+    reset_peak,
+    table,
+    time_in_turns,
+    times_faster,
+    versions,
+    write_runs,
+)
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.optim import create_optimizer_v2
@@ -527,12 +538,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [name for name in PARTS if name not in ('gpu', 'predict')]
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=default, help='what to measure')
-    parser.add_argument('--rounds', type=int, help='timed runs of each; default: by part')
+    parser.add_argument('--rounds', type=at_least(2), help='timed runs of each; default: by part')
     parser.add_argument('--scripts', type=Path, help="folder with timm's inference.py, for the part predict")
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
-    if 'predict' in args.parts and args.scripts is None:
-        parser.error('predict needs --scripts')
+    if 'predict' in args.parts and not (args.scripts and (args.scripts / 'inference.py').exists()):
+        parser.error(f"predict needs --scripts, a folder with timm's inference.py, got {args.scripts}")
     if 'gpu' in args.parts and not torch.cuda.is_available():
         parser.error('gpu needs a GPU that torch finds')
     args.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from camvid import run_folder
 from cifar import load_cifar, normalise
 from cifar10 import BASE, create, trained_weights
-from harness import add_device, environment, mean_and_spread, read_runs, table, write_runs
+from harness import add_device, at_least, complaints, environment, mean_and_spread, read_runs, table, write_runs
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -73,6 +73,10 @@ class CamVid:
         """Of a trained model."""
         return run_folder(self.models, 'vt_fpn', seed, trunk=False) / 'last'
 
+    def file(self, seed: int) -> Path:
+        """Of trained weights."""
+        return self.folder(seed) / 'model.safetensors'
+
     def trained(self, seed: int) -> nn.Module:
         return load(self.folder(seed), 'segmentation').model
 
@@ -96,9 +100,13 @@ class Cifar10:
     def __init__(self, data_dir: Path, models: Path) -> None:
         self.data_dir, self.models = data_dir, models
 
+    def file(self, seed: int) -> Path:
+        """Of trained weights."""
+        return trained_weights(self.models, BASE, 'plain', seed)
+
     def trained(self, seed: int) -> nn.Module:
         model = self.random(seed)
-        model.load_state_dict(read_tensors(trained_weights(self.models, BASE, 'plain', seed))[0])
+        model.load_state_dict(read_tensors(self.file(seed))[0])
         return model.eval()
 
     def random(self, seed: int) -> nn.Module:
@@ -288,7 +296,8 @@ def draw_scene(models: CamVid, path: Path, levels_path: Path) -> None:
     The first also shows the classes that the model finds.
     """
     loaded = load(models.folder(0), 'segmentation')
-    image, _ = load_dataset('folder', models.data_dir, 'test')[SCENE]
+    test = load_dataset('folder', models.data_dir, 'test')
+    image, _ = test[min(SCENE, len(test) - 1)]
     x = loaded.prepare(image)
     records = capture_tokens(loaded.model, x[None])
     found = draw_overlay(image, predict_classes(loaded, image), loaded.classes).crop((0, 0, *image.size))
@@ -315,12 +324,19 @@ def main() -> None:
     parser.add_argument('task', choices=[*TASKS])
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of the pictures')
     parser.add_argument('--models', type=Path, required=True, help='folder of the trained models')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument(
+        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2], help='of the models, 0 among them (default: 0 1 2)')
     add_device(parser)
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
     models = TASKS[args.task](args.data_dir, args.models)
-    pictures = models.pictures()
+    if 0 not in args.seeds:
+        parser.error(f'--seeds must have 0, whose tokens are drawn, got {args.seeds}')
+    missing = [str(models.file(seed)) for seed in args.seeds if not models.file(seed).exists()]
+    if missing:
+        parser.error(f'--models must hold the models of --seeds, got no {missing[0]}')
+    with complaints(parser):
+        pictures = models.pictures()
     log = args.out / 'token_analysis.json'
     runs = [run for run in read_runs(log) if run['models'] != models.name]
     for seed in args.seeds:

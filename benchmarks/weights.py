@@ -22,8 +22,8 @@ from typing import List, Optional
 
 import timm
 import torch
-from cifar import CLASSES
-from harness import environment, read_runs, run_all, table
+from cifar import find_pictures
+from harness import add_jobs, complaints, environment, read_runs, run_all, table
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
@@ -31,6 +31,7 @@ from vt_zoo.classification.settings import FinetuneSettings
 from vt_zoo.classification.train import evaluate, finetune
 from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import ImageFolder, find_split
+from vt_zoo.errors import InputError
 from vt_zoo.files import whole
 
 RESULTS = Path(__file__).parent / 'results'
@@ -60,14 +61,16 @@ def link_cifar(data_dir: Path, folder: Path) -> Path:
     """A folder with the test pictures as `val`, on which a run is measured.
 
     Raises:
-        SystemExit: `data_dir` does not hold CIFAR-10.
+        InputError: `data_dir` does not hold CIFAR-10, or `folder` links to another one.
     """
+    find_pictures(data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (('train', 'train'), ('val', 'test')):
-        if not (data_dir / part / CLASSES[0]).is_dir():
-            raise SystemExit(f'--data-dir must hold {part}/{CLASSES[0]}, ..., got {data_dir}')
-        if not (folder / name).exists():
-            (folder / name).symlink_to((data_dir / part).absolute())
+        link, target = folder / name, (data_dir / part).resolve()
+        if not link.exists():
+            link.symlink_to(target)
+        if link.resolve() != target:
+            raise InputError(f'--work-dir has pictures of {link.resolve().parent}, got --data-dir {data_dir}')
     return folder
 
 
@@ -150,7 +153,7 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, help='folder of CIFAR-10 as JPEG files')
     parser.add_argument('--work-dir', type=Path, default=Path('weights_runs'), help='folder for unfinished runs')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each (default: %(default)s)')
+    add_jobs(parser)
     args = parser.parse_args()
     if args.name == 'cifar10' and args.data_dir is None:
         parser.error('cifar10 needs --data-dir')
@@ -171,7 +174,8 @@ def main() -> None:
             for seed in range(SPLITS) for recipe, settings in DIGITS.items()])
         steps, words = [DIGITS[best_recipe(runs)]], {'of': 'held-out images', 'recipe': best_recipe(runs)}
     else:
-        data = link_cifar(args.data_dir, args.work_dir / 'data')
+        with complaints(parser):
+            data = link_cifar(args.data_dir, args.work_dir / 'data')
         steps, words = CIFAR10, {}
     run([
         ({**words, 'seed': seed}, steps, data, args.work_dir.joinpath(*words.values()), None if seed else weights)

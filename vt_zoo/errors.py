@@ -25,8 +25,8 @@ def short(value: Any) -> str:
 
 
 def either(names: Sequence[str]) -> str:
-    """Several names as a choice in a sentence: `a, b or c`."""
-    return f'{", ".join(names[:-1])} or {names[-1]}'
+    """Names as a choice in a sentence: `a`, `a or b`, `a, b or c`."""
+    return ' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 
 def first_line(error: BaseException) -> str:

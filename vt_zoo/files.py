@@ -51,6 +51,12 @@ def check_regular(path: Union[str, Path], what: str) -> None:
         raise InputError(f'{what} {path} is {kind}, a regular file is needed')
 
 
+def check_output_folder(path: Path) -> None:
+    """Raise InputError if a folder to write to is something else."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f'out {path} is a file, a folder is needed')
+
+
 def walk_files(
         folder: Union[str, Path],
         is_wanted: Callable[[str], bool],

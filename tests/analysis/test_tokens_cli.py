@@ -140,16 +140,18 @@ def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
 @pytest.mark.parametrize(('words', 'expected'), [
     (['wide.png', '--model', 'resnet18.a1_in1k.no'], 'resnet18'),
     (['wide.png', '--model', 'resnet'], 'has no tokens to look at'),
-    (['wide.png', '--model', 'test_vt_resnet', '--module', '3'], 'module must be one with an attention, 1, 2, got 3'),
-    (['broken.png', '--model', 'test_vt_resnet'], 'none of the 1 images can be read'),
+    (['wide.png', '--model', 'test_vt_resnet', '--module', '3'], 'module must be 1 or 2, got 3'),
+    (['broken.png', '--model', 'test_vt_resnet'], 'there is no image that can be read'),
     (['empty', '--model', 'test_vt_resnet'], 'holds no images'),
     (['wide.png', 'wide.png', '--model', 'test_vt_resnet'], 'wide.png twice'),
+    (['wide.png', '--model', 'test_vt_resnet', '--out', 'file'], 'out file is a file, a folder is needed'),
 ])
 def test_tokens_refused(command, pictures, tmp_path, words, expected):
     timm.models.save_for_hf(timm.create_model('test_resnet'), tmp_path / 'resnet', safe_serialization=True)
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').touch()
     words = [pictures / word if word.endswith('.png') else word for word in words]
-    result = command('tokens', *words, '--out', tmp_path / 'out', cwd=tmp_path)
+    result = command('tokens', '--out', tmp_path / 'out', *words, cwd=tmp_path)
     check_refused(result)
     assert expected in result.stderr
     assert not (tmp_path / 'out').exists()

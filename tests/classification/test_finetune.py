@@ -59,6 +59,13 @@ def test_same_seed_same_weights(few_digits, tiny_settings, tiny_run, tmp_path, r
     assert capfd.readouterr() == ('', '')
 
 
+def test_starts_from_the_folder_of_a_run(few_digits, tiny_settings, tiny_run, tmp_path):
+    settings = replace(tiny_settings, epochs=1, seed=1)
+    for name, folder in (('run', tiny_run.out), ('model', tiny_run.out / 'model')):
+        train(few_digits, tmp_path / name, replace(settings, model=str(folder)))
+    assert weights(tmp_path / 'run') == weights(tmp_path / 'model')
+
+
 def test_measured_with_the_preprocessing_of_the_model(my_digits, my_model, tiny_settings, tmp_path):
     """As predict prepares pictures: here wide ones are squashed, not cropped."""
     for path in my_digits.rglob('*.png'):

@@ -203,15 +203,26 @@ def test_encoder_starts_from_a_classifier(trunk):
 
 @pytest.mark.parametrize('encoder', ['tu-resnet18', 'tu-test_efficientnet', 'resnet18'])
 def test_encoder_of_another_classifier(trunk, encoder, input_error):
-    with input_error(f'encoder_weights {trunk[1]} must be the folder of a classifier .* got the encoder {encoder}'):
+    with input_error(f'encoder_weights {trunk[1]} holds test_resnet, but the encoder is {encoder}'):
         create(encoder_name=encoder, encoder_weights=str(trunk[1]))
+
+
+@pytest.mark.parametrize('arguments', [{'act_layer': 'gelu'}, {'output_stride': 8}, {'channels': (8, 16, 24, 32)}])
+def test_encoder_of_a_classifier_with_other_arguments(tmp_path, arguments, input_error):
+    """Some of which have weights of the same shapes."""
+    model = timm.create_model('test_resnet', **arguments)
+    save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
+    with input_error(f'encoder_weights {tmp_path} holds test_resnet with other arguments, but the encoder is tu-test'):
+        create(encoder_weights=str(tmp_path))
 
 
 def test_encoder_of_no_classifier(saved, tmp_path, input_error):
     with input_error('is a segmenter, but a classifier is needed'):
         encoder_statistics(SegmentSettings(**TINY, encoder_weights=str(saved)))
-    with input_error('encoder_weights must be true, false or the folder of a classifier, got .*no_such_folder'):
-        SegmentSettings(encoder_weights=str(tmp_path / 'no_such_folder'))
+    for name in (str(tmp_path / 'no_such_folder'), ''):
+        with input_error('encoder_weights must be true, false or the folder of a classifier, got'):
+            SegmentSettings(encoder_weights=name)
+    assert SegmentSettings(encoder_weights=f'{tmp_path}/').encoder_weights == str(tmp_path)
 
 
 def test_run_from_a_classifier_does_not_name_its_folder(trunk, composed, segment_settings, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cifar
 import pytest
 import timm
 import torch
@@ -97,7 +98,7 @@ def test_other_seed_trained_here(correct, digits, tmp_path):
 
 @pytest.mark.parametrize('tag, labels, side, license_, words', [
     ('digits', list('0123456789'), 64, 'cc-by-4.0', ['Alpaydin', 'CC BY 4.0']),
-    ('cifar10', list(weights.CLASSES), 144, 'other', ['Krizhevsky', 'JPEG', 'research use'])])
+    ('cifar10', list(cifar.CLASSES), 144, 'other', ['Krizhevsky', 'JPEG', 'research use'])])
 def test_config(tag, labels, side, license_, words):
     model = timm.create_model(f'test_vt_resnet.{tag}', pretrained=True)
     config = model.pretrained_cfg

@@ -31,7 +31,7 @@ from ..training.loop import Loop, accelerator_of, read_state
 from ..training.run_state import check_run_folder, write_history
 from ..weights.files import write_model
 from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
-from ..weights.loading import check_input_size, check_name, load_model
+from ..weights.loading import check_input_size, check_name, find_model, load_model
 from .settings import FinetuneSettings
 
 if TYPE_CHECKING:
@@ -93,10 +93,14 @@ def _has_weights(name_or_dir: str) -> bool:
 def _starting_point(name: str) -> str:
     """Name of the model to start from: a bare name gets the tag of its trunk, or its `untrained` tag if it has none.
 
+    The folder of a run gives that of its model.
+
     Raises:
         InputError: The trunk is not available from the hub.
     """
-    tagged = {} if '.' in name or Path(name).is_dir() else get_arch_pretrained_cfgs(name)
+    if Path(name).is_dir():
+        return str(find_model(Path(name)))
+    tagged = {} if '.' in name else get_arch_pretrained_cfgs(name)
     untrained = f'{name}.untrained'
     for trunk, config in tagged.items():
         if not trunk.startswith(f'{name}.trunk_'):

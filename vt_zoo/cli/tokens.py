@@ -29,8 +29,8 @@ from vt_zoo.analysis.metrics import (
 from vt_zoo.analysis.records import VTRecord, capture_tokens
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.images import load_image
-from vt_zoo.errors import InputError, printable
-from vt_zoo.files import whole
+from vt_zoo.errors import InputError, either, printable
+from vt_zoo.files import check_output_folder, whole
 from vt_zoo.weights import load
 
 from .arguments import positive_int
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     images = _open(args.images)
     names = _names(images)
     out = Path(args.out)
+    check_output_folder(out)
     drawn, written, similarities = [], [], []
     for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
         x = loaded.prepare(image)
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
         have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]
         if args.module > len(records) or (have and str(args.module) not in have):
-            raise InputError(f'module must be one with an attention, {", ".join(have) or "none is"}, got {args.module}')
+            allowed = f'must be {either(have)}' if have else 'has no attention in this model'
+            raise InputError(f'module {allowed}, got {args.module}')
         attention = records[args.module - 1].attention
         interaction = record_interaction(records, args.module - 1)
         shown = loaded.shown(x)
@@ -166,7 +168,7 @@ def _open(paths: List[str]) -> Dict[Path, Any]:
         except InputError as e:
             _logger.warning(f'{e}; left out')
     if not images:
-        raise InputError(f'none of the {len(sources)} images can be read')
+        raise InputError('there is no image that can be read')
     return images
 
 

@@ -340,8 +340,9 @@ def _check_counts(samples: List[Sample], classes: List[str], at_least: int, root
     counts = Counter(t for _, t in samples)
     for target, name in enumerate(classes):
         if counts[target] < at_least:
+            needed = f'{at_least} {"is" if at_least == 1 else "are"} needed'
             raise InputError(
-                f'class folder {root / name} holds {counts[target]} readable images, at least {at_least} are needed')
+                f'class folder {root / name} holds {counts[target]} readable images, at least {needed}')
 
 
 def describe_split(split: Split) -> List[str]:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from ..data.image_stream import OpenedImage, Source, open_images
 from ..data.images import prepare_image
 from ..errors import InputError
-from ..files import whole
+from ..files import check_output_folder, whole
 from ..fonts import drawable
 from ..weights.loading import Loaded
 from .metrics import segment
@@ -110,9 +110,11 @@ def predict_files(
         What was written for each image, or why nothing was. To tell names apart, 16 bytes are kept for each.
 
     Raises:
+        InputError: `out` is a file.
         OSError: `out` cannot be written.
     """
     out, colors, seen = Path(out), [c for color in palette(len(loaded.classes)) for c in color], set()
+    check_output_folder(out)
     for batch in open_images(sources, F.pil_to_tensor, batch_size, workers):
         for opened in batch:
             if opened.error is None and _digest(opened.source) in seen:

@@ -38,8 +38,10 @@ def _is_size(value: Union[int, Tuple[int, int]]) -> bool:
 
 def _read_weights(value: Union[bool, str]) -> Union[bool, str]:
     """Read `encoder_weights`."""
-    if isinstance(value, bool) or (isinstance(value, str) and Path(value).is_dir()):
+    if isinstance(value, bool):
         return value
+    if isinstance(value, str) and value and Path(value).is_dir():
+        return str(Path(value))
     raise InputError(f'encoder_weights must be true, false or the folder of a classifier, got {short(value)}')
 
 

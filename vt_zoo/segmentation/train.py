@@ -79,14 +79,32 @@ def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
     except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
         raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)[:200]}') from e
     if isinstance(settings.encoder_weights, str):
-        trunk = load_model(str(find_model(Path(settings.encoder_weights))), features_only=True)
-        try:
-            model.encoder.model.load_state_dict(trunk.state_dict())
-        except (AttributeError, RuntimeError) as e:
-            raise InputError(
-                f'encoder_weights {settings.encoder_weights} must be the folder of a classifier of timm whose name '
-                f'is that of the encoder without tu-, got the encoder {settings.encoder_name}') from e
+        _start_from(find_model(Path(settings.encoder_weights)), model, settings.encoder_name)
     return model
+
+
+@torch.no_grad()
+def _start_from(folder: Path, model: nn.Module, name: str) -> None:
+    """Give an encoder the weights of a classifier, and check that it makes the same maps with them.
+
+    Raises:
+        InputError: The classifier is not the encoder's timm model, or one with other arguments.
+    """
+    trunk = load_model(str(folder), features_only=True).eval()
+    held = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['architecture'].split('.')[0]
+    same = name.split('.')[0] == f'tu-{held}'
+    if same:
+        encoder, x = model.encoder.model, torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+        try:
+            encoder.load_state_dict(trunk.state_dict())
+            same = torch.equal(encoder.eval()(x)[-1], trunk(x)[-1])
+        except RuntimeError:
+            same = False
+        encoder.train()
+        held = f'{held} with other arguments'
+    if not same:
+        raise InputError(
+            f'encoder_weights {folder} holds {held}, but the encoder is {name}: it must be the encoder without tu-')
 
 
 def encoder_statistics(settings: SegmentSettings) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:

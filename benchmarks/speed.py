@@ -5,6 +5,7 @@
 measures parts and writes each to a page of benchmarks/results, beside the parts that are there already:
 
     stage, training, growth   last stages and training steps, VT against layer4    speed
+    photographs               training steps of cifar10.py                         speed
     models                    whole models, beside ResNets and others              speed
     gpu                       whole models and training steps on a GPU             speed
     predict                   `vt-zoo predict` and timm's inference.py             speed
@@ -295,11 +296,15 @@ def stage_pairs() -> List[Tuple[Job, Job]]:
 
 
 def training_pairs() -> List[Tuple[Job, Job]]:
-    """Training steps; then those of `cifar10.py`, in bfloat16."""
-    photographs = tuple(Job('photographs', name, 'bfloat16', BATCH, 32) for name in (BASE, RESNET))
+    """Training steps."""
     return [
-        *((Job('training', twin(name), batch=batch), Job('training', name, batch=batch))
-          for name, batch in product(TRAINED, TRAINING_BATCHES)), photographs]
+        (Job('training', twin(name), batch=batch), Job('training', name, batch=batch))
+        for name, batch in product(TRAINED, TRAINING_BATCHES)]
+
+
+def photograph_pairs() -> List[Tuple[Job, Job]]:
+    """Training steps of `cifar10.py`."""
+    return [tuple(Job('photographs', name, 'bfloat16', BATCH, 32) for name in (BASE, RESNET))]
 
 
 def gpu_pairs() -> List[Tuple[Job, Job]]:
@@ -490,6 +495,10 @@ PARTS = {
         'A step: forward, backward and SGD with momentum, on random images. Memory is what it needs at its peak beyond '
         'weights and images: activations, gradients and momentum.',
         partial(measure_pairs, training_pairs, True)),
+    'photographs': Part(
+        'speed', 'Training on photographs',
+        'A step of `benchmarks/cifar10.py`, of which an epoch has 390. Memory as above.',
+        partial(measure_pairs, photograph_pairs, True)),
     'growth': Part(
         'speed', 'Growth',
         'The last stage by size of the image, and by number of tokens. Memory is beyond weights and the incoming map.',

@@ -245,7 +245,9 @@ def tabulate(runs: List[Dict[str, Any]], keys: Dict[str, str]) -> List[str]:
 def report(runs: List[Dict[str, Any]], environment: str) -> str:
     """The result as Markdown."""
     masks = [run for run in runs if run['models'] == CamVid.name]
-    seeds = ', '.join(map(str, sorted({run['seed'] for run in runs})))
+    seeds = '; '.join(
+        f'{name}: {", ".join(map(str, sorted({run["seed"] for run in runs if run["models"] == name})))}'
+        for name in dict.fromkeys(run['models'] for run in runs))
     lines = [
         '# What the tokens of trained models see on photographs', '',
         'Commands: `python benchmarks/token_analysis.py camvid --data-dir DIR --models DIR`, and `cifar10` in its '

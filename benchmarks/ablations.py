@@ -22,19 +22,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn as nn
-from cifar import fit_plain, give_small_stem, load_cifar, normalise
-from harness import (
-    accuracy,
-    add_jobs,
-    at_least,
-    complaints,
-    environment,
-    mean_and_spread,
-    read_runs,
-    run_all,
-    table,
-    train_epochs,
-)
+from cifar import fit_plain, give_small_stem, load_cifar, normalise, prepare_cifar
+from harness import accuracy, add_runs, at_least, environment, mean_and_spread, read_runs, run_all, table, train_epochs
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from timm.models.resnet import BasicBlock, ResNet
@@ -278,11 +267,10 @@ def main() -> None:
     parser.add_argument('task', choices=[*TASKS])
     parser.add_argument('--data-dir', type=Path, help='folder of CIFAR-10 as JPEG files, for photographs')
     parser.add_argument('--variants', nargs='+', metavar='NAME', help='(default: all of the task)')
-    parser.add_argument('--seeds', type=at_least(0), nargs='+', default=[0, 1], help='a run each (default: 0 1)')
     parser.add_argument('--epochs', type=at_least(1), help='(default: 7 of sums, 6 of photographs)')
     parser.add_argument('--pictures', type=int, default=20000, help='training photographs (default: %(default)s)')
     parser.add_argument('--precision', default='bfloat16', choices=['float32', 'bfloat16'], help='of photographs')
-    add_jobs(parser)
+    add_runs(parser, [0, 1])
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
     _, variants, epochs = TASKS[args.task]
@@ -293,8 +281,7 @@ def main() -> None:
     if args.task == 'photographs':
         if args.data_dir is None:
             parser.error('photographs need --data-dir')
-        with complaints(parser):
-            load_cifar(args.data_dir)  # before processes do so at the same time
+        prepare_cifar(parser, args.data_dir)
         schedule.update(pictures=args.pictures, precision=args.precision)
     if args.task == 'sums':
         draw_sums(args.out / 'ablations.png')

@@ -21,7 +21,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import segmentation_models_pytorch
 import torch
-from harness import add_device, add_jobs, at_least, complaints, environment, mean_and_spread, read_runs, run_all, table
+from harness import add_device, add_runs, at_least, complaints, environment, mean_and_spread, read_runs, run_all, table
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -126,12 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of CamVid')
     parser.add_argument('--arch', nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES, help='(default: both)')
-    parser.add_argument(
-        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2], help='a run each (default: 0 1 2)')
     parser.add_argument('--trunk', type=Path, help='folder of a resnet18 for the encoder to start from')
     parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
     add_device(parser)
-    add_jobs(parser)
+    add_runs(parser, [0, 1, 2])
     parser.add_argument('--workers', type=at_least(0), default=0, help='processes that load the pictures of a run')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()

@@ -4,6 +4,7 @@ The pictures are JPEG files, `train/CLASS/NNNN.jpg` and `test/CLASS/NNNN.jpg`: t
 `CIFAR10(root, download=True)` saved so, or a copy that is one already. JPEG loses a little, so that an accuracy on
 copies is not that on the official files; a report says which it was.
 """
+import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from harness import cross_entropy, train_epochs
+from harness import complaints, cross_entropy, train_epochs
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
@@ -72,6 +73,12 @@ def load_cifar(data_dir: Path) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
             save_file(tensors, new)
     tensors = load_file(kept)
     return {part: (tensors[f'{part}.x'], tensors[f'{part}.y']) for part in ('train', 'test')}
+
+
+def prepare_cifar(parser: argparse.ArgumentParser, data_dir: Path) -> None:
+    """Load the pictures once, before processes do so at the same time; what is wrong is an error of `--data-dir`."""
+    with complaints(parser):
+        load_cifar(data_dir)
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:

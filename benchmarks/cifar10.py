@@ -13,8 +13,8 @@ without pooling, so that the VT modules see 8x8 pixels and the ResNet's last sta
 train a larger ResNet and then both models by a recipe after the manner of the paper's section 5.2, distilled from it.
 
 A run is recorded when it ends and goes on after its last epoch when it was killed; `--work-dir` keeps a log with a line
-an epoch, and the trained weights. An epoch takes about 2.1 minutes on one thread of a CPU in bfloat16, 3.9 in float32;
-with `--device cuda`, many runs may share a GPU (`--jobs`).
+an epoch, and the trained weights. An epoch takes about 75 seconds on one thread of a CPU in bfloat16; with `--device
+cuda`, several runs may share a GPU (`--jobs`).
 """
 import argparse
 from functools import partial
@@ -26,18 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from ablations import RESNET, VARIANTS, tables
-from cifar import AUTOCAST, BATCH, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise
-from harness import (
-    accuracy,
-    add_device,
-    add_jobs,
-    at_least,
-    complaints,
-    environment,
-    mean_and_spread,
-    read_runs,
-    run_all,
-)
+from cifar import AUTOCAST, BATCH, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise, prepare_cifar
+from harness import accuracy, add_device, add_runs, at_least, environment, mean_and_spread, read_runs, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -174,13 +164,11 @@ def main() -> None:
     parser.add_argument(
         '--recipe', default='plain', choices=['plain', 'advanced'], help='of training (default: %(default)s)')
     parser.add_argument('--teacher', type=Path, help='its weights (default: teacher.safetensors in --work-dir)')
-    parser.add_argument(
-        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2], help='a run each (default: 0 1 2)')
     parser.add_argument('--epochs', type=at_least(1), default=EPOCHS, help='(default: %(default)s)')
     parser.add_argument(
         '--precision', default=PRECISION, choices=['float32', 'bfloat16'], help='of training (default: %(default)s)')
     add_device(parser)
-    add_jobs(parser)
+    add_runs(parser, [0, 1, 2])
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
     variants = [name for group in args.variants for name in GROUPS.get(group, [group])]
@@ -190,8 +178,7 @@ def main() -> None:
     teacher = args.teacher or args.work_dir / 'teacher.safetensors'
     if args.recipe == 'advanced' and not teacher.is_file():
         parser.error(f'--teacher must name the weights of a teacher, which --variants teacher makes, got {teacher}')
-    with complaints(parser):
-        load_cifar(args.data_dir)  # before processes do so at the same time
+    prepare_cifar(parser, args.data_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'cifar10.json'
     runs = read_runs(log)

@@ -66,8 +66,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', type=available, default='cpu', help='cpu or cuda (default: %(default)s)')
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--jobs`."""
+def add_runs(parser: argparse.ArgumentParser, seeds: List[int]) -> None:
+    """Add the options `--seeds`, with this default, and `--jobs`."""
+    parser.add_argument(
+        '--seeds', type=at_least(0), nargs='+', default=seeds,
+        help=f'a run each (default: {" ".join(map(str, seeds))})')
     parser.add_argument(
         '--jobs', type=at_least(1), default=2, help='runs at a time, one thread each (default: %(default)s)')
 

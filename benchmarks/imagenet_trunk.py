@@ -18,11 +18,10 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from cifar import crop_and_flip, fit, load_cifar
+from cifar import crop_and_flip, fit, load_cifar, prepare_cifar
 from harness import (
     accuracy,
-    add_jobs,
-    complaints,
+    add_runs,
     cross_entropy,
     environment,
     mean_and_spread,
@@ -181,12 +180,10 @@ def main() -> None:
     parser.add_argument('--pictures', type=int, nargs='+', default=[5000, 50000], help='training pictures')
     parser.add_argument('--epochs', type=int, nargs='+', default=[5, 2], help='of each number of pictures')
     parser.add_argument('--lr', type=float, nargs='+', default=[1e-3], help='peak learning rates')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    add_jobs(parser)
+    add_runs(parser, [0, 1])
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
-    with complaints(parser):
-        load_cifar(args.data_dir)  # before processes do so at the same time
+    prepare_cifar(parser, args.data_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     weights = args.work_dir / f'{TRUNK}.safetensors'
     with whole(weights) as new:

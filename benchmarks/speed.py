@@ -261,13 +261,6 @@ def time_jobs(jobs: List[Job], rounds: int) -> List[dict]:
 
 def measure_peak(job: Job) -> int:
     """Bytes that one run needs at its peak beyond what it starts from, in a process that has run no other."""
-    if job.device == 'cuda':
-        prepare(job)()  # loads the libraries' code
-        run = prepare(job)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed blocks from 64 KiB up leave the process
     small = 'test_vt_resnet' if job.what in ('stage', 'training') else job.name
     prepare(replace(job, name=small, size=64, num_tokens=0))()  # loads the libraries' code
@@ -278,10 +271,20 @@ def measure_peak(job: Job) -> int:
     return peak_bytes() - before
 
 
+def measure_gpu_peak(job: Job) -> int:
+    """The same on a GPU, where torch counts."""
+    prepare(job)()  # loads the libraries' code
+    run = prepare(job)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measure_peaks(jobs: List[Job]) -> List[int]:
     """Peaks of the jobs, on the CPU each in a new process."""
     if jobs[0].device == 'cuda':
-        return [measure_peak(job) for job in jobs]
+        return [measure_gpu_peak(job) for job in jobs]
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm', 'vt_zoo', 'torch._dynamo'])
     with context.Pool(1, maxtasksperchild=1) as pool:

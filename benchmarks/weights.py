@@ -23,7 +23,7 @@ from typing import List, Optional
 import timm
 import torch
 from cifar import find_pictures
-from harness import add_jobs, complaints, environment, read_runs, run_all, table
+from harness import add_runs, complaints, environment, read_runs, run_all, table
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
@@ -152,8 +152,7 @@ def main() -> None:
     parser.add_argument('name', choices=[*DATA])
     parser.add_argument('--data-dir', type=Path, help='folder of CIFAR-10 as JPEG files')
     parser.add_argument('--work-dir', type=Path, default=Path('weights_runs'), help='folder for unfinished runs')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
-    add_jobs(parser)
+    add_runs(parser, [0, 1])
     args = parser.parse_args()
     if args.name == 'cifar10' and args.data_dir is None:
         parser.error('cifar10 needs --data-dir')

@@ -274,13 +274,14 @@ def run_folder(out: Path) -> Iterator[None]:
     In a distributed training, the first process does this for all.
 
     Raises:
-        InputError: The name is not UTF-8, or another process or thread holds the lock.
+        InputError: The name is not UTF-8 or that of a file, or another process or thread holds the lock.
         OSError: The folder cannot be created or written.
     """
     if not is_main_process():
         yield
         return
     check_utf8(out)
+    check_output_folder(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:

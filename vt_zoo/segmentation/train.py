@@ -92,19 +92,18 @@ def _start_from(folder: Path, model: nn.Module, name: str) -> None:
     """
     trunk = load_model(str(folder), features_only=True).eval()
     held = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['architecture'].split('.')[0]
-    same = name.split('.')[0] == f'tu-{held}'
-    if same:
-        encoder, x = model.encoder.model, torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
-        try:
-            encoder.load_state_dict(trunk.state_dict())
-            same = torch.equal(encoder.eval()(x)[-1], trunk(x)[-1])
-        except RuntimeError:
-            same = False
-        encoder.train()
-        held = f'{held} with other arguments'
+    refusal = 'encoder_weights {} holds {}, but the encoder is {}: it must be the encoder without tu-'
+    if name.split('.')[0] != f'tu-{held}':
+        raise InputError(refusal.format(folder, held, name))
+    encoder, x = model.encoder.model, torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    try:
+        encoder.load_state_dict(trunk.state_dict())
+        same = torch.equal(encoder.eval()(x)[-1], trunk(x)[-1])
+    except RuntimeError:
+        same = False
+    encoder.train()
     if not same:
-        raise InputError(
-            f'encoder_weights {folder} holds {held}, but the encoder is {name}: it must be the encoder without tu-')
+        raise InputError(refusal.format(folder, f'{held} with other arguments', name))
 
 
 def encoder_statistics(settings: SegmentSettings) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:

@@ -8,7 +8,7 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ BATCH = 128
 PLAIN = {'opt': 'sgd', 'lr': 0.1, 'weight_decay': 5e-4, 'momentum': 0.9}
 AUTOCAST = {'float32': None, 'bfloat16': torch.bfloat16}  # of `harness.cross_entropy`, by precision
 
-Pick = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Pick = Callable[[torch.Tensor, torch.Generator, int], torch.Tensor]
 
 
 def find_pictures(data_dir: Path) -> Dict[str, List[Tuple[Path, int]]]:
@@ -81,9 +81,9 @@ def prepare_cifar(parser: argparse.ArgumentParser, data_dir: Path) -> None:
         load_cifar(data_dir)
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """Pictures in uint8 as a model gets them."""
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+def normalise(x: torch.Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> torch.Tensor:
+    """Pictures from 0 to 255 as a model gets them."""
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (mean, std))
     return ((x / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -106,13 +106,13 @@ def give_small_stem(model: nn.Module) -> nn.Module:
 
 
 class _Picked:
-    """Pictures as `pick` gives them of indices, with randomness from one source."""
+    """Pictures as `pick` gives them of indices in an epoch, with randomness from one source."""
 
     def __init__(self, pick: Pick, generator: torch.Generator) -> None:
-        self.pick, self.generator = pick, generator
+        self.pick, self.generator, self.epoch = pick, generator, 0
 
     def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.pick(indices, self.generator)
+        return self.pick(indices, self.generator, self.epoch)
 
 
 def fit(
@@ -133,7 +133,7 @@ def fit(
 
     Args:
         model: Gives logits.
-        pick: Pictures as the model gets them, of indices and a source of randomness.
+        pick: Pictures as the model gets them, of indices, a source of randomness and the number of the epoch from 0.
         classes: Class of each picture (N,).
         optimizer: Its learning rate is the peak.
         epochs: Number of epochs.
@@ -155,16 +155,18 @@ def fit(
         load_state(tensors, metadata['scalars'], modules, optimizer)
         history = [tuple(epoch) for epoch in metadata['history']]
     first, generator = len(history), torch.Generator()
+    pictures = _Picked(pick, generator)
 
     def orders() -> Iterator[torch.Tensor]:
         for epoch in range(first, epochs):
+            pictures.epoch = epoch
             torch.manual_seed(1000 * seed + epoch)  # of dropout and stochastic depth
             yield torch.randperm(len(classes), generator=generator.manual_seed(1000 * seed + epoch))
 
-    data = _Picked(pick, generator), classes
     start = time.process_time()
     for loss in train_epochs(
-            model, data, optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first, loss_of=loss_of):
+            model, (pictures, classes), optimizer, orders(), epochs, batch_size, warmup_lr=rate / 25, first=first,
+            loss_of=loss_of):
         history.append((loss, time.process_time() - start))
         tensors, scalars = state_tensors(modules, optimizer)
         write_tensors(state, tensors, {'history': history, 'scalars': scalars})
@@ -179,7 +181,7 @@ def fit_plain(
 ) -> List[Tuple[float, float]]:
     """`fit` on pictures in uint8 with crops and flips, by SGD with momentum."""
 
-    def pick(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def pick(indices: torch.Tensor, generator: torch.Generator, epoch: int) -> torch.Tensor:
         return normalise(crop_and_flip(x[indices], generator))
 
     loss_of = partial(cross_entropy, autocast=AUTOCAST[precision])

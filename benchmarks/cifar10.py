@@ -95,7 +95,7 @@ def fit_advanced(
     larger.load_state_dict(read_tensors(teacher)[0])
     policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
 
-    def pick(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def pick(indices: torch.Tensor, generator: torch.Generator, epoch: int) -> torch.Tensor:
         pictures = crop_and_flip(x[indices], generator).to(torch.uint8)
         return normalise(torch.cat([policy(some) for some in pictures.split(TOGETHER)]).to(device))
 

@@ -144,11 +144,12 @@ def cross_entropy(
         images: torch.Tensor,
         classes: torch.Tensor,
         autocast: Optional[torch.dtype] = None,
+        smoothing: float = 0.,
 ) -> torch.Tensor:
     """Loss of a batch; `autocast` is the type in which the model runs what may be in it, None for float32."""
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
         logits = model(images)
-    return F.cross_entropy(logits.float(), classes)
+    return F.cross_entropy(logits.float(), classes, label_smoothing=smoothing)
 
 
 def train_epochs(

@@ -108,7 +108,7 @@ def train(
     keep_depthwise_in_float32(model)
     state = work_dir / f'{name}_{pictures}_{seed}_{epochs}_{lr}.safetensors'.replace(' ', '_')
     history = fit(
-        model, lambda indices, generator: enlarge(crop_and_flip(x[indices], generator)), y,
+        model, lambda indices, generator, epoch: enlarge(crop_and_flip(x[indices], generator)), y,
         create_optimizer_v2(model, 'adamw', lr=lr, weight_decay=WEIGHT_DECAY), epochs, BATCH, seed, state,
         partial(cross_entropy, autocast=torch.bfloat16))
     result = {

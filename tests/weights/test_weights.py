@@ -80,12 +80,12 @@ def test_cifar10_of_the_model_card():
     assert run['correct'] / run['total'] >= 0.86
 
 
-def test_cifar10_of_the_file(tmp_path):
+def test_cifar10_of_the_file():
     folder = os.environ.get('VT_ZOO_CIFAR10')
     if not folder:
         pytest.skip('VT_ZOO_CIFAR10 names no folder of CIFAR-10 as JPEG files')
-    data = weights.link_cifar(Path(folder), tmp_path / 'data')
-    correct = weights.count(weights.WEIGHTS / 'test_vt_resnet.cifar10.safetensors', data, weights.CIFAR10[-1].img_size)
+    pictures = weights.find_pictures(Path(folder))['test']
+    correct = weights.count('cifar10', weights.WEIGHTS / 'test_vt_resnet.cifar10.safetensors', pictures)
     assert correct == cifar10_runs()[0]['correct']
 
 

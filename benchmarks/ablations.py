@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn as nn
 from cifar import fit_plain, give_small_stem, load_cifar, normalise, prepare_cifar
-from harness import accuracy, add_runs, at_least, environment, mean_and_spread, read_runs, run_all, table, train_epochs
+from harness import accuracy, add_runs, at_least, environment, mean_and_spread, run_all, table, train_epochs
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from timm.models.resnet import BasicBlock, ResNet
@@ -191,7 +191,7 @@ def train(run: dict, data_dir: Path) -> dict:
     torch.set_num_threads(1)
     model, losses, (x, y) = TASKS[run['task']][0](run, data_dir)
     return {
-        **run, 'loss': losses, 'test': accuracy(model, x, y, 250), 'ranks': ranks(model, x[:256]),
+        'loss': losses, 'test': accuracy(model, x, y, 250), 'ranks': ranks(model, x[:256]),
         'parameters': sum(p.numel() for p in model.parameters())}
 
 
@@ -286,13 +286,11 @@ def main() -> None:
     if args.task == 'sums':
         draw_sums(args.out / 'ablations.png')
     log = args.out / 'ablations.json'
-    runs = read_runs(log)
-    wanted = [
-        {**schedule, 'variant': variant, 'seed': seed}
+    jobs = [
+        ({**schedule, 'variant': variant, 'seed': seed}, args.data_dir)
         for seed in args.seeds for variant in args.variants or variants]
-    jobs = [(run, args.data_dir) for run in wanted if not any(run.items() <= r.items() for r in runs)]
     machine = environment()
-    run_all(train, jobs, runs, log, machine, args.jobs, report)
+    runs = run_all(train, jobs, log, machine, args.jobs, report)
     print(report(runs, machine))
 
 

@@ -21,7 +21,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import segmentation_models_pytorch
 import torch
-from harness import add_device, add_runs, at_least, complaints, environment, mean_and_spread, read_runs, run_all, table
+from harness import add_device, add_runs, at_least, complaints, environment, mean_and_spread, run_all, table
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -47,13 +47,12 @@ def run_folder(work_dir: Path, arch: str, seed: int, trunk: bool) -> Path:
     return work_dir / f'{arch}_{seed}{"_trunk" if trunk else ""}'
 
 
-def run(
-        arch: str, seed: int, trunk: Optional[Path], data_dir: Path, work_dir: Path, device: str, workers: int) -> Dict:
-    """Train one model and return its measures; in a process of its own."""
+def train(run: dict, trunk: Optional[Path], data_dir: Path, work_dir: Path, device: str, workers: int) -> Dict:
+    """Train one model, of `arch` and `seed`, and return its measures."""
     torch.set_num_threads(1)
-    weights = False if trunk is None else str(trunk)
-    settings = SegmentSettings.read('camvid', {'arch': arch, 'seed': seed, 'encoder_weights': weights})
-    out = run_folder(work_dir, arch, seed, trunk is not None)
+    settings = SegmentSettings.read('camvid', {
+        'arch': run['arch'], 'seed': run['seed'], 'encoder_weights': False if trunk is None else str(trunk)})
+    out = run_folder(work_dir, **run)
     with suppress(RunFinishedError):
         train_segmenter(data_dir, out, settings, resume=True, workers=workers, device=device, progress=False)
     loaded = load(out / 'last')
@@ -62,7 +61,7 @@ def run(
     batches = DataLoader(data, num_workers=workers)
     measured = evaluate(loaded.model.to(device), batches, len(loaded.classes), loaded.eval_size)
     return {
-        'arch': arch, 'seed': seed, 'trunk': trunk is not None, 'miou': 100 * measured.miou,
+        'miou': 100 * measured.miou,
         'iou': dict(zip(loaded.classes, (100 * v for v in measured.iou))),
         'pixel_accuracy': 100 * measured.pixel_accuracy}
 
@@ -140,14 +139,13 @@ def main() -> None:
             load(args.trunk, 'classification')
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'camvid.json'
-    runs = read_runs(log)
-    done = {(r['arch'], r['seed'], r['trunk']) for r in runs}
     jobs = [
-        (arch, seed, args.trunk, args.data_dir, args.work_dir, args.device, args.workers)
-        for seed in args.seeds for arch in args.arch if (arch, seed, args.trunk is not None) not in done]
+        ({'arch': arch, 'seed': seed, 'trunk': args.trunk is not None}, args.trunk, args.data_dir, args.work_dir,
+         args.device, args.workers)
+        for seed in args.seeds for arch in args.arch]
     machine = environment(
         f'segmentation_models_pytorch {segmentation_models_pytorch.__version__}', device=args.device)
-    run_all(run, jobs, runs, log, machine, args.jobs, report)
+    runs = run_all(train, jobs, log, machine, args.jobs, report)
     print(report(runs, machine))
     models = {NAMES[arch]: run_folder(args.work_dir, arch, 0, False) / 'last' for arch in ARCHITECTURES}
     if all(map(Path.exists, models.values())):

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from ablations import RESNET, VARIANTS, tables
 from cifar import AUTOCAST, BATCH, crop_and_flip, fit, fit_plain, give_small_stem, load_cifar, normalise, prepare_cifar
-from harness import accuracy, add_device, add_runs, at_least, environment, mean_and_spread, read_runs, run_all
+from harness import accuracy, add_device, add_runs, at_least, environment, mean_and_spread, run_all
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -70,11 +70,10 @@ def distill(
     return 0.2 * F.cross_entropy(logits, classes, label_smoothing=0.1) + 0.8 * divergence
 
 
-def trained_weights(
-        work_dir: Path, name: str, recipe: str, seed: int, epochs: int = EPOCHS, precision: str = PRECISION) -> Path:
+def trained_weights(work_dir: Path, run: dict) -> Path:
     """File of the weights of a run."""
-    words = name.replace(' ', '_').replace(',', '')
-    return work_dir / f'{words}_{recipe}_{seed}_{epochs}_{precision}.safetensors'
+    words = '_'.join(str(run[key]) for key in ('variant', 'recipe', 'seed', 'epochs', 'precision'))
+    return work_dir / f'{words.replace(" ", "_").replace(",", "")}.safetensors'
 
 
 def fit_advanced(
@@ -103,29 +102,32 @@ def fit_advanced(
     return average.module, fit(model, pick, classes, optimizer, epochs, BATCH, seed, state, loss_of, average)
 
 
-def train(
-        name: str, recipe: str, seed: int, epochs: int, precision: str, data_dir: Path, work_dir: Path, teacher: Path,
-        device: str,
-) -> dict:
+def train(run: dict, data_dir: Path, work_dir: Path, teacher: Path, device: str) -> dict:
     """Train a variant; its accuracies are those after the last epoch, on pictures as they are.
 
-    The weights are written to `work_dir`, the teacher's to `teacher`.
+    Args:
+        run: `variant`, `recipe`, `seed`, `epochs` and `precision`.
+        data_dir: Folder of CIFAR-10.
+        work_dir: Folder for the unfinished run, its log and the trained weights.
+        teacher: File of the teacher's weights, to read or, for the teacher itself, to write.
+        device: 'cpu' or 'cuda'.
     """
     torch.set_num_threads(1)
+    name, seed, epochs, precision = (run[key] for key in ('variant', 'seed', 'epochs', 'precision'))
     (x, y), test = (tuple(tensor.to(device) for tensor in pair) for pair in load_cifar(data_dir).values())
-    trained = teacher if name == TEACHER else trained_weights(work_dir, name, recipe, seed, epochs, precision)
+    trained = teacher if name == TEACHER else trained_weights(work_dir, run)
     state = trained.with_name(f'{trained.stem}_unfinished.safetensors')
     torch.manual_seed(seed)
-    rates = {'drop_rate': 0.2, 'drop_path_rate': 0.1} if recipe == 'advanced' else {}
+    advanced = run['recipe'] == 'advanced'
+    rates = {'drop_rate': 0.2, 'drop_path_rate': 0.1} if advanced else {}
     model = measured = create(name, **rates).to(device, memory_format=torch.channels_last)
     words = model, x, y, epochs, seed, state, precision
-    if recipe == 'advanced':
+    if advanced:
         measured, history = fit_advanced(*words, teacher)
     else:
         history = fit_plain(*words)
     write_tensors(trained, measured.state_dict(), {})
     result = {
-        'variant': name, 'recipe': recipe, 'seed': seed, 'epochs': epochs, 'precision': precision,
         'loss': [loss for loss, _ in history],
         'test': accuracy(measured, normalise(test[0]), test[1], batch_size=500),
         'train': accuracy(measured, normalise(x[::5]), y[::5], batch_size=500),
@@ -181,14 +183,12 @@ def main() -> None:
     prepare_cifar(parser, args.data_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'cifar10.json'
-    runs = read_runs(log)
-    done = {(r['variant'], r['recipe'], r['seed'], r['epochs'], r['precision']) for r in runs}
+    schedule = {'recipe': args.recipe, 'epochs': args.epochs, 'precision': args.precision}
     jobs = [
-        (name, args.recipe, seed, args.epochs, args.precision, args.data_dir, args.work_dir, teacher, args.device)
-        for seed in args.seeds for name in variants
-        if (name, args.recipe, seed, args.epochs, args.precision) not in done]
+        ({'variant': name, 'seed': seed, **schedule}, args.data_dir, args.work_dir, teacher, args.device)
+        for seed in args.seeds for name in variants]
     machine = environment(device=args.device)
-    run_all(train, jobs, runs, log, machine, args.jobs, report)
+    runs = run_all(train, jobs, log, machine, args.jobs, report)
     print(report(runs, machine))
 
 

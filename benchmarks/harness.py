@@ -92,31 +92,35 @@ def read_runs(log: Path) -> List[dict]:
 def run_all(
         work: Callable[..., dict],
         jobs: List[tuple],
-        runs: List[dict],
         log: Path,
         environment: str,
         processes: int,
         report: Optional[Callable[[List[dict], str], str]] = None,
-) -> None:
-    """Run jobs, append what each returns to `runs`, and write all of them after each; a failure is raised at the end.
+) -> List[dict]:
+    """Run the jobs that a log does not record, and write it after each; a failure is raised at the end.
 
     Args:
-        work: Called with the words of a job, in a process of its own.
-        jobs: Words of each job.
-        runs: Runs so far, to append to.
+        work: Called with a job, in a process of its own; returns measures.
+        jobs: What is to be run, as values by name which are recorded with the measures, and what else the work needs.
         log: JSON file to write.
         environment: Machine and versions, for the log.
         processes: Jobs at a time.
         report: Makes Markdown of the runs and the environment, for a file beside the log; None where it needs all runs.
+
+    Returns:
+        All runs that the log then records.
     """
+    runs = read_runs(log)
+    missing = [job for job in jobs if not any(job[0].items() <= run.items() for run in runs)]
     with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
-        futures = [pool.submit(work, *job) for job in jobs]
+        futures = {pool.submit(work, *job): job[0] for job in missing}
         for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
             if future.exception() is None:
-                runs.append(future.result())
+                runs.append({**futures[future], **future.result()})
                 write_runs(log, runs, environment, report)
     for future in futures:
         future.result()
+    return runs
 
 
 def write_runs(

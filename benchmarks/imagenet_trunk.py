@@ -25,7 +25,6 @@ from harness import (
     cross_entropy,
     environment,
     mean_and_spread,
-    read_runs,
     run_all,
     table,
     time_in_turns,
@@ -94,11 +93,17 @@ class Enlarged:
         return map(enlarge, self.x.split(batch_size))
 
 
-def train(
-        name: str, pictures: int, seed: int, epochs: int, lr: float, weights: Path, data_dir: Path, work_dir: Path,
-) -> dict:
-    """Fine-tune a model; its accuracy is that after the last epoch."""
+def train(run: dict, weights: Path, data_dir: Path, work_dir: Path) -> dict:
+    """Fine-tune a model; its accuracy is that after the last epoch.
+
+    Args:
+        run: `model`, `pictures`, `seed`, `epochs` and `lr`.
+        weights: File of the trunk's weights.
+        data_dir: Folder of CIFAR-10.
+        work_dir: Folder for the unfinished run and its log.
+    """
     torch.set_num_threads(1)
+    name, pictures, seed, epochs, lr = (run[key] for key in ('model', 'pictures', 'seed', 'epochs', 'lr'))
     data = load_cifar(data_dir)
     (x, y), test = data['train'], data['test']
     chosen = slice(None, None, len(y) // pictures)  # as many of each class
@@ -112,7 +117,6 @@ def train(
         create_optimizer_v2(model, 'adamw', lr=lr, weight_decay=WEIGHT_DECAY), epochs, BATCH, seed, state,
         partial(cross_entropy, autocast=torch.bfloat16))
     result = {
-        'model': name, 'pictures': pictures, 'seed': seed, 'epochs': epochs, 'lr': lr,
         'loss': [loss for loss, _ in history], 'test': accuracy(model, Enlarged(test[0]), test[1], batch_size=100),
         'epoch_cpu_seconds': statistics.median(seconds for _, seconds in history)}
     state.unlink()
@@ -189,15 +193,14 @@ def main() -> None:
     with whole(weights) as new:
         save_file(read_weights(args.weights), new)
     log = args.out / 'imagenet_trunk.json'
-    runs = read_runs(log)
-    done = {(r['model'], r['pictures'], r['seed'], r['epochs'], r['lr']) for r in runs}
     jobs = [
-        (name, pictures, seed, epochs, lr, weights, args.data_dir, args.work_dir)
+        ({'model': name, 'pictures': pictures, 'seed': seed, 'epochs': epochs, 'lr': lr}, weights, args.data_dir,
+         args.work_dir)
         for pictures, epochs in zip(args.pictures, args.epochs) for lr in args.lr for seed in args.seeds
-        for name in MODELS if (name, pictures, seed, epochs, lr) not in done]
+        for name in MODELS]
     machine = environment()
     words = partial(report, costs(weights))
-    run_all(train, jobs, runs, log, machine, args.jobs, words)
+    runs = run_all(train, jobs, log, machine, args.jobs, words)
     print(words(runs, machine))
 
 

@@ -67,6 +67,7 @@ from vt_zoo.inference import fold_norms
 from vt_zoo.models.vt_fpn import FPNNeck, VTNeck
 from vt_zoo.segmentation import SegmentSettings, create_segmenter
 from vt_zoo.segmentation.settings import ARCHITECTURES
+from vt_zoo.training.loop import to_channels_last
 
 RESULTS = Path(__file__).parent / 'results'
 RESNETS, TRAINED, REFERENCE = ('resnet18', 'resnet34', 'resnet50', 'resnet101'), ('resnet18', 'resnet50'), 'resnet50'
@@ -218,7 +219,7 @@ def prepare_neck(job: Job) -> Callable[[], None]:
 def prepare_segmenter(job: Job) -> Callable[[], None]:
     """A step of the recipe `camvid` on random images and masks."""
     settings = SegmentSettings.read('camvid', {'arch': job.name, 'batch_size': job.batch})
-    model = create_segmenter(settings, CLASSES).train()
+    model = to_channels_last(create_segmenter(settings, CLASSES).train())
     optimizer = create_optimizer_v2(model, settings.opt, settings.lr, settings.weight_decay)
     x = torch.randn(job.batch, 3, *settings.crop_size)
     y = torch.randint(CLASSES, (job.batch, *settings.crop_size))

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from camvid import run_folder
 from cifar import load_cifar, normalise
-from cifar10 import BASE, create, trained_weights
+from cifar10 import BASE, EPOCHS, PRECISION, create, trained_weights
 from harness import add_device, at_least, complaints, environment, mean_and_spread, read_runs, table, write_runs
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -102,7 +102,8 @@ class Cifar10:
 
     def file(self, seed: int) -> Path:
         """Of trained weights."""
-        return trained_weights(self.models, BASE, 'plain', seed)
+        return trained_weights(self.models, {
+            'variant': BASE, 'recipe': 'plain', 'seed': seed, 'epochs': EPOCHS, 'precision': PRECISION})
 
     def trained(self, seed: int) -> nn.Module:
         model = self.random(seed)

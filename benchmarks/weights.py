@@ -19,13 +19,13 @@ import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import timm
 import torch
 import torch.nn.functional as F
 from cifar import AUTOCAST, BATCH, PLAIN, crop_and_flip, find_pictures, fit, load_cifar, normalise, prepare_cifar
-from harness import add_runs, cross_entropy, environment, read_runs, run_all, table
+from harness import add_runs, cross_entropy, environment, run_all, table
 from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -65,7 +65,7 @@ DATA = {
 
 
 def train_digits(words: dict, settings: FinetuneSettings, data: Path, work_dir: Path, weights: Optional[Path]) -> dict:
-    """Train on one thread.
+    """Train on one thread, and count the held-out images that are right.
 
     Args:
         words: What the record says of the run, `seed` among it.
@@ -73,9 +73,6 @@ def train_digits(words: dict, settings: FinetuneSettings, data: Path, work_dir: 
         data: Folder of images.
         work_dir: Folder for runs; one that it holds is not trained again.
         weights: File to write, if any.
-
-    Returns:
-        The words, and how many of the held-out images are right.
     """
     torch.set_num_threads(1)
     out = work_dir / f'seed_{words["seed"]}'
@@ -85,20 +82,17 @@ def train_digits(words: dict, settings: FinetuneSettings, data: Path, work_dir: 
         with whole(weights) as new:
             shutil.copy(out / 'model' / 'model.safetensors', new)
     training = json.loads((out / 'model' / 'config.json').read_text())['training']
-    return {**words, 'correct': training['val_correct'], 'total': training['val_images']}
+    return {'correct': training['val_correct'], 'total': training['val_images']}
 
 
 def train_cifar10(words: dict, data_dir: Path, work_dir: Path, weights: Optional[Path]) -> dict:
-    """Train on one thread; the moving average of the model is measured, from a file and on the files of the pictures.
+    """Train on one thread, and count the test pictures that the moving average finds right, as files.
 
     Args:
         words: What the record says of the run, `seed` among it.
         data_dir: Folder of CIFAR-10.
         work_dir: Folder for unfinished runs, logs and the trained weights.
         weights: Another file to write, if any.
-
-    Returns:
-        The words, and how many of the test pictures are right.
     """
     torch.set_num_threads(1)
     seed = words['seed']
@@ -122,7 +116,7 @@ def train_cifar10(words: dict, data_dir: Path, work_dir: Path, weights: Optional
     for file in filter(None, (trained, weights)):
         write_tensors(file, average.module.to(memory_format=torch.contiguous_format).state_dict(), {})
     pictures = find_pictures(data_dir)['test']
-    result = {**words, 'correct': count('cifar10', trained, pictures), 'total': len(pictures)}
+    result = {'correct': count('cifar10', trained, pictures), 'total': len(pictures)}
     state.unlink()
     return result
 
@@ -175,34 +169,32 @@ def main() -> None:
     add_runs(parser, [0, 1])
     args = parser.parse_args()
     log, weights = RESULTS / f'{args.name}_weights.json', WEIGHTS / f'test_vt_resnet.{args.name}.safetensors'
-    runs, machine = read_runs(log), environment()
+    machine = environment()
     files = [None if seed else weights for seed in args.seeds]
-
-    def run(work: Callable[..., dict], jobs: List[tuple]) -> None:
-        missing = [job for job in jobs if not any(job[0].items() <= r.items() for r in runs)]
-        run_all(work, missing, runs, log, machine, args.jobs)
-
     if args.name == 'digits':
         data = args.work_dir / 'digits'
         write_digits(data)
         of = 'training images'
-        run(train_digits, [
+        jobs = [
             ({'of': of, 'recipe': recipe, 'seed': seed}, replace(settings, val_fraction=0.25), data / 'train',
              args.work_dir / of / recipe, None)
-            for seed in range(SPLITS) for recipe, settings in DIGITS.items()])
-        words = {'of': 'held-out images', 'recipe': best_recipe(runs)}
-        run(train_digits, [
-            ({**words, 'seed': seed}, DIGITS[words['recipe']], data, args.work_dir.joinpath(*words.values()), file)
-            for seed, file in zip(args.seeds, files)])
+            for seed in range(SPLITS) for recipe, settings in DIGITS.items()]
+        best = best_recipe(run_all(train_digits, jobs, log, machine, args.jobs))
+        words = {'of': 'held-out images', 'recipe': best}
+        jobs = [
+            ({**words, 'seed': seed}, DIGITS[best], data, args.work_dir.joinpath(*words.values()), file)
+            for seed, file in zip(args.seeds, files)]
+        runs = run_all(train_digits, jobs, log, machine, args.jobs)
         held_out = find_split(data).val
     else:
         if args.data_dir is None:
             parser.error('cifar10 needs --data-dir')
         prepare_cifar(parser, args.data_dir)
         args.work_dir.mkdir(parents=True, exist_ok=True)
-        run(train_cifar10, [
+        jobs = [
             ({'seed': seed, 'epochs': EPOCHS}, args.data_dir, args.work_dir, file)
-            for seed, file in zip(args.seeds, files)])
+            for seed, file in zip(args.seeds, files)]
+        runs = run_all(train_cifar10, jobs, log, machine, args.jobs)
         held_out = find_pictures(args.data_dir)['test']
     text = report(args.name, runs, machine)
     if weights.exists():

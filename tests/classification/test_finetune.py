@@ -66,6 +66,13 @@ def test_starts_from_the_folder_of_a_run(few_digits, tiny_settings, tiny_run, tm
     assert weights(tmp_path / 'run') == weights(tmp_path / 'model')
 
 
+@pytest.mark.slow
+def test_model_with_3d_convolutions(few_digits, tiny_settings, tmp_path):
+    result = train(few_digits, tmp_path / 'run', replace(tiny_settings, epochs=1, model='lambda_resnet26t'))
+    assert (result.correct, result.total) == count_correct(result.model_dir, few_digits / 'val')
+    assert result.same_predictions
+
+
 def test_measured_with_the_preprocessing_of_the_model(my_digits, my_model, tiny_settings, tmp_path):
     """As predict prepares pictures: here wide ones are squashed, not cropped."""
     for path in my_digits.rglob('*.png'):

@@ -121,7 +121,7 @@ def test_table_of_the_necks():
             neck = cls('tu-resnet50').decoder.neck.eval()
         assert parameters == f'{sum(p.numel() for p in neck.parameters()) / 1e6:.2f}'
         assert costs == costs_of(neck)
-    assert "VT-FPN's are {} G and {} G".format(*costs_of(in_paper_order(neck))) in text
+    assert "VT-FPN's neck needs {} G and {} G".format(*costs_of(in_paper_order(neck))) in text
 
 
 def costs_of(neck):

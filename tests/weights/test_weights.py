@@ -91,8 +91,8 @@ def test_cifar10_of_the_file():
 
 @pytest.mark.slow
 def test_other_seed_trained_here(correct, digits, tmp_path):
-    steps = [weights.DIGITS[weights.best_recipe(LOGGED)]]
-    result = weights.train({'seed': 2}, steps, digits, tmp_path, weights=None)
+    recipe = weights.DIGITS[weights.best_recipe(LOGGED)]
+    result = weights.train_digits({'seed': 2}, recipe, digits, tmp_path, weights=None)
     assert abs(result['correct'] - correct) / HELD_OUT <= 0.01  # 445 of 450 when this was written, the card says more
 
 

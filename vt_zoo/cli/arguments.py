@@ -91,7 +91,8 @@ def add_settings(parser: argparse.ArgumentParser, kind: Type[Settings]) -> None:
     recipes = kind.recipes()
     parser.add_argument('--config', metavar='RECIPE', help=f'recipe, a YAML file or one of: {", ".join(recipes)}')
     add = parser.add_argument_group(
-        'settings', 'Each replaces the field of its name in the recipe. Without either the default holds.').add_argument
+        'settings', 'Each overrides the field of the same name in the recipe. If neither is given, the default applies.'
+    ).add_argument
     types = get_type_hints(kind)
     for f in fields(kind):
         add(f'--{f.name.replace("_", "-")}', dest=f'set_{f.name}', default=argparse.SUPPRESS,

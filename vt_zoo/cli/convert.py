@@ -1,8 +1,8 @@
 """Convert a checkpoint of timm's train.py to safetensors in timm's hub layout.
 
-CHECKPOINT is a file that train.py saved (last.pth.tar, model_best.pth.tar, ...) or another program: a state dict,
-alone or under a usual name (model, model_state_dict, ...), with any prefix before the names, as Lightning has. Nothing
-in the file is executed; a file that cannot be read that way is refused. DIR can then be loaded by
+CHECKPOINT is a file saved by train.py (last.pth.tar, model_best.pth.tar, ...) or by another program: a plain state
+dict, or one stored under a common name (model, model_state_dict, ...), with any prefix before the names, such as
+Lightning's. Nothing in the file is executed; a file that cannot be read that way is refused. DIR can then be loaded by
 timm.create_model('local-dir:DIR', pretrained=True), `vt-zoo predict` and `vt-zoo publish`.
 """
 import argparse

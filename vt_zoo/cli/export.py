@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--format', required=True, choices=FORMATS,
         help='kind of file; pt2 is that of torch.export, aoti is compiled by AOTInductor for the CPU of this machine')
     add('--out', default=argparse.SUPPRESS, metavar='FILE',
-        help='file to write (default: beside the folder MODEL, or for a name here, as MODEL.onnx, .pt or .pt2)')
+        help='file to write (default: MODEL.onnx, .pt or .pt2, next to the folder MODEL, or here if MODEL is a name)')
     add('--overwrite', action='store_true', help='replace FILE if it exists')
     add('--dynamic-size', action='store_true',
         help='accept images of any height and width, not only of the input size; torchscript always does')

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument(
         '--model', required=True, metavar='NAME_OR_DIR',
-        help="folder in timm's hub layout, hf-hub:ORG/NAME, or the name of a model that has weights")
+        help="folder of a run or in timm's hub layout, hf-hub:ORG/NAME, or the name of a model that has weights")
     parser.add_argument('--top', type=positive_int, default=5, metavar='K', help='number of classes to print per image')
     parser.add_argument(
         '--untrained', action='store_true',

@@ -1,8 +1,8 @@
 """Draw what the tokens of a model look at on images, and measure it.
 
-DIR gets NAME_tokens.png for each image (Figure 6 of the paper: above, where each token looks; below, which pixels it
-then meets in the transformer), tokens.png with all images, and tokens.json with the numbers of every module. A file
-that cannot be read as an image is named in a warning and left out.
+DIR gets NAME_tokens.png for each image (Figure 6 of the paper: above, where each token looks; below, which pixels
+then reach it through the transformer), tokens.png with all images, and tokens.json with the numbers of every module. A
+file that cannot be read as an image is named in a warning and left out.
 """
 import argparse
 import json

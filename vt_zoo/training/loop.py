@@ -62,6 +62,17 @@ def accelerator_of(device: Optional[str], precision: str) -> Iterator['Accelerat
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """Lay out the weights of convolutions as channels last, in place: on a CPU, training steps take up to a third less.
+
+    `nn.Module.to` would do so, but refuses models with 3D convolutions.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
+
+
 class Loop:
     """The training of a model by one or several processes, and its state.
 
@@ -87,7 +98,7 @@ class Loop:
     ) -> None:
         """
         Args:
-            model: The model to train.
+            model: The model to train; it is moved to the accelerator's device, in channels last.
             accelerator: Accelerator from `accelerator_of`.
             optimizer: Arguments of timm's `create_optimizer_v2`.
             schedule: Arguments of timm's `create_scheduler_v2`, whose epochs are units.
@@ -104,6 +115,7 @@ class Loop:
         if batch_size < accelerator.num_processes:
             raise InputError(
                 f'batch_size must be at least the number of processes, {accelerator.num_processes}, got {batch_size}')
+        model = to_channels_last(model.to(accelerator.device))
         if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
             model = convert_sync_batchnorm(model)
         try:
@@ -113,7 +125,7 @@ class Loop:
         self.scheduler, _ = create_scheduler_v2(
             created, num_epochs=iterations // unit_iterations, step_on_epochs=False, updates_per_epoch=unit_iterations,
             **schedule)
-        self.ema = ModelEmaV3(model.to(accelerator.device), ema_decay, use_warmup=True) if ema_decay else None
+        self.ema = ModelEmaV3(model, ema_decay, use_warmup=True) if ema_decay else None
         self.accelerator, self.lr = accelerator, optimizer['lr']
         self.iterations, self.batch_size, self.seed = iterations, batch_size, seed
         self.unit, self.unit_iterations = unit, unit_iterations

@@ -30,8 +30,8 @@ def either(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or the name of its type if there is no message."""
-    return next(iter(str(error).splitlines()), '') or type(error).__name__
+    """First line of an error's message that is not blank, or the name of its type if there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(name: str) -> str:

@@ -137,6 +137,21 @@ def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
     assert [(m['height'], m['width']) for m in modules] == [(15, 23), (8, 12), (4, 6), (2, 3)]
 
 
+def test_images_that_the_model_does_not_take(command, pictures, tmp_path):
+    torch.manual_seed(0)
+    model = VTFPN('tu-test_convnext', classes=2, num_tokens=4, token_dim=16, pyramid_channels=32, head_channels=32)
+    write_segmenter(tmp_path / 'model', model.eval(), ['a', 'b'], (0.5,) * 3, (0.25,) * 3)
+    Image.new('RGB', (3, 3)).save(tmp_path / 'tiny.png')
+    words = 'tokens', tmp_path / 'tiny.png', '--model', tmp_path / 'model', '--out', tmp_path / 'out'
+    result = command(*words, pictures / 'square.png')
+    assert result.code == 0, result.stderr
+    assert 'tiny.png is left out: the model does not take images of 3x3 pixels' in result.stderr
+    written = json.loads((tmp_path / 'out' / 'tokens.json').read_text())
+    assert [entry['image'] for entry in written['images']] == [str(pictures / 'square.png')]
+    check_refused(command(*words[:-1], tmp_path / 'other'), 'no image can be looked at', '3x3')
+    assert not (tmp_path / 'other').exists()
+
+
 @pytest.mark.parametrize(('words', 'expected'), [
     (['wide.png', '--model', 'resnet18.a1_in1k.no'], 'resnet18'),
     (['wide.png', '--model', 'resnet'], 'has no tokens to look at'),
@@ -160,6 +175,7 @@ def test_tokens_refused(command, pictures, tmp_path, words, expected):
 @pytest.mark.parametrize(('words', 'expected'), [
     (['--model', 'resnet18', '--random'], 'has no locality ratio'),
     (['--model', 'no_such_model', '--random'], "'no_such_model'"),
+    (['--model', 'test_vit.no_such_tag', '--random'], 'no_such_tag'),
     (['--model', 'test_vit', '--random', '--out', 'figure.gif'], 'out must end in .png or .svg, got figure.gif'),
 ])
 def test_locality_refused(command, tmp_path, words, expected):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers import as_in_version_0_1, count_correct, history, interrupted_after, truncate, weights
 from PIL import Image
 
+import vt_zoo.classification.train as train_module
 from vt_zoo.classification.train import evaluate, finetune
 from vt_zoo.data.images import find_split, load_image
 from vt_zoo.errors import InputError
@@ -67,10 +68,48 @@ def test_starts_from_the_folder_of_a_run(few_digits, tiny_settings, tiny_run, tm
 
 
 @pytest.mark.slow
-def test_model_with_3d_convolutions(few_digits, tiny_settings, tmp_path):
-    result = train(few_digits, tmp_path / 'run', replace(tiny_settings, epochs=1, model='lambda_resnet26t'))
+@pytest.mark.parametrize('model', [
+    'lambda_resnet26t',  # has 3D convolutions
+    'coat_lite_tiny',  # uses parameters twice
+    'densenet121',  # knows no drop_path_rate
+])
+def test_models_of_timm(few_digits, tiny_settings, tmp_path, model):
+    result = train(few_digits, tmp_path / 'run', replace(tiny_settings, epochs=1, model=model))
     assert (result.correct, result.total) == count_correct(result.model_dir, few_digits / 'val')
     assert result.same_predictions
+
+
+def test_drop_path_that_the_model_does_not_know(few_digits, tiny_settings, tmp_path, input_error):
+    with input_error("densenet121.* 'drop_path_rate'"):
+        train(few_digits, tmp_path / 'run', replace(tiny_settings, model='densenet121', drop_path=0.1))
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'model': 'test_resnet'}, "model = 'test_vt_resnet.*' instead of 'test_resnet'"),
+    ({'model': 'test_vt_resnet.cifar10'}, "model = 'test_vt_resnet.*' instead of 'test_vt_resnet.cifar10'"),
+    ({'img_size': None}, 'img_size = 32 instead of None')])
+def test_finished_run_is_not_that_of_other_settings(few_digits, tiny_settings, tiny_run, input_error, changes, words):
+    with input_error(f'holds a finished run with {words}'):
+        train(few_digits, tiny_run.out, replace(tiny_settings, **changes), resume=True)
+
+
+def test_finished_run_from_a_folder(few_digits, tiny_settings, tiny_run, tmp_path):
+    settings = replace(tiny_settings, epochs=1, model=str(tiny_run.out))
+    train(few_digits, tmp_path / 'run', settings)
+    with pytest.raises(RunFinishedError):
+        train(few_digits, tmp_path / 'run', settings, resume=True)
+
+
+def test_image_that_vanishes(my_digits, tiny_settings, tmp_path, monkeypatch, input_error):
+    """One sentence also from a process that loads images."""
+    original = train_module.describe_split
+
+    def describe(split):
+        os.unlink(split.train[0][0])
+        return original(split)
+    monkeypatch.setattr(train_module, 'describe_split', describe)
+    with input_error('does not exist'):
+        finetune(my_digits, tmp_path / 'run', tiny_settings, workers=1, device='cpu')
 
 
 def test_measured_with_the_preprocessing_of_the_model(my_digits, my_model, tiny_settings, tmp_path):
@@ -154,8 +193,10 @@ def test_interrupted_and_resumed(few_digits, tiny_settings, tmp_path, steps):
 @pytest.mark.parametrize('changes, workers', [
     ({'precision': 'bfloat16'}, 0),
     ({'opt': 'adamw', 'lr': 1e-3}, 2),
+    ({'opt': 'lamb', 'lr': 1e-3}, 0),  # counts its steps for each group of parameters
     *(pytest.param(*values, marks=pytest.mark.slow) for values in [
-        ({'opt': 'sgd'}, 0), ({'opt': 'rmsproptf', 'lr': 1e-3}, 0), ({'opt': 'adamw', 'lr': 1e-3}, 0),
+        ({'opt': 'sgd'}, 0), ({'opt': 'adanw', 'lr': 1e-3}, 0), ({'opt': 'rmsproptf', 'lr': 1e-3}, 0),
+        ({'opt': 'adamw', 'lr': 1e-3}, 0),
         ({}, 2)]),
 ])
 def test_interrupted_and_resumed_with(few_digits, tiny_settings, tmp_path, changes, workers):

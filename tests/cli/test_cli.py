@@ -183,6 +183,18 @@ def test_predict_with_a_damaged_model(command, picture, my_model, damage):
     assert result.stdout == ''
 
 
+@pytest.mark.parametrize('words', [
+    ['predict', 'a.png', '--model', 'model'], ['export', 'model', '--format', 'torchscript'],
+    ['publish', 'model', '--repo-id', 'a/b', '--dry-run']], ids=lambda words: words[0])
+@pytest.mark.parametrize('options', [{'num_classes': 0}, {'global_pool': ''}], ids=str)
+def test_model_that_is_no_classifier(command, tmp_path, words, options):
+    model = timm.create_model('test_vt_resnet.untrained', **options)
+    timm.models.save_for_hf(model, tmp_path / 'model', model_args=options, safe_serialization=True)
+    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
+    check_refused(command(*words, cwd=tmp_path), 'model is no classifier')
+    assert sorted(os.listdir(tmp_path)) == ['a.png', 'model']
+
+
 def test_finetune_from_a_damaged_model(refuse_finetune, my_model, tmp_path):
     truncated_weights(my_model)
     refuse_finetune(tmp_path, '--model', my_model, holds=[my_model])

@@ -322,6 +322,14 @@ def test_full_disk(command, limit_file_size, tmp_path, words):
     assert os.listdir(tmp_path) == []
 
 
+def test_torchscript_of_a_model_of_one_size(tmp_path):
+    model = timm.create_model('test_vit', num_classes=3).eval()
+    write_model(tmp_path / 'model', model, None, resolve_data_config({}, model=model))
+    export(str(tmp_path / 'model'), 'torchscript', tmp_path / 'out.pt')
+    assert metadata(tmp_path / 'out.pt', 'torchscript')['inputs'] == {'image': ['batch', 3, 160, 160]}
+    assert_same(run(tmp_path / 'out.pt', 'torchscript'), model, torch.randn(2, 3, 160, 160))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [*SINGLE, *COMBINED[1:]], ids=name)  # float32 rounds the first by over 1e-4
 @pytest.mark.parametrize('file_format', ['onnx', 'torchscript', 'pt2'])

@@ -1,5 +1,6 @@
 """Training of segmentation models: the sum it computes, reproducible, resumable after a kill at any moment."""
 import csv
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,7 @@ from vt_zoo.segmentation import train as train_module
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import SegmentMetrics, evaluate
 from vt_zoo.segmentation.settings import SegmentSettings
-from vt_zoo.segmentation.train import create_segmenter, train_segmenter
+from vt_zoo.segmentation.train import create_segmenter, encoder_statistics, train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform, train_transform
 from vt_zoo.training.loop import Loop
 from vt_zoo.training.sampling import IterationBatches, SeededDataset
@@ -192,6 +193,15 @@ def test_preprocessing_is_the_encoders_or_the_recipes(composed, segment_settings
     given = load(tmp_path / 'run' / 'last')
     assert (given.preprocessing['mean'], given.preprocessing['std']) == ((0.1, 0.2, 0.3), (1, 2, 3))
     assert given.eval_size == 40
+
+
+def test_preprocessing_of_pretrained_weights_of_segmentation_models_pytorch(tmp_path, monkeypatch):
+    """It is on the hub, as the weights are."""
+    (tmp_path / 'config.json').write_text(json.dumps({'mean': [0.5, 0.4, 0.3], 'std': [0.1, 0.2, 0.3]}))
+    monkeypatch.setattr(
+        'segmentation_models_pytorch.encoders.hf_hub_download', lambda *args, **kwargs: tmp_path / 'config.json')
+    settings = SegmentSettings(encoder_name='xception', encoder_weights=True)
+    assert encoder_statistics(settings) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
 
 
 @pytest.mark.parametrize('changes, workers', [
@@ -368,6 +378,8 @@ def test_broken_file(my_composed, segment_settings, tmp_path, workers, kind, spl
 @pytest.mark.parametrize('changes, match', [
     ({'opt': 'no_such_optimizer'}, "^opt must be .*'no_such_optimizer'"),
     ({'opt': 'lbfgs'}, "^opt must be .*'lbfgs'"),
+    ({'opt': 'adahessian'}, "^opt must be .*'adahessian': it needs second derivatives"),
+    ({'encoder_name': 'tu-resnet18.no_such_tag'}, "encoder 'tu-resnet18.no_such_tag' cannot be made"),
     ({'encoder_name': 'tu-no_such_encoder'}, "encoder 'tu-no_such_encoder' cannot be made"),
     ({'encoder_name': 'no_such_encoder'}, "encoder 'no_such_encoder' cannot be made"),
     ({'encoder_name': 'tu-test_vit'}, "encoder 'tu-test_vit' cannot be made"),

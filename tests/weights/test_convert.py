@@ -132,6 +132,15 @@ def test_state_dict_alone(tmp_path, kind, input_error):
         convert(path, tmp_path / 'other')
 
 
+def test_state_dict_of_a_distilled_model(tmp_path):
+    """It has two classifiers."""
+    name = 'deit_tiny_distilled_patch16_224'
+    state_dict = timm.create_model(name, num_classes=5).state_dict()
+    torch.save(state_dict, tmp_path / 'a.pth')
+    convert(tmp_path / 'a.pth', tmp_path / 'out', name=name)
+    assert same(load_model(str(tmp_path / 'out')), state_dict)
+
+
 @needs_timm_that_reads_folders
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(last, tmp_path, dtype):

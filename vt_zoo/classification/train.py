@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -28,10 +28,11 @@ from ..devices import find_device
 from ..errors import MAX_PIXELS, InputError
 from ..files import run_folder
 from ..training.loop import Loop, accelerator_of, read_state, to_channels_last
-from ..training.run_state import check_run_folder, write_history
+from ..training.run_state import check_run_folder, read_settings, recorded_path, write_history
+from ..training.sampling import read_batches
 from ..weights.files import write_model
 from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
-from ..weights.loading import check_input_size, check_name, find_model, load_model
+from ..weights.loading import check_logits, check_name, find_model, load_model
 from .settings import FinetuneSettings
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _logger = logging.getLogger(__name__)
 
 DECIDED = {  # arguments of a model that are not allowed in `model_kwargs`
     'num_classes', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path', 'features_only', 'pretrained_cfg',
-    'pretrained_cfg_overlay'}
+    'pretrained_cfg_overlay', 'device', 'dtype'}
 
 
 @dataclass
@@ -122,9 +123,17 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
     decided = sorted(DECIDED & settings.model_kwargs.keys())
     if decided:
         raise InputError(f'model_kwargs must not hold {decided[0]}, which data and other settings decide')
-    kwargs = {
-        'num_classes': num_classes, 'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path,
-        **settings.model_kwargs}
+    rates = {'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
+    while True:
+        try:
+            return _create_with(name, pretrained, num_classes=num_classes, **rates, **settings.model_kwargs)
+        except InputError as e:
+            unknown = [rate for rate in rates if f"unexpected keyword argument '{rate}'" in str(e)]
+            if not unknown or rates.pop(unknown[0]):  # a model without it does not take 0 either
+                raise
+
+
+def _create_with(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     if _has_weights(name) and (pretrained or name not in list_pretrained()):
         return load_model(name, **kwargs)
     check_name(name)
@@ -183,9 +192,7 @@ class _Run:
         model = _create_model(start, settings, len(split.classes), pretrained)
         size = {'img_size': settings.img_size, 'in_chans': model.pretrained_cfg['input_size'][0]}
         self.data_config = resolve_data_config(size if settings.img_size else {}, model=model)
-        logits = check_input_size(model, self.data_config['input_size'], settings.model)
-        if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes):  # e.g. without pooling
-            raise InputError(f'model {settings.model} with these model_kwargs does not give one logit per class')
+        check_logits(model, self.data_config['input_size'], settings.model)
         pixels = math.prod(self.data_config['input_size'][1:])
         batch_size = min(settings.batch_size, len(split.train))
         if batch_size * pixels > MAX_PIXELS:
@@ -207,14 +214,14 @@ class _Run:
         total = F.cross_entropy(logits, targets, label_smoothing=self.settings.smoothing, reduction='sum')
         return total * self.accelerator.num_processes / self.loop.batch_size
 
-    def val_loader(self, indices: Sequence[int]) -> DataLoader:
-        """Loader of the held-out images with these indices."""
-        return DataLoader(Subset(self.val_data, indices), self.loop.batch_size, num_workers=self.workers)
+    def val_batches(self, indices: Sequence[int]) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of the held-out images with these indices."""
+        return read_batches(DataLoader(Subset(self.val_data, indices), self.loop.batch_size, num_workers=self.workers))
 
     def evaluate(self) -> Dict[str, float]:
         """Evaluate the kept model on the held-out images, each process on its share."""
         indices = self.loop.share(len(self.val_data))
-        metrics, _ = evaluate(self.loop.kept_model, self.val_loader(indices), self.loop.device)
+        metrics, _ = evaluate(self.loop.kept_model, self.val_batches(indices), self.loop.device)
         sums = torch.tensor([metrics['loss'], metrics['top1']], dtype=torch.float64) * len(indices)
         loss, top1 = (self.accelerator.reduce(sums.to(self.loop.device), 'sum') / len(self.val_data)).tolist()
         return {'val_loss': loss, 'val_top1': top1}
@@ -226,20 +233,27 @@ class _Run:
                 f'epoch {line["epoch"]:3d}: training loss {line["train_loss"]:.3f}, held-out accuracy '
                 f'{line["val_top1"]:.2f} %')
 
+        batches = read_batches(self.loop.batches(self.train_data, self.workers))
         self.loop.run(
-            self.loop.batches(self.train_data, self.workers), self.loss_of, self.evaluate, lambda line: None,
+            batches, self.loss_of, self.evaluate, lambda line: None,
             lambda: self.loop.save(checkpoint, PROGRAM, self.fingerprint, start=self.start),
             self.loop.unit_iterations, self.loop.unit_iterations, describe, progress)
 
 
+def _recorded_model(name: str, model_dir: Path) -> Optional[str]:
+    """What a finished run records as its model if it started from this one: a bare name got a tag."""
+    theirs = read_settings(model_dir).get('model')
+    return theirs if '.' not in name and str(theirs).split('.')[0] == name else recorded_path(name)
+
+
 def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
     """Describe the settings and the starting weights for `config.json`, without paths on this machine."""
-    is_folder = Path(name.removeprefix('local-dir:')).is_dir()
+    is_folder = recorded_path(name) != name
     pretrained = _has_weights(name)
     return {
         'program': PROGRAM,
         'versions': {'vt_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
-        'arguments': {**asdict(settings), 'model': 'a local folder' if is_folder else name},
+        'arguments': {**asdict(settings), 'model': recorded_path(name)},
         'pretrained': pretrained, 'base_model': find_hub_id(name) if pretrained and not is_folder else None,
     }
 
@@ -305,7 +319,8 @@ def _finetune(
 ) -> FinetuneResult:
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
-        check_run_folder(checkpoint, model_dir, resume, {**asdict(settings), 'model': None})
+        recorded = {**asdict(settings), 'model': _recorded_model(settings.model, model_dir)}
+        check_run_folder(checkpoint, model_dir, resume, recorded)
     start = time.monotonic()
     goes_on = resume and not overwrite and checkpoint.exists()
     tensors, metadata = read_state(checkpoint, PROGRAM) if goes_on else ({}, {})
@@ -331,16 +346,14 @@ def _finetune(
         correct, reloaded_correct, same_predictions = 0, 0, True
         if main:
             targets = torch.tensor([target for _, target in split.val])
-            loader = run.val_loader(range(len(split.val)))
-            _, predictions = evaluate(run.loop.kept_model, loader, device)
+            _, predictions = evaluate(run.loop.kept_model, run.val_batches(range(len(split.val))), device)
             correct = int((predictions == targets).sum())
             training.update(
                 epochs=settings.epochs, weights='moving average', train_images=len(split.train),
                 val_images=len(targets), val_correct=correct)
-            kept = run.loop.kept_model.to(memory_format=torch.contiguous_format)  # required by safetensors
-            write_model(model_dir, kept, split.classes, run.data_config, training)
+            write_model(model_dir, run.loop.kept_model, split.classes, run.data_config, training)
             reloaded = to_channels_last(load_model(str(model_dir)).to(device))
-            _, reloaded_predictions = evaluate(reloaded, loader, device)
+            _, reloaded_predictions = evaluate(reloaded, run.val_batches(range(len(split.val))), device)
             reloaded_correct = int((reloaded_predictions == targets).sum())
             same_predictions = bool(torch.equal(predictions, reloaded_predictions))
             write_history(out / 'history.csv', run.loop.history)

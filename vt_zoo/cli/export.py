@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='file to write (default: MODEL.onnx, .pt or .pt2, next to the folder MODEL, or here if MODEL is a name)')
     add('--overwrite', action='store_true', help='replace FILE if it exists')
     add('--dynamic-size', action='store_true',
-        help='accept images of any height and width, not only of the input size; torchscript always does')
+        help='accept images of any height and width, not only of the input size; torchscript does if the model does')
     add('--opset', type=positive_int, default=argparse.SUPPRESS, metavar='N',
         help=f'version of the ONNX operators, {OPSETS[0]} to {OPSETS[-1]}; only for onnx (default: {DEFAULT_OPSET}, '
              'which most runtimes read)')

@@ -10,7 +10,7 @@ from vt_zoo.classification.predict import load_classifier, predict_images
 from vt_zoo.data.image_stream import find_images, open_images
 from vt_zoo.data.images import image_transform
 from vt_zoo.devices import find_device
-from vt_zoo.weights.loading import check_input_size
+from vt_zoo.weights.loading import check_logits
 
 from .arguments import positive_int
 from .results import add_image_arguments, print_results
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the predictions."""
     device = find_device(args.device)
     loaded = load_classifier(args.model, args.untrained)
-    check_input_size(loaded.model, loaded.input_size, args.model)
+    check_logits(loaded.model, loaded.input_size, args.model)
     loaded.model.to(device)
     top = min(args.top, len(loaded.classes))
     columns = [f'{name}_{i}' for i in range(1, top + 1) for name in ('index', 'label', 'probability')]

@@ -99,8 +99,9 @@ def _eval(args: argparse.Namespace) -> None:
 
     from vt_zoo.segmentation.datasets import load_dataset
     from vt_zoo.segmentation.label_counts import check_classes, count_labels
-    from vt_zoo.segmentation.metrics import evaluate, read_batches
+    from vt_zoo.segmentation.metrics import evaluate
     from vt_zoo.segmentation.transforms import eval_transform
+    from vt_zoo.training.sampling import read_batches
 
     loaded = load(args.model, SEGMENTATION)
     dataset = load_dataset(

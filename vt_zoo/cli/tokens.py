@@ -29,7 +29,7 @@ from vt_zoo.analysis.metrics import (
 from vt_zoo.analysis.records import VTRecord, capture_tokens
 from vt_zoo.data.image_stream import find_images
 from vt_zoo.data.images import load_image
-from vt_zoo.errors import InputError, either, printable
+from vt_zoo.errors import InputError, either, first_line, printable
 from vt_zoo.files import check_output_folder, whole
 from vt_zoo.weights import load
 
@@ -94,13 +94,17 @@ def run(args: argparse.Namespace) -> None:
     names = _names(images)
     out = Path(args.out)
     check_output_folder(out)
-    drawn, written, similarities = [], [], []
+    drawn, written, similarities, reason = [], [], [], ''
     for path, image in tqdm(images.items(), desc='looking', disable=len(images) < 5 or None, leave=False):
         x = loaded.prepare(image)
         try:
             records = capture_tokens(loaded.model, x[None])
         except ValueError as e:
             raise InputError(f'model {args.model} has no tokens to look at: {e}') from e
+        except (RuntimeError, AssertionError) as e:
+            reason = f'the model does not take images of {"x".join(map(str, x.shape[-2:]))} pixels: {first_line(e)}'
+            _logger.warning(f'{printable(str(path))} is left out: {reason}')
+            continue
         have = [str(i) for i, r in enumerate(records, 1) if r.attention is not None]
         if args.module > len(records) or (have and str(args.module) not in have):
             allowed = f'must be {either(have)}' if have else 'has no attention in this model'
@@ -116,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
             drawn.append((shown, attention, printable(path.name)))
         written.append({'image': str(path), 'modules': numbers(records)})
         similarities.append([None if r.attention is None else token_similarity(r.attention) for r in records])
+    if not written:
+        raise InputError(f'no image can be looked at: {reason}')
     if drawn:
         _draw_grid(drawn[:GRID_IMAGES], out / f'tokens.{args.format}')
     else:

@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 from .._version import __version__
 from ..errors import InputError, check_utf8, first_line, printable
 from ..files import whole
-from ..weights.loading import SEGMENTATION, Loaded, load
+from ..weights.loading import CLASSIFICATION, SEGMENTATION, Loaded, check_logits, load
 
 __all__ = ['FORMATS', 'Exported', 'default_out', 'export']
 
@@ -174,7 +174,7 @@ def export(
         file_format: 'onnx'; 'torchscript'; 'pt2', the format of torch.export; or 'aoti', compiled by AOTInductor for
             this machine's CPU.
         out: File to write, in an existing folder.
-        dynamic_size: Leave height and width free. In TorchScript they always are.
+        dynamic_size: Leave height and width free. In TorchScript they are wherever the model leaves them free.
         opset: ONNX opset, one of `OPSETS`; None for `DEFAULT_OPSET`.
         overwrite: Replace `out` if it exists, which is an error otherwise.
 
@@ -189,6 +189,9 @@ def export(
     loaded = load(name_or_dir)
     any_size = dynamic_size or file_format == 'torchscript'
     channels, *size = loaded.preprocessing['input_size']
+    if loaded.task == CLASSIFICATION:
+        check_logits(loaded.model, loaded.input_size, str(name_or_dir))
+        any_size = dynamic_size or (any_size and _takes(loaded.model, _shapes((1, *loaded.input_size), True, 1)))
     if None in size:
         if not any_size:
             raise InputError(f'model {name_or_dir} is for images of any size: add --dynamic-size')
@@ -308,6 +311,17 @@ def _shapes(shape: Tuple[int, ...], any_size: bool, stride: int) -> List[Tuple[i
         sizes = [(2, *smaller), (1, height + 13, width + 30), (3, height + 32, width)]
         shapes += [(batch, channels, *(_multiple(side, stride) for side in size)) for batch, *size in sizes]
     return shapes
+
+
+@torch.no_grad()
+def _takes(model: nn.Module, shapes: List[Tuple[int, ...]]) -> bool:
+    """Whether a model takes images of these shapes."""
+    try:
+        for shape in shapes:
+            model(torch.zeros(shape))
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -1,12 +1,10 @@
 """Mean IoU, IoU of each class and pixel accuracy over a data set."""
-import traceback
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Iterable, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -57,15 +55,6 @@ def segment(
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
     return logits
-
-
-def read_batches(loader: DataLoader) -> Iterator[Any]:
-    """Yield the loader's batches; an error in a worker process is raised with its message, but not its traceback."""
-    try:
-        yield from loader
-    except InputError as e:
-        traceback.clear_frames(e.__traceback__)  # its frames would keep the loader's processes alive
-        raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Training a segmenter."""
 import json
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -20,12 +21,13 @@ from ..errors import InputError, first_line
 from ..files import run_folder
 from ..models import segmenter_classes
 from ..training.loop import Loop, accelerator_of, read_state
-from ..training.run_state import check_run_folder, write_history
+from ..training.run_state import check_run_folder, recorded_path, write_history
+from ..training.sampling import read_batches
 from ..weights.files import write_segmenter
 from ..weights.loading import CLASSIFICATION, check_input_size, find_model, load, load_model
 from .datasets import SegmentationDataset, load_dataset
 from .label_counts import check_classes, count_labels, describe_absent, describe_counts
-from .metrics import SegmentMetrics, evaluate, read_batches
+from .metrics import SegmentMetrics, evaluate
 from .settings import SegmentSettings
 from .transforms import eval_transform, train_transform
 
@@ -39,6 +41,7 @@ __getattr__ = old_names(__name__)
 _logger = logging.getLogger(__name__)
 
 PROGRAM = 'vt-zoo segment train'
+IMAGENET = 'imagenet'  # name of pretrained weights in segmentation_models_pytorch
 
 
 @dataclass
@@ -70,7 +73,7 @@ def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
         kwargs.update(num_tokens=settings.num_tokens, token_dim=settings.token_dim)
     weights = None
     if settings.encoder_weights is True:
-        weights = True if settings.encoder_name.startswith('tu-') else 'imagenet'
+        weights = True if settings.encoder_name.startswith('tu-') else IMAGENET
     try:
         model = segmenter_classes()[settings.arch](
             encoder_name=settings.encoder_name, encoder_weights=weights, classes=num_classes, **kwargs)
@@ -79,27 +82,29 @@ def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
     except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
         raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)[:200]}') from e
     if isinstance(settings.encoder_weights, str):
-        _start_from(find_model(Path(settings.encoder_weights)), model, settings.encoder_name)
+        _start_from(find_model(Path(settings.encoder_weights)), model, settings)
     return model
 
 
 @torch.no_grad()
-def _start_from(folder: Path, model: nn.Module, name: str) -> None:
+def _start_from(folder: Path, model: nn.Module, settings: SegmentSettings) -> None:
     """Give an encoder the weights of a classifier, and check that it makes the same maps with them.
 
     Raises:
         InputError: The classifier is not the encoder's timm model, or one with other arguments.
     """
+    name = settings.encoder_name
     trunk = load_model(str(folder), features_only=True).eval()
     held = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['architecture'].split('.')[0]
     refusal = 'encoder_weights {} holds {}, but the encoder is {}: it must be the encoder without tu-'
     if name.split('.')[0] != f'tu-{held}':
         raise InputError(refusal.format(folder, held, name))
-    encoder, x = model.encoder.model, torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    size = 1, 3, *settings.crop_size
+    encoder, x = model.encoder.model, torch.linspace(-1, 1, math.prod(size)).view(size)
     try:
         encoder.load_state_dict(trunk.state_dict())
         same = torch.equal(encoder.eval()(x)[-1], trunk(x)[-1])
-    except RuntimeError:
+    except (RuntimeError, ValueError, AssertionError):  # the last for a size that it does not take
         same = False
     encoder.train()
     if not same:
@@ -107,15 +112,27 @@ def _start_from(folder: Path, model: nn.Module, name: str) -> None:
 
 
 def encoder_statistics(settings: SegmentSettings) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """Mean and std that an encoder was trained with; ImageNet's if they are not known."""
+    """Mean and std that an encoder was trained with; ImageNet's if they are not known or it starts from random weights.
+
+    Raises:
+        InputError: There is no such encoder, or its mean and std are not available.
+    """
     name = settings.encoder_name
     if isinstance(settings.encoder_weights, str):
         preprocessing = load(settings.encoder_weights, CLASSIFICATION).preprocessing
         return tuple(preprocessing['mean']), tuple(preprocessing['std'])
-    cfg = get_pretrained_cfg(name[3:], allow_unregistered=True) if name.startswith('tu-') else None
-    if cfg is None:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return tuple(cfg.mean), tuple(cfg.std)
+    try:
+        if name.startswith('tu-'):
+            cfg = get_pretrained_cfg(name[3:], allow_unregistered=True)
+            return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (tuple(cfg.mean), tuple(cfg.std))
+        if settings.encoder_weights is True:
+            from segmentation_models_pytorch.encoders import get_preprocessing_params
+
+            params = get_preprocessing_params(name, IMAGENET)
+            return tuple(params['mean']), tuple(params['std'])
+    except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
+        raise InputError(f'encoder {name!r} cannot be made: {first_line(e)[:200]}') from e
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def schedule_arguments(settings: SegmentSettings) -> Dict[str, Any]:
@@ -237,8 +254,7 @@ class _Run:
 
     def arguments(self) -> Dict[str, Any]:
         """The settings, without paths on this machine."""
-        own = {'encoder_weights': 'a local folder'} if isinstance(self.settings.encoder_weights, str) else {}
-        return {**self.fingerprint, **own}
+        return {**self.fingerprint, 'encoder_weights': recorded_path(self.settings.encoder_weights)}
 
     def load(self, checkpoint: Path) -> None:
         """Resume a run. If the validation part has changed, only a warning is given."""
@@ -316,7 +332,9 @@ def _train(
 ) -> SegmentResult:
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
-        check_run_folder(checkpoint, last_dir, resume, asdict(settings))
+        own = [name for name in ('mean', 'std') if getattr(settings, name) is None]  # the encoder's, which are recorded
+        recorded = {**asdict(settings), 'encoder_weights': recorded_path(settings.encoder_weights)}
+        check_run_folder(checkpoint, last_dir, resume, {k: v for k, v in recorded.items() if k not in own})
     start = time.monotonic()
     with accelerator_of(device, settings.precision) as accelerator:
         if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List,
 import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Dataset
@@ -119,6 +119,8 @@ class Loop:
         if accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
             model = convert_sync_batchnorm(model)
         try:
+            if get_optimizer_info(optimizer['opt'].lower().removeprefix('lookahead_')).second_order:
+                raise ValueError('it needs second derivatives')
             created = create_optimizer_v2(model, **optimizer)
         except (TypeError, ValueError, AssertionError) as e:
             raise InputError(f'opt must be an optimizer of timm, got {optimizer["opt"]!r}: {first_line(e)}') from e

@@ -2,7 +2,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,9 @@ from ..files import check_regular, whole
 from ..weights.loading import why_weights_do_not_fit
 
 __all__ = ['RunFinishedError']
+
+
+LOCAL = 'a local folder'
 
 
 class RunFinishedError(InputError):
@@ -26,7 +29,7 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
         model_dir: Model folder of a finished run, whose config.json has the settings in `arguments` of `training` (or
             of `_training`, in a folder of segmentation_models_pytorch).
         resume: Whether to resume an unfinished run.
-        settings: Settings of the run to start or resume; None for a value that depends on the data or the model.
+        settings: Settings of the run to start or resume, as its model would record them.
 
     Raises:
         RunFinishedError: The run to resume has these settings and is finished.
@@ -38,9 +41,9 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
         return
     other = ''
     if resume:
-        theirs = _read_settings(model_dir)
+        theirs = read_settings(model_dir)
         ours = json.loads(json.dumps(settings))
-        differing = [name for name, value in ours.items() if value is not None and theirs.get(name) != value]
+        differing = [name for name, value in ours.items() if theirs.get(name) != value]
         if not differing:
             raise RunFinishedError(f'{out} holds this run, and it is finished: its model is in {model_dir}')
         name = differing[0]
@@ -49,14 +52,19 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
     raise InputError(f'{out} holds a finished run{other}: add --overwrite to replace it, or choose another --out')
 
 
-def _read_settings(model_dir: Path) -> Dict[str, Any]:
-    """Settings that a model was trained with; empty if its config.json does not have them."""
+def read_settings(model_dir: Path) -> Dict[str, Any]:
+    """Settings that a model was trained with; empty if there is none or its config.json does not have them."""
     check_regular(model_dir / 'config.json', 'file')
     try:
         config = json.loads((model_dir / 'config.json').read_text(encoding='utf-8'))
         return dict((config.get('training') or config['_training'])['arguments'])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def recorded_path(value: Optional[Union[bool, str]]) -> Optional[Union[bool, str]]:
+    """What a model records of a setting that may be a path on this machine."""
+    return LOCAL if isinstance(value, str) and Path(value.removeprefix('local-dir:')).is_dir() else value
 
 
 def check_same_run(out: Path, theirs: Dict[str, Any], ours: Dict[str, Any]) -> None:
@@ -75,16 +83,27 @@ def state_tensors(
 
     Returns:
         Tensors by `MODULE.NAME` and `optimizer.PARAMETER.NAME`, and the optimizer's other values as [parameter, name,
-        value].
+        value], also those of its groups (some optimizers count their steps there) as ['group.NUMBER', name, value].
+
+    Raises:
+        InputError: The optimizer keeps what cannot be written.
     """
     tensors = {f'{key}.{name}': value for key, module in modules.items() for name, value in module.state_dict().items()}
-    scalars = []
-    for index, entries in optimizer.state_dict()['state'].items():
+    state = optimizer.state_dict()
+    scalars = [
+        [f'group.{number}', name, value.item() if isinstance(value, torch.Tensor) else value]
+        for number, group in enumerate(state['param_groups']) for name, value in group.items() if name != 'params']
+    for index, entries in state['state'].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f'optimizer.{index}.{name}'] = value
             else:
                 scalars.append([index, name, value])
+    try:
+        json.dumps(scalars)
+    except TypeError as e:
+        name = type(optimizer).__name__
+        raise InputError(f'the state of optimizer {name} cannot be written ({e}): choose another --opt') from e
     return tensors, scalars
 
 
@@ -94,7 +113,7 @@ def load_state(
         modules: Dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Load a state from `state_tensors` into modules and an optimizer, which keeps its own settings.
+    """Load a state from `state_tensors` into modules and an optimizer.
 
     Raises:
         InputError: The weights do not fit the modules.
@@ -112,9 +131,18 @@ def load_state(
     for key, value in parts['optimizer'].items():
         index, _, name = key.partition('.')
         state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()['param_groups']
     for index, name, value in scalars:
-        state.setdefault(index, {})[name] = value
-    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+        if isinstance(index, str):
+            group = groups[int(index.removeprefix('group.'))]
+            group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+        else:
+            state.setdefault(index, {})[name] = value
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:  # sums round as the layout has it
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def write_history(path: Union[str, Path], history: List[Dict[str, float]]) -> None:

@@ -3,13 +3,15 @@
 The order therefore does not depend on how many processes load or train, and a resumed run sees the same samples as an
 uninterrupted one.
 """
+import traceback
 from functools import lru_cache
 from typing import Any, Iterator, List, Tuple
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..data.seeding import seed_of, seeded
+from ..errors import InputError
 
 
 class IterationBatches:
@@ -68,3 +70,12 @@ class SeededDataset(Dataset):
         index, seed = key
         with seeded(seed):
             return self.dataset[index]
+
+
+def read_batches(loader: DataLoader) -> Iterator[Any]:
+    """Yield the loader's batches; an error in a worker process is raised with its message, but not its traceback."""
+    try:
+        yield from loader
+    except InputError as e:
+        traceback.clear_frames(e.__traceback__)  # its frames would keep the loader's processes alive
+        raise InputError(str(e).rstrip().rsplit('InputError: ', 1)[-1]) from None

@@ -211,8 +211,10 @@ def _create_model(
     """
     check_name(name)
     num_classes = args.get('num_classes')
-    classifier = f'{get_pretrained_cfg(name).classifier}.weight'
-    found = sorted((key for key in state_dict if f'.{key}'.endswith(f'.{classifier}')), key=len)
+    classifier = get_pretrained_cfg(name).classifier
+    if isinstance(classifier, (tuple, list)):  # a distilled model has two
+        classifier = classifier[0]
+    found = sorted((key for key in state_dict if f'.{key}'.endswith(f'.{classifier}.weight')), key=len)
     if num_classes is None and found:
         num_classes = len(state_dict[found[0]])
     try:

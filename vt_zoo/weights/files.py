@@ -8,7 +8,7 @@ import torch.nn as nn
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 
 from ..errors import InputError
 from ..files import check_regular, whole
@@ -16,11 +16,15 @@ from ..files import check_regular, whole
 __all__ = ['write_model', 'write_segmenter']
 
 
+def _unshared(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Tensors as safetensors takes them: contiguous, each with memory of its own."""
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+
+
 def write_tensors(path: Union[str, Path], tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
     """Write tensors and JSON-serializable metadata to a safetensors file."""
     with whole(path) as new:
-        save_file(
-            {k: v.detach().contiguous().clone() for k, v in tensors.items()}, new, {'json': json.dumps(metadata)})
+        save_file(_unshared(tensors), new, {'json': json.dumps(metadata)})
 
 
 def read_tensors(path: Union[str, Path]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
@@ -69,9 +73,9 @@ def write_model(
     """
     with whole(path, replace) as new:
         model_config = {'label_names': classes, **({'training': training} if training else {})}
-        save_for_hf(
-            model, str(new), model_config=model_config, model_args=getattr(model, 'creation_args', None),
-            safe_serialization=True)
+        new.mkdir()
+        save_file(_unshared(model.state_dict()), new / 'model.safetensors')
+        save_config_for_hf(model, new / 'config.json', model_config, getattr(model, 'creation_args', None))
         if max_shard_size is not None:
             save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size)
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))

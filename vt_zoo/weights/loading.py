@@ -306,7 +306,18 @@ def check_input_size(model: nn.Module, input_size: Sequence[int], name: str) -> 
         raise InputError(f'model {name} does not take images of {size}: {first_line(e)}') from e
 
 
+def check_logits(model: nn.Module, input_size: Sequence[int], name: str) -> None:
+    """Raise InputError if a model does not take images of size (C, H, W), or gives something else than class logits."""
+    logits = check_input_size(model, input_size, name)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, model.num_classes) or not model.num_classes:
+        raise InputError(f'model {name} is no classifier: it does not give one logit per class')
+
+
 def check_name(name: str) -> None:
-    """Raise InputError if timm knows no model of this name."""
+    """Raise InputError if timm knows no model of this name, or none with its tag."""
     if not is_model(name):
         raise InputError(f'model {name!r} is neither a name that timm knows nor a folder; `vt-zoo models` lists ours')
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError as e:
+        raise InputError(f'model {name!r} has a tag that timm does not know: {first_line(e)}') from e

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..files import whole
 from .files import drop_second_num_classes
 from .hub import WEIGHTS, hub_reason
-from .loading import SEGMENTATION, check_input_size, find_model, load, task_of
+from .loading import SEGMENTATION, check_logits, find_model, load, task_of
 from .model_card import create_card
 
 __all__ = ['upload', 'write_release']
@@ -91,7 +91,7 @@ def write_release(
     loaded = load(folder)
     if not (folder / WEIGHTS).is_file():
         raise InputError(f'model folder {folder} holds no {WEIGHTS}, the one file of weights that timm reads')
-    check_input_size(loaded.model, loaded.input_size, str(folder))
+    check_logits(loaded.model, loaded.input_size, str(folder))
     config: Dict[str, Any] = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     drop_second_num_classes(config)
     try:

@@ -139,16 +139,17 @@ def test_tokens_of_a_segmenter(command, pictures, segmenter, tmp_path, module):
 
 def test_images_that_the_model_does_not_take(command, pictures, tmp_path):
     torch.manual_seed(0)
-    model = VTFPN('tu-test_convnext', classes=2, num_tokens=4, token_dim=16, pyramid_channels=32, head_channels=32)
-    write_segmenter(tmp_path / 'model', model.eval(), ['a', 'b'], (0.5,) * 3, (0.25,) * 3)
+    vt_fpn = VTFPN('tu-test_convnext', classes=2, num_tokens=4, token_dim=16, pyramid_channels=32, head_channels=32)
+    write_segmenter(tmp_path / 'model', vt_fpn.eval(), ['a', 'b'], (0.5,) * 3, (0.25,) * 3)
     Image.new('RGB', (3, 3)).save(tmp_path / 'tiny.png')
-    words = 'tokens', tmp_path / 'tiny.png', '--model', tmp_path / 'model', '--out', tmp_path / 'out'
-    result = command(*words, pictures / 'square.png')
+    tiny, model = tmp_path / 'tiny.png', tmp_path / 'model'
+    result = command('tokens', tiny, pictures / 'square.png', '--model', model, '--out', tmp_path / 'out')
     assert result.code == 0, result.stderr
     assert 'tiny.png is left out: the model does not take images of 3x3 pixels' in result.stderr
     written = json.loads((tmp_path / 'out' / 'tokens.json').read_text())
     assert [entry['image'] for entry in written['images']] == [str(pictures / 'square.png')]
-    check_refused(command(*words[:-1], tmp_path / 'other'), 'no image can be looked at', '3x3')
+    result = command('tokens', tiny, '--model', model, '--out', tmp_path / 'other')
+    check_refused(result, 'no image can be looked at', '3x3')
     assert not (tmp_path / 'other').exists()
 
 

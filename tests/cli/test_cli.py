@@ -356,7 +356,7 @@ def test_ctrl_c_in_finetune_with_workers(
 
 def test_ctrl_c_in_predict(command, signal_at, few_digits, tiny_model):
     paths = sorted((few_digits / 'train').rglob('*.png'))
-    before = signal_at('vt_zoo.cli.predict.check_input_size', 1, signal.SIGINT)
+    before = signal_at('vt_zoo.cli.predict.check_logits', 1, signal.SIGINT)
     result = command('predict', *paths, '--model', tiny_model, before=before)
     check_interrupted(result)
     assert result.stdout == ''

@@ -122,7 +122,7 @@ def train_literally(data_dir, settings, steps):
     data = load_dataset('folder', data_dir, 'train')
     data.transform = train_transform(settings.crop_size, settings.scale, settings.hflip, settings.mean, settings.std)
     torch.manual_seed(settings.seed)
-    model = create_segmenter(settings, len(data.classes)).train()
+    model = create_segmenter(settings, len(data.classes)).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([
         {'params': [p for p in model.parameters() if p.ndim > 1], 'weight_decay': settings.weight_decay},
         {'params': [p for p in model.parameters() if p.ndim <= 1], 'weight_decay': 0.},

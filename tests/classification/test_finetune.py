@@ -68,13 +68,13 @@ def test_starts_from_the_folder_of_a_run(few_digits, tiny_settings, tiny_run, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('model', [
-    'lambda_resnet26t',  # has 3D convolutions
-    'coat_lite_tiny',  # uses parameters twice
-    'densenet121',  # knows no drop_path_rate
+@pytest.mark.parametrize('model, size', [
+    ('lambda_resnet26t', 32),  # has 3D convolutions
+    ('coat_lite_tiny', 224),  # uses parameters twice
+    ('densenet121', 32),  # knows no drop_path_rate
 ])
-def test_models_of_timm(few_digits, tiny_settings, tmp_path, model):
-    result = train(few_digits, tmp_path / 'run', replace(tiny_settings, epochs=1, model=model))
+def test_models_of_timm(few_digits, tiny_settings, tmp_path, model, size):
+    result = train(few_digits, tmp_path / 'run', replace(tiny_settings, epochs=1, model=model, img_size=size))
     assert (result.correct, result.total) == count_correct(result.model_dir, few_digits / 'val')
     assert result.same_predictions
 

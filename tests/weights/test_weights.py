@@ -77,7 +77,7 @@ def test_cifar10_of_the_model_card():
     run = cifar10_runs()[0]
     stated = re.search(r'([\d.]+) % \((\S+) of 10,000 test pictures\)', (ROOT / 'MODEL_CARDS.md').read_text()).groups()
     assert stated == (f'{run["correct"] / 100:.2f}', f'{run["correct"]:,}')
-    assert run['correct'] / run['total'] >= 0.86
+    assert run['correct'] / run['total'] >= 0.87
 
 
 def test_cifar10_of_the_file():
@@ -98,7 +98,7 @@ def test_other_seed_trained_here(correct, digits, tmp_path):
 
 @pytest.mark.parametrize('tag, labels, side, license_, words', [
     ('digits', list('0123456789'), 64, 'cc-by-4.0', ['Alpaydin', 'CC BY 4.0']),
-    ('cifar10', list(cifar.CLASSES), 144, 'other', ['Krizhevsky', 'JPEG', 'research use'])])
+    ('cifar10', list(cifar.CLASSES), 128, 'other', ['Krizhevsky', 'JPEG', 'research use'])])
 def test_config(tag, labels, side, license_, words):
     model = timm.create_model(f'test_vt_resnet.{tag}', pretrained=True)
     config = model.pretrained_cfg

@@ -387,7 +387,7 @@ default_cfgs = generate_default_cfgs({
         'E. Alpaydin and C. Kaynak, 1998, CC BY 4.0'),
     'test_vt_resnet.cifar10': _cfg(
         file=_shipped('test_vt_resnet.cifar10'),
-        input_size=(3, 144, 144), crop_pct=1.0, num_classes=10, license='other', label_names=(
+        input_size=(3, 128, 128), crop_pct=1.0, num_classes=10, license='other', label_names=(
             'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
         description='CIFAR-10 as JPEG files: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, '
         '2009, research use'),

@@ -142,13 +142,16 @@ def fit(
         state: File of the state after each epoch, which who asked for it deletes; a log of the same name gets a line an
             epoch.
         loss_of: Loss of the model on images and classes.
-        average: Moving average of the model, which someone updates, to keep with it.
+        average: Moving average of the model, to update after each step.
 
     Returns:
         Mean training loss and CPU seconds of each epoch.
     """
     rate = optimizer.param_groups[0]['lr']
-    modules = {'model': model} if average is None else {'model': model, 'average': average}
+    modules = {'model': model}
+    if average is not None:
+        modules['average'] = average
+        optimizer.register_step_post_hook(lambda *_: average.update(model))
     history = []
     if state.exists():
         tensors, metadata = read_tensors(state)

@@ -88,7 +88,6 @@ def fit_advanced(
     optimizer = create_optimizer_v2(
         model, 'rmsproptf', lr=0.16 * BATCH / 2048, weight_decay=2e-5, momentum=0.9, eps=1e-3)
     average = ModelEmaV3(model, decay=0.995, use_warmup=True)
-    optimizer.register_step_post_hook(lambda *_: average.update(model))
     device, x = x.device, x.cpu()  # AutoAugment of few pictures is slower on a GPU
     larger = create(TEACHER).to(device, memory_format=torch.channels_last).eval()
     larger.load_state_dict(read_tensors(teacher)[0])

@@ -151,10 +151,7 @@ class LastStage(nn.Module):
 def prepare_inference(job: Job) -> Callable[[], None]:
     """A pass of a model or its last stage, channels last."""
     dtype = getattr(torch, job.mode.split()[0])
-    net = copy.deepcopy(best_form(job.name, job.num_tokens)).to(job.device, dtype)
-    for parameter in net.parameters():
-        if parameter.ndim == 4:  # Module.to would refuse the 3D convolutions of lambda_resnet26t
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    net = to_channels_last(copy.deepcopy(best_form(job.name, job.num_tokens)).to(job.device, dtype))
     x = torch.randn(job.batch, 3, job.size, job.size, dtype=dtype).to(memory_format=torch.channels_last)
     if job.what == 'stage':
         with torch.no_grad():

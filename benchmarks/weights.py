@@ -100,9 +100,7 @@ def train_cifar10(words: dict, data_dir: Path, work_dir: Path, weights: Optional
     torch.manual_seed(seed)
     model = timm.create_model('test_vt_resnet.untrained', num_classes=10).to(memory_format=torch.channels_last)
     mean, std = (model.pretrained_cfg[name] for name in ('mean', 'std'))
-    optimizer = create_optimizer_v2(model, **PLAIN)
     average = ModelEmaV3(model, decay=DECAY, use_warmup=True)
-    optimizer.register_step_post_hook(lambda *_: average.update(model))
 
     def pick(indices: torch.Tensor, generator: torch.Generator, epoch: int) -> torch.Tensor:
         size = SIZES[epoch * len(SIZES) // EPOCHS]
@@ -112,9 +110,9 @@ def train_cifar10(words: dict, data_dir: Path, work_dir: Path, weights: Optional
     trained = work_dir / f'cifar10_{seed}_{EPOCHS}.safetensors'
     state = trained.with_name(f'{trained.stem}_unfinished.safetensors')
     loss_of = partial(cross_entropy, autocast=AUTOCAST[PRECISION], smoothing=SMOOTHING)
-    fit(model, pick, y, optimizer, EPOCHS, BATCH, seed, state, loss_of, average)
+    fit(model, pick, y, create_optimizer_v2(model, **PLAIN), EPOCHS, BATCH, seed, state, loss_of, average)
     for file in filter(None, (trained, weights)):
-        write_tensors(file, average.module.to(memory_format=torch.contiguous_format).state_dict(), {})
+        write_tensors(file, average.module.state_dict(), {})
     pictures = find_pictures(data_dir)['test']
     result = {'correct': count('cifar10', trained, pictures), 'total': len(pictures)}
     state.unlink()

@@ -248,13 +248,12 @@ def _recorded_model(name: str, model_dir: Path) -> Optional[str]:
 
 def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
     """Describe the settings and the starting weights for `config.json`, without paths on this machine."""
-    is_folder = recorded_path(name) != name
-    pretrained = _has_weights(name)
+    recorded, pretrained = recorded_path(name), _has_weights(name)
     return {
         'program': PROGRAM,
         'versions': {'vt_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
-        'arguments': {**asdict(settings), 'model': recorded_path(name)},
-        'pretrained': pretrained, 'base_model': find_hub_id(name) if pretrained and not is_folder else None,
+        'arguments': {**asdict(settings), 'model': recorded},
+        'pretrained': pretrained, 'base_model': find_hub_id(name) if pretrained and recorded == name else None,
     }
 
 

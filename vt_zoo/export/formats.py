@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 from .._version import __version__
 from ..errors import InputError, check_utf8, first_line, printable
 from ..files import whole
-from ..weights.loading import CLASSIFICATION, SEGMENTATION, Loaded, check_logits, load
+from ..weights.loading import CLASSIFICATION, SEGMENTATION, Loaded, check_input_size, check_logits, load
 
 __all__ = ['FORMATS', 'Exported', 'default_out', 'export']
 
@@ -191,7 +191,7 @@ def export(
     channels, *size = loaded.preprocessing['input_size']
     if loaded.task == CLASSIFICATION:
         check_logits(loaded.model, loaded.input_size, str(name_or_dir))
-        any_size = dynamic_size or (any_size and _takes(loaded.model, _shapes((1, *loaded.input_size), True, 1)))
+        any_size = dynamic_size or (any_size and _takes_other_sizes(loaded))
     if None in size:
         if not any_size:
             raise InputError(f'model {name_or_dir} is for images of any size: add --dynamic-size')
@@ -313,13 +313,12 @@ def _shapes(shape: Tuple[int, ...], any_size: bool, stride: int) -> List[Tuple[i
     return shapes
 
 
-@torch.no_grad()
-def _takes(model: nn.Module, shapes: List[Tuple[int, ...]]) -> bool:
-    """Whether a model takes images of these shapes."""
+def _takes_other_sizes(loaded: Loaded) -> bool:
+    """Whether a classifier takes all sizes of the comparison, not only its own."""
     try:
-        for shape in shapes:
-            model(torch.zeros(shape))
-    except (RuntimeError, ValueError, AssertionError):
+        for _, *size in _shapes((1, *loaded.input_size), True, 1):
+            check_input_size(loaded.model, size, '')
+    except InputError:
         return False
     return True
 

@@ -3,10 +3,11 @@ import json
 import logging
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -62,6 +63,17 @@ class SegmentResult:
     seconds: float
 
 
+@contextmanager
+def _encoder_errors(name: str) -> Iterator[None]:
+    """Turn what goes wrong with an encoder into an InputError; each library and the hub's client raise their own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f'encoder {name!r} cannot be made: {first_line(e)[:200]}') from e
+
+
 def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
     """Create the model described by the settings.
 
@@ -74,13 +86,9 @@ def create_segmenter(settings: SegmentSettings, num_classes: int) -> nn.Module:
     weights = None
     if settings.encoder_weights is True:
         weights = True if settings.encoder_name.startswith('tu-') else IMAGENET
-    try:
+    with _encoder_errors(settings.encoder_name):
         model = segmenter_classes()[settings.arch](
             encoder_name=settings.encoder_name, encoder_weights=weights, classes=num_classes, **kwargs)
-    except InputError:
-        raise
-    except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
-        raise InputError(f'encoder {settings.encoder_name!r} cannot be made: {first_line(e)[:200]}') from e
     if isinstance(settings.encoder_weights, str):
         _start_from(find_model(Path(settings.encoder_weights)), model, settings)
     return model
@@ -121,7 +129,7 @@ def encoder_statistics(settings: SegmentSettings) -> Tuple[Tuple[float, ...], Tu
     if isinstance(settings.encoder_weights, str):
         preprocessing = load(settings.encoder_weights, CLASSIFICATION).preprocessing
         return tuple(preprocessing['mean']), tuple(preprocessing['std'])
-    try:
+    with _encoder_errors(name):
         if name.startswith('tu-'):
             cfg = get_pretrained_cfg(name[3:], allow_unregistered=True)
             return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if cfg is None else (tuple(cfg.mean), tuple(cfg.std))
@@ -130,8 +138,6 @@ def encoder_statistics(settings: SegmentSettings) -> Tuple[Tuple[float, ...], Tu
 
             params = get_preprocessing_params(name, IMAGENET)
             return tuple(params['mean']), tuple(params['std'])
-    except Exception as e:  # timm, segmentation_models_pytorch and the hub's client each raise their own
-        raise InputError(f'encoder {name!r} cannot be made: {first_line(e)[:200]}') from e
     return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 

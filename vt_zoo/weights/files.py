@@ -12,6 +12,7 @@ from timm.models._hub import save_config_for_hf
 
 from ..errors import InputError
 from ..files import check_regular, whole
+from .hub import WEIGHTS
 
 __all__ = ['write_model', 'write_segmenter']
 
@@ -74,7 +75,7 @@ def write_model(
     with whole(path, replace) as new:
         model_config = {'label_names': classes, **({'training': training} if training else {})}
         new.mkdir()
-        save_file(_unshared(model.state_dict()), new / 'model.safetensors')
+        save_file(_unshared(model.state_dict()), new / WEIGHTS)
         save_config_for_hf(model, new / 'config.json', model_config, getattr(model, 'creation_args', None))
         if max_shard_size is not None:
             save_torch_state_dict(model.state_dict(), new, max_shard_size=max_shard_size)

@@ -3,14 +3,16 @@
     python benchmarks/camvid.py --data-dir CAMVID
     vt-zoo finetune CIFAR10/train --model resnet18 --img-size 64 --epochs 6 --out trunk
     python benchmarks/camvid.py --data-dir CAMVID --trunk trunk --seeds 0
+    python benchmarks/camvid.py --data-dir CAMVID --models vt_fpn_small --seeds 0
 
-trains both by the recipe `camvid` for three seeds, the encoder from random weights or from those of a classifier, and
-writes camvid.md, .json and .png in benchmarks/results. The measure is the mean IoU after the last iteration on the 233
-test pictures, which decide nothing. CamVid is read in the layout `folder`, with 11 classes, as the SegNet tutorial
-divides it: 367 road scenes of 480x360 to train on, 101 to validate, 233 to test.
+trains both by the recipe `camvid` for three seeds, the encoder from random weights or from those of a classifier, then
+a small VT-FPN by the recipe `camvid_small`, and writes camvid.md, .json and .png in benchmarks/results. The measure is
+the mean IoU after the last iteration on the 233 test pictures, which decide nothing. CamVid is read in the layout
+`folder`, with 11 classes, as the SegNet tutorial divides it: 367 road scenes of 480x360 to train on, 101 to validate,
+233 to test.
 
-A run that was killed goes on where it was. One takes about an hour on one CPU core; with `--device cuda`, several runs
-may share a GPU (`--jobs`).
+A run that was killed goes on where it was. One takes about 40 minutes on one CPU core, the small one 15; with `--device
+cuda`, several runs may share a GPU (`--jobs`).
 """
 import argparse
 import statistics
@@ -31,27 +33,33 @@ from vt_zoo.files import whole
 from vt_zoo.segmentation.datasets import load_dataset
 from vt_zoo.segmentation.metrics import evaluate
 from vt_zoo.segmentation.predict import palette, predict_classes
-from vt_zoo.segmentation.settings import ARCHITECTURES, SegmentSettings
+from vt_zoo.segmentation.settings import SegmentSettings
 from vt_zoo.segmentation.train import train_segmenter
 from vt_zoo.segmentation.transforms import eval_transform
 from vt_zoo.training.run_state import RunFinishedError
 from vt_zoo.weights import load
 
 RESULTS = Path(__file__).parent / 'results'
-NAMES = {'vt_fpn': 'VT-FPN', 'panoptic_fpn': 'panoptic FPN'}
+MODELS = {  # name in the tables, recipe, settings that differ from it
+    'vt_fpn': ('VT-FPN', 'camvid', {}),
+    'panoptic_fpn': ('panoptic FPN', 'camvid', {'arch': 'panoptic_fpn'}),
+    'vt_fpn_small': ('VT-FPN, small', 'camvid_small', {}),
+}
+COMPARED = ['vt_fpn', 'panoptic_fpn']
 PICTURES, WIDTH = 4, 3  # that are drawn, inches of one
 
 
-def run_folder(work_dir: Path, arch: str, seed: int, trunk: bool) -> Path:
+def run_folder(work_dir: Path, model: str, seed: int, trunk: bool) -> Path:
     """Folder of a run."""
-    return work_dir / f'{arch}_{seed}{"_trunk" if trunk else ""}'
+    return work_dir / f'{model}_{seed}{"_trunk" if trunk else ""}'
 
 
 def train(run: dict, trunk: Optional[Path], data_dir: Path, work_dir: Path, device: str, workers: int) -> Dict:
-    """Train one model, of `arch` and `seed`, and return its measures."""
+    """Train one of MODELS with a seed, and return its measures."""
     torch.set_num_threads(1)
-    settings = SegmentSettings.read('camvid', {
-        'arch': run['arch'], 'seed': run['seed'], 'encoder_weights': False if trunk is None else str(trunk)})
+    _, recipe, differing = MODELS[run['model']]
+    settings = SegmentSettings.read(recipe, {
+        **differing, 'seed': run['seed'], 'encoder_weights': False if trunk is None else str(trunk)})
     out = run_folder(work_dir, **run)
     with suppress(RunFinishedError):
         train_segmenter(data_dir, out, settings, resume=True, workers=workers, device=device, progress=False)
@@ -68,10 +76,10 @@ def train(run: dict, trunk: Optional[Path], data_dir: Path, work_dir: Path, devi
 
 def report(runs: List[Dict], environment: str) -> str:
     """The result as Markdown."""
-    settings = SegmentSettings.read('camvid')
+    settings, small = map(SegmentSettings.read, ('camvid', 'camvid_small'))
     groups = {}
-    for run in sorted(runs, key=lambda r: (r['trunk'], ARCHITECTURES.index(r['arch']), r['seed'])):
-        groups.setdefault(NAMES[run['arch']] + (', trunk' if run['trunk'] else ''), []).append(run)
+    for run in sorted(runs, key=lambda r: (r['trunk'], [*MODELS].index(r['model']), r['seed'])):
+        groups.setdefault(MODELS[run['model']][0] + (', trunk' if run['trunk'] else ''), []).append(run)
     classes = list(runs[0]['iou'])
     return '\n'.join([
         '# VT-FPN against the panoptic FPN on CamVid', '',
@@ -80,8 +88,9 @@ def report(runs: List[Dict], environment: str) -> str:
         'test on, as in the SegNet tutorial; images as JPEG. Whole pictures at test, pixels without a label left out. '
         f'Recipe `camvid`: {settings.encoder_name} from random weights, {settings.iterations} iterations of '
         f'{settings.batch_size} crops of {"x".join(map(str, settings.crop_size))}, {settings.precision}. *Trunk*: the '
-        'encoder starts from a ResNet-18 trained on CIFAR-10. Percent after the last iteration, mean ± standard '
-        'deviation over seeds. segmentation_speed.md has the time and the memory of a step.',
+        'encoder starts from a ResNet-18 trained on CIFAR-10. *Small*: recipe `camvid_small`, '
+        f'{small.encoder_name} with tokens of {small.token_dim} channels. Percent after the last iteration, mean ± '
+        'standard deviation over seeds. segmentation_speed.md has the time and the memory of a step.',
         *table(('model', 'mean IoU', 'of each seed', 'pixel accuracy'), (
             (name, mean_and_spread([r['miou'] for r in group]), ', '.join(f'{r["miou"]:.2f}' for r in group),
              mean_and_spread([r['pixel_accuracy'] for r in group])) for name, group in groups.items())),
@@ -124,7 +133,8 @@ def _pictures(sample: Tuple[Image.Image, np.ndarray], models: Dict, colors: np.n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of CamVid')
-    parser.add_argument('--arch', nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES, help='(default: both)')
+    parser.add_argument(
+        '--models', nargs='+', default=COMPARED, choices=[*MODELS], help=f'(default: {" ".join(COMPARED)})')
     parser.add_argument('--trunk', type=Path, help='folder of a resnet18 for the encoder to start from')
     parser.add_argument('--work-dir', type=Path, default=Path('camvid_runs'), help='folder of models')
     add_device(parser)
@@ -140,14 +150,14 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     log = args.out / 'camvid.json'
     jobs = [
-        ({'arch': arch, 'seed': seed, 'trunk': args.trunk is not None}, args.trunk, args.data_dir, args.work_dir,
+        ({'model': model, 'seed': seed, 'trunk': args.trunk is not None}, args.trunk, args.data_dir, args.work_dir,
          args.device, args.workers)
-        for seed in args.seeds for arch in args.arch]
+        for seed in args.seeds for model in args.models]
     machine = environment(
         f'segmentation_models_pytorch {segmentation_models_pytorch.__version__}', device=args.device)
     runs = run_all(train, jobs, log, machine, args.jobs, report)
     print(report(runs, machine))
-    models = {NAMES[arch]: run_folder(args.work_dir, arch, 0, False) / 'last' for arch in ARCHITECTURES}
+    models = {MODELS[model][0]: run_folder(args.work_dir, model, 0, False) / 'last' for model in COMPARED}
     if all(map(Path.exists, models.values())):
         draw(models, args.data_dir, args.out / 'camvid.png')
 

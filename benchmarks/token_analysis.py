@@ -32,6 +32,7 @@ from cifar import load_cifar, normalise
 from cifar10 import BASE, EPOCHS, PRECISION, create, trained_weights
 from harness import add_device, at_least, complaints, environment, mean_and_spread, read_runs, table, write_runs
 from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
 from vt_zoo import load
@@ -47,6 +48,7 @@ from vt_zoo.analysis import (
 from vt_zoo.files import whole
 from vt_zoo.segmentation import SegmentSettings, create_segmenter, load_dataset
 from vt_zoo.segmentation.predict import draw_overlay, predict_classes
+from vt_zoo.segmentation.transforms import eval_transform
 from vt_zoo.weights.files import read_tensors
 
 RESULTS = Path(__file__).parent / 'results'
@@ -68,6 +70,7 @@ class CamVid:
 
     def __init__(self, data_dir: Path, models: Path) -> None:
         self.data_dir, self.models, self.settings = data_dir, models, SegmentSettings.read('camvid')
+        self.transform = eval_transform(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # as the recipe's
 
     def folder(self, seed: int) -> Path:
         """Of a trained model."""
@@ -85,12 +88,11 @@ class CamVid:
         return create_segmenter(self.settings, len(load_dataset('folder', self.data_dir, 'test').classes))
 
     def pictures(self) -> Pictures:
-        prepare = load(self.folder(0)).prepare
-        train, test = (load_dataset('folder', self.data_dir, part) for part in ('train', 'test'))
+        train, test = (load_dataset('folder', self.data_dir, part, self.transform) for part in ('train', 'test'))
         every = max(len(train) // PREPARED, 1)
-        batches = [(prepare(image)[None], torch.from_numpy(mask)[None].long()) for image, mask in test]
         return Pictures(
-            torch.stack([prepare(train[i][0]) for i in range(0, len(train), every)]), batches, test.classes)
+            torch.stack([train[i][0] for i in range(0, len(train), every)]),
+            [(image[None], mask[None]) for image, mask in test], test.classes)
 
 
 class Cifar10:
@@ -328,20 +330,19 @@ def main() -> None:
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of the pictures')
     parser.add_argument('--models', type=Path, required=True, help='folder of the trained models')
     parser.add_argument(
-        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2], help='of the models, 0 among them (default: 0 1 2)')
+        '--seeds', type=at_least(0), nargs='+', default=[0, 1, 2],
+        help='of the models; those of 0 are drawn (default: 0 1 2)')
     add_device(parser)
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
     models = TASKS[args.task](args.data_dir, args.models)
-    if 0 not in args.seeds:
-        parser.error(f'--seeds must have 0, whose tokens are drawn, got {args.seeds}')
     missing = [str(models.file(seed)) for seed in args.seeds if not models.file(seed).exists()]
     if missing:
         parser.error(f'--models must hold the models of --seeds, got no {missing[0]}')
     with complaints(parser):
         pictures = models.pictures()
     log = args.out / 'token_analysis.json'
-    runs = [run for run in read_runs(log) if run['models'] != models.name]
+    runs = [run for run in read_runs(log) if run['models'] != models.name or run['seed'] not in args.seeds]
     for seed in args.seeds:
         for weights in ('trained', 'random'):
             if weights == 'trained':
@@ -353,7 +354,7 @@ def main() -> None:
                 'classes': pictures.classes, 'parts': measure(model, pictures, f'{weights}, seed {seed}')})
     machine = environment(device=args.device)
     write_runs(log, runs, machine, report)
-    if args.task == 'camvid':
+    if args.task == 'camvid' and 0 in args.seeds:
         draw_classes(runs, args.out / 'token_analysis_classes.png')
         draw_scene(models, args.out / 'token_analysis_scene.png', args.out / 'token_analysis_levels.png')
     print(report(runs, machine))

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -106,6 +106,14 @@ class Explorer:
 
     def files(self):
         return [Path(folder, name) for folder, _, names in os.walk(self.temporary) for name in names]
+
+    def size(self):
+        """Bytes of all files, of which some may be deleted meanwhile."""
+        size = 0
+        for path in self.files():
+            with suppress(FileNotFoundError):
+                size += path.stat().st_size
+        return size
 
     def close(self):
         self.process.kill()
@@ -300,7 +308,7 @@ def test_uploads_are_bounded(tmp_path, picture):
         for i in range(14):
             last = uploaded(explorer, bytes([i]) + content)
         # it answers before it deletes
-        wait_until(lambda: sum(path.stat().st_size for path in explorer.files()) <= 256 * 2 ** 20)
+        wait_until(lambda: explorer.size() <= 256 * 2 ** 20)
         assert last in explorer.files()
         for start in (0, 520):
             assert explorer.upload(*(b'%d' % i for i in range(start, start + 520))).status == 200

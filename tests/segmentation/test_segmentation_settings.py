@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, PolynomialL
 
 from vt_zoo.segmentation.datasets import FORMATS
 from vt_zoo.segmentation.settings import SegmentSettings
-from vt_zoo.segmentation.train import schedule_arguments
+from vt_zoo.segmentation.train import create_segmenter, schedule_arguments
 from vt_zoo.training.settings import read_yaml
 
 # section 5.3, and what its names of Detectron2's recipe mean
@@ -29,7 +29,12 @@ def write(folder, text):
 
 
 def test_recipes_are_listed():
-    assert SegmentSettings.recipes() == sorted([*PAPER, 'camvid', 'digits'])
+    assert SegmentSettings.recipes() == sorted([*PAPER, 'camvid', 'camvid_small', 'digits'])
+
+
+def test_the_small_model_fits_10_megabytes():
+    model = create_segmenter(SegmentSettings.read('camvid_small'), 11)
+    assert sum(tensor.nbytes for tensor in model.state_dict().values()) < 9.9e6
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -110,7 +115,7 @@ def test_recipe_that_cannot_be_used(tmp_path, text, words, input_error):
 
 
 @pytest.mark.parametrize('name, match', [
-    ('no_such_recipe', 'config no_such_recipe is neither a file nor one of camvid, coco_stuff, digits, lip'),
+    ('no_such_recipe', 'neither a file nor one of camvid, camvid_small, coco_stuff, digits, lip'),
     ('no/such/recipe.yaml', 'config no/such/recipe.yaml is neither a file nor'), ('.', 'cannot be read')])
 def test_missing_recipe(name, match, input_error):
     with input_error(match):

@@ -23,7 +23,17 @@ import timm
 import torch
 import torch.nn as nn
 from cifar import fit_plain, give_small_stem, load_cifar, normalise, prepare_cifar
-from harness import accuracy, add_runs, at_least, environment, mean_and_spread, run_all, table, train_epochs
+from harness import (
+    accuracy,
+    add_runs,
+    at_least,
+    environment,
+    environments,
+    mean_and_spread,
+    run_all,
+    table,
+    train_epochs,
+)
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from timm.models.resnet import BasicBlock, ResNet
@@ -200,7 +210,7 @@ def _schedule(run: dict) -> str:
     return f'{run["task"].capitalize()}, {run["epochs"]} epochs{pictures}'
 
 
-def report(runs: List[dict], environment: str) -> str:
+def report(runs: List[dict]) -> str:
     """The result as Markdown."""
     columns = {
         'loss of the last epoch': lambda runs: ', '.join(f'{r["loss"][-1]:.3f}' for r in runs),
@@ -208,7 +218,8 @@ def report(runs: List[dict], environment: str) -> str:
             f'{statistics.mean(of_module):.1f}' for of_module in zip(*(r['ranks'] for r in runs)))}
     return '\n'.join([
         '# The VT module in small trainings', '',
-        f'Command: `python benchmarks/ablations.py TASK`, with `--data-dir DIR` for photographs. {environment}', '',
+        f'Command: `python benchmarks/ablations.py TASK`, with `--data-dir DIR` for photographs. '
+        f'{environments(runs)}', '',
         'Accuracy on held-out images after the last epoch in percent, mean and standard deviation over seeds, and each '
         "seed; loss, each seed; effective rank of each module's tokens after training; points against the base model, "
         "and the paper's for ResNet-18 and 34 on ImageNet against its own.", '',
@@ -219,8 +230,15 @@ def report(runs: List[dict], environment: str) -> str:
         '', '![Images of the sums](ablations.png)', *tables(runs, _schedule, BASE, columns), ''])
 
 
+def in_paper(run: dict) -> Tuple[str, Tuple[float, ...]]:
+    """Table of the paper that has the variant, and its points against the paper's base model."""
+    number, _, points = VARIANTS.get(run['variant'], ('', {}, ()))
+    return number, points
+
+
 def tables(
         runs: List[dict], schedule: Callable[[dict], str], base: str, columns: Dict[str, Callable[[List[dict]], str]],
+        paper: Callable[[dict], Tuple[str, Tuple[float, ...]]] = in_paper,
 ) -> List[str]:
     """Lines of a table for each schedule, with a row a variant.
 
@@ -229,6 +247,7 @@ def tables(
         schedule: Says what a run has in common with others that it is compared with.
         base: Name of the base model.
         columns: What to tell of a variant's runs, by the heads of the columns.
+        paper: Gives the table of the paper that a run belongs to, and the paper's points.
     """
     columns = {
         'parameters, M': lambda runs: f'{runs[0]["parameters"] / 1e6:.2f}',
@@ -243,10 +262,11 @@ def tables(
         means = {name: statistics.mean(r['test'] for r in same) for name, same in by_name.items()}
         rows = []
         for name in sorted(by_name, key=[base, *VARIANTS, *by_name].index):
-            number, _, paper = VARIANTS.get(BASE if name == base else name, ('', {}, ()))
+            number, points = paper(by_name[name][0])
             against = f'{means[name] - means[base]:+.2f}' if base in means and name != base else ''
-            points = ', '.join(f'{p:+.1f}' for p in paper)
-            rows.append((name, *(cell(by_name[name]) for cell in columns.values()), against, number, points))
+            rows.append((
+                name, *(cell(by_name[name]) for cell in columns.values()), against, number,
+                ', '.join(f'{p:+.1f}' for p in points)))
         lines += ['', f'## {title}', *table(heads, rows)]
     return lines
 
@@ -289,9 +309,7 @@ def main() -> None:
     jobs = [
         ({**schedule, 'variant': variant, 'seed': seed}, args.data_dir)
         for seed in args.seeds for variant in args.variants or variants]
-    machine = environment()
-    runs = run_all(train, jobs, log, machine, args.jobs, report)
-    print(report(runs, machine))
+    print(report(run_all(train, jobs, log, environment(), args.jobs, report)))
 
 
 if __name__ == '__main__':

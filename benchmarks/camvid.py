@@ -23,7 +23,17 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import segmentation_models_pytorch
 import torch
-from harness import add_device, add_runs, at_least, complaints, environment, mean_and_spread, run_all, table
+from harness import (
+    add_device,
+    add_runs,
+    at_least,
+    complaints,
+    environment,
+    environments,
+    mean_and_spread,
+    run_all,
+    table,
+)
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -74,7 +84,7 @@ def train(run: dict, trunk: Optional[Path], data_dir: Path, work_dir: Path, devi
         'pixel_accuracy': 100 * measured.pixel_accuracy}
 
 
-def report(runs: List[Dict], environment: str) -> str:
+def report(runs: List[Dict]) -> str:
     """The result as Markdown."""
     settings, small = map(SegmentSettings.read, ('camvid', 'camvid_small'))
     groups = {}
@@ -83,7 +93,7 @@ def report(runs: List[Dict], environment: str) -> str:
     classes = list(runs[0]['iou'])
     return '\n'.join([
         '# VT-FPN against the panoptic FPN on CamVid', '',
-        f'Command: `python benchmarks/camvid.py --data-dir DIR`. {environment}', '',
+        f'Command: `python benchmarks/camvid.py --data-dir DIR`. {environments(runs)}', '',
         'Road scenes of 480x360 (G. Brostow, J. Fauqueur, R. Cipolla, 2009), 11 classes, 367 to train on and 233 to '
         'test on, as in the SegNet tutorial; images as JPEG. Whole pictures at test, pixels without a label left out. '
         f'Recipe `camvid`: {settings.encoder_name} from random weights, {settings.iterations} iterations of '
@@ -155,8 +165,7 @@ def main() -> None:
         for seed in args.seeds for model in args.models]
     machine = environment(
         f'segmentation_models_pytorch {segmentation_models_pytorch.__version__}', device=args.device)
-    runs = run_all(train, jobs, log, machine, args.jobs, report)
-    print(report(runs, machine))
+    print(report(run_all(train, jobs, log, machine, args.jobs, report)))
     models = {MODELS[model][0]: run_folder(args.work_dir, model, 0, False) / 'last' for model in COMPARED}
     if all(map(Path.exists, models.values())):
         draw(models, args.data_dir, args.out / 'camvid.png')

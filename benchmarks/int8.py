@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Sequence
 import numpy as np
 import onnx
 import onnxruntime
-from harness import machine, table, time_in_turns, times_faster, versions, write_runs
+from harness import environments, machine, speed_up, table, time_in_turns, versions, write_runs
 from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from speed import SIZE, create
@@ -159,7 +159,7 @@ def measure_large(folder: Path, name: str) -> List[dict]:
     return measure(name, write_variants(file, noise, OF_LARGE), SIZE)
 
 
-def report(runs: List[dict], environment: str) -> str:
+def report(runs: List[dict]) -> str:
     """The result as Markdown."""
     floats = {r['model']: r['seconds'] for r in runs if r.get('file') == FLOAT}
     files, limits = [], []
@@ -169,14 +169,14 @@ def report(runs: List[dict], environment: str) -> str:
             limits.append((r['limit'], r['seed'], *accuracy))
             continue
         speeds = (
-            (f'{1000 * median(own):.2f}', times_faster(base, own))
+            (f'{1000 * median(own):.2f}', speed_up(base, own))
             for own, base in zip(r['seconds'].values(), floats[r['model']].values()))
         files.append((r['model'], r['file'], *accuracy, r.get('same', ''), f'{r["bytes"] / 1000:.0f}', *chain(*speeds)))
     return '\n'.join([
         '# int8 by onnxruntime', '',
-        f'Command: `OMP_NUM_THREADS=1 python benchmarks/int8.py`. {environment}.', '',
+        f'Command: `OMP_NUM_THREADS=1 python benchmarks/int8.py`. {environments(runs)}', '',
         f'{CHOSEN} is what the command does; each other row changes one thing of it, but for *dynamic*. Times are '
-        'medians of the CPU time of one thread, the files take turns; how many times faster than float32 is the median '
+        'medians of the CPU time of one thread, the files take turns; the speed-up over float32 is the median '
         'of the ratios in each round, in brackets their quartiles.', '',
         f'{DIGITS}.digits, 64x64, is calibrated on {DEFAULT_LIMIT} training images. The difference is the norm of the '
         'difference from the logits in float32, as a share of their norm, on the other training images, by which the '
@@ -184,7 +184,7 @@ def report(runs: List[dict], environment: str) -> str:
         f'nothing was. The others, {SIZE}x{SIZE}, have random weights and no accuracy.',
         *table((
             'model', 'file', 'difference', 'right', 'same class', 'kB',
-            *chain(*((f'batch {batch}, ms', 'times faster') for batch in ROUNDS))), files),
+            *chain(*((f'batch {batch}, ms', 'speed-up') for batch in ROUNDS))), files),
         f'{CHOSEN} of the digits model, calibrated on images drawn from all training images; the difference is on the '
         'held-out ones:',
         *table(('images', 'seed', 'difference', 'right'), limits)])
@@ -201,7 +201,7 @@ def main() -> None:
             runs += measure_large(Path(folder), name)
     args.out.mkdir(parents=True, exist_ok=True)
     environment = f'{machine()}, {versions()}, onnxruntime {onnxruntime.__version__}'
-    write_runs(args.out / 'int8.json', runs, environment, report)
+    write_runs(args.out / 'int8.json', [{**run, 'environment': environment} for run in runs], report)
 
 
 if __name__ == '__main__':

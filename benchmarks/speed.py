@@ -12,8 +12,9 @@ measures parts and writes each to a page of benchmarks/results, beside the parts
     necks                     the VT neck against the FPN module                   segmentation_speed
     segmenters                training steps, VT-FPN against the panoptic FPN      segmentation_speed
 
-What is compared takes turns in one process. Memory is that of one pass, on the CPU in a process of its own, as Linux
-tells it, on a GPU as torch does.
+`gpu` and `predict` are measured only where `--parts` names them, and `predict` needs `--scripts`. What is compared
+takes turns in one process. Memory is that of one pass, on the CPU in a process of its own, as Linux tells it, on a GPU
+as torch does.
 """
 import argparse
 import copy
@@ -47,9 +48,9 @@ from harness import (
     peak_bytes,
     read_runs,
     reset_peak,
+    speed_up,
     table,
     time_in_turns,
-    times_faster,
     versions,
     write_runs,
 )
@@ -399,10 +400,10 @@ def tabulate_pairs(records: List[dict]) -> List[str]:
         rows.append([
             own['what'], own['name'], base['name'], own['mode'], own['batch'], own['size'], own['num_tokens'] or '',
             *(f'{1000 * median(r["seconds"]):.2f}' for r in (own, base)),
-            times_faster(base['seconds'], own['seconds'])])
+            speed_up(base['seconds'], own['seconds'])])
         if 'bytes' in own:
             rows[-1] += [*(f'{r["bytes"] / MIB:.1f}' for r in (own, base)), f'{own["bytes"] / base["bytes"]:.2f}']
-    columns = ('of', 'VT', 'beside', 'mode', 'batch', 'image', 'tokens', 'VT, ms', 'beside, ms', 'times faster')
+    columns = ('of', 'VT', 'beside', 'mode', 'batch', 'image', 'tokens', 'VT, ms', 'beside, ms', 'speed-up')
     memory = ('VT, MiB', 'beside, MiB', 'ratio') if 'bytes' in records[0] else ()
     return table((*columns, *memory), rows)
 
@@ -414,7 +415,7 @@ def tabulate_models(records: List[dict]) -> List[str]:
         of = {r['name']: r for r in records if (r['mode'], r['batch']) == (mode, batch)}
         rows = [
             (name, r['size'], f'{r["multiply_adds"] / 1e6:.0f}', f'{r["parameters"] / 1e6:.1f}',
-             f'{batch / median(r["seconds"]):.1f}', times_faster(of[REFERENCE]['seconds'], r['seconds']))
+             f'{batch / median(r["seconds"]):.1f}', speed_up(of[REFERENCE]['seconds'], r['seconds']))
             for name, r in sorted(of.items(), key=lambda item: item[1]['multiply_adds'])]
         lines += [f'{mode}, batch {batch}:', *table((
             'model', 'image', 'multiply-adds, M', 'parameters, M', 'images/s', f'times {REFERENCE}'), rows)]
@@ -528,11 +529,11 @@ PARTS = {
         partial(measure_pairs, segmenter_pairs, True))}
 
 
-def report(runs: List[dict], environment: str) -> str:
+def report(runs: List[dict]) -> str:
     """The parts of a page as Markdown."""
     lines = [
         '# Speed', '',
-        'Times are medians of rounds in which what is compared takes turns; how many times faster is the median of the '
+        'Times are medians of rounds in which what is compared takes turns; the speed-up is the median of the '
         "ratios in each round, in brackets their quartiles. For inference models are in timm's `reparameterize_model` "
         'form with batch norms folded into convolutions, channels last; *compile* is torch.compile with freezing, the '
         'rest is eager.', '']
@@ -568,7 +569,7 @@ def main() -> None:
         command = f'OMP_NUM_THREADS={torch.get_num_threads()} python {words}'
         where = ', '.join([*gpu, environment])
         runs = [*kept, {'part': name, 'command': command, 'environment': where, 'records': records}]
-        write_runs(log, sorted(runs, key=lambda run: list(PARTS).index(run['part'])), environment, report)
+        write_runs(log, sorted(runs, key=lambda run: list(PARTS).index(run['part'])), report)
         if part.draw:
             with whole(args.out / part.picture) as new:
                 part.draw(records).savefig(new)

@@ -8,7 +8,7 @@ look at the VT-FPNs that `benchmarks/camvid.py` trained, on the test pictures of
 benchmarks/results. The control are models with the random weights of the same seeds, the statistics of whose batch
 norms were taken over training pictures.
 
-Measures, each the median over the pictures, of each module (of VT-FPN: level):
+Measures of each module (of VT-FPN: level), the median over the pictures where nothing else is said:
 
 * entropy of A and of A-hat, as a share of that of uniform attention;
 * foreground: attention of a pixel of a car, a person or a sign over that of another pixel, of the mean map of all
@@ -16,7 +16,8 @@ Measures, each the median over the pictures, of each module (of VT-FPN: level):
   which says what places alone give, and that of the token with the least and the most of it;
 * information: bits that a token and the class of the pixel it looks at have in common, of the shares of the tokens'
   attention by class over all pictures; the same with the masks of other pictures. Pixels without a label do not count;
-* used: number of tokens that the pixels read in the projector, as the exponential of the entropy of their shares;
+* used: number of tokens that the pixels of all pictures read in the projector, as the exponential of the entropy of
+  their shares;
 * rank: `effective_rank` of the tokens.
 """
 import argparse
@@ -30,7 +31,17 @@ import torch.nn.functional as F
 from camvid import run_folder
 from cifar import load_cifar, normalise
 from cifar10 import BASE, EPOCHS, PRECISION, create, trained_weights
-from harness import add_device, at_least, complaints, environment, mean_and_spread, read_runs, table, write_runs
+from harness import (
+    add_device,
+    at_least,
+    complaints,
+    environment,
+    environments,
+    mean_and_spread,
+    read_runs,
+    table,
+    write_runs,
+)
 from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
@@ -245,7 +256,7 @@ def tabulate(runs: List[Dict[str, Any]], keys: Dict[str, str]) -> List[str]:
     return table(heads, rows)
 
 
-def report(runs: List[Dict[str, Any]], environment: str) -> str:
+def report(runs: List[Dict[str, Any]]) -> str:
     """The result as Markdown."""
     masks = [run for run in runs if run['models'] == CamVid.name]
     seeds = '; '.join(
@@ -254,7 +265,7 @@ def report(runs: List[Dict[str, Any]], environment: str) -> str:
     lines = [
         '# What the tokens of trained models see on photographs', '',
         'Commands: `python benchmarks/token_analysis.py camvid --data-dir DIR --models DIR`, and `cifar10` in its '
-        f'place. {environment} Mean and standard deviation over the seeds ({seeds}), on the test pictures; the '
+        f'place. {environments(runs)} Mean and standard deviation over the seeds ({seeds}), on the test pictures; the '
         'docstring of the benchmark defines each measure.', '', '## Entropy, use and rank',
         *tabulate(runs, {
             'entropy of A': 'entropy of A', 'entropy of A-hat': 'entropy of Â', 'used': 'used', 'rank': 'rank'})]
@@ -351,13 +362,13 @@ def main() -> None:
                 model = take_statistics(models.random(seed).to(args.device), pictures.train)
             runs.append({
                 'models': models.name, 'part': models.part, 'weights': weights, 'seed': seed,
+                'environment': environment(device=args.device),
                 'classes': pictures.classes, 'parts': measure(model, pictures, f'{weights}, seed {seed}')})
-    machine = environment(device=args.device)
-    write_runs(log, runs, machine, report)
+    write_runs(log, runs, report)
     if args.task == 'camvid' and 0 in args.seeds:
         draw_classes(runs, args.out / 'token_analysis_classes.png')
         draw_scene(models, args.out / 'token_analysis_scene.png', args.out / 'token_analysis_levels.png')
-    print(report(runs, machine))
+    print(report(runs))
 
 
 if __name__ == '__main__':

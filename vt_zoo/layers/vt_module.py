@@ -1,5 +1,5 @@
 """The VT module: tokenizer, transformer, projector (Figure 1 of the paper)."""
-from typing import Optional, Tuple, Type
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -34,13 +34,9 @@ class VTModule(nn.Module):
             out_chs: int,
             token_dim: int = 1024,
             num_tokens: int = 16,
-            tokenizer: Type[nn.Module] = FilterTokenizer,
-            token_mixer: Type[nn.Module] = TokenTransformer,
-            projector: bool = True,
-            position_code: bool = False,
-            num_heads: int = 1,
-            attention_values: bool = False,
-            act_layer: LayerType = nn.ReLU,
+            tokenizer: Callable[..., nn.Module] = FilterTokenizer,
+            token_mixer: Callable[..., nn.Module] = TokenTransformer,
+            projector: Optional[Callable[..., nn.Module]] = Projector,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
             zero_init_last: bool = True,
@@ -48,6 +44,9 @@ class VTModule(nn.Module):
             dtype=None,
     ) -> None:
         """
+        The three parts are classes, or partials of them that hold further arguments, such as
+        `partial(TokenTransformer, num_heads=4)`.
+
         Args:
             in_chs: Channels C_in of the incoming feature map.
             out_chs: Channels C_out of the outgoing feature map.
@@ -55,11 +54,7 @@ class VTModule(nn.Module):
             num_tokens: Number of tokens L. The paper uses 16.
             tokenizer: Class of the tokenizer.
             token_mixer: Class of the module that relates the tokens.
-            projector: Have a projector; a module without one returns the feature map unchanged.
-            position_code: Append a position code to the tokens (first version of the paper).
-            num_heads: Heads of the transformer and the projector (first version of the paper).
-            attention_values: Use value maps in the transformer and the projector (first version of the paper).
-            act_layer: Activation of the transformer.
+            projector: Class of the projector; a module without one (None) returns the feature map unchanged.
             norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
                 which ones).
             drop_path: Stochastic depth rate of each residual branch.
@@ -68,16 +63,14 @@ class VTModule(nn.Module):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        shared = dict(
-            norm_layer=norm_layer, drop_path=drop_path, num_heads=num_heads, attention_values=attention_values, **dd)
-        self.tokenizer = tokenizer(
-            in_chs, token_dim, self.new_tokens(num_tokens), position_code=position_code, norm_layer=norm_layer, **dd)
+        self.tokenizer = tokenizer(in_chs, token_dim, self.new_tokens(num_tokens), norm_layer=norm_layer, **dd)
         if self.tokenizer.out_chs != token_dim:
             self.embed = TokenLinear(self.tokenizer.out_chs, token_dim, norm_layer=norm_layer, **dd)
         else:
             self.embed = TokenNorm(token_dim, norm_layer, **dd)
-        self.transformer = token_mixer(token_dim, num_tokens, act_layer=act_layer, **shared)
-        self.projector = Projector(in_chs, out_chs, token_dim, **shared) if projector else None
+        branch = dict(norm_layer=norm_layer, drop_path=drop_path, **dd)
+        self.transformer = token_mixer(token_dim, num_tokens, **branch)
+        self.projector = projector(in_chs, out_chs, token_dim, **branch) if projector is not None else None
         if zero_init_last:
             _start_at_zero(self)
 
@@ -148,7 +141,7 @@ class TokenModule(nn.Module):
             self,
             token_dim: int = 1024,
             num_tokens: int = 16,
-            token_mixer: Type[nn.Module] = TokenTransformer,
+            token_mixer: Callable[..., nn.Module] = TokenTransformer,
             zero_init_last: bool = True,
             **kwargs,
     ) -> None:

@@ -1,4 +1,5 @@
 """The VT stage: a sequence of VT modules that replaces the last stage of a convolutional backbone."""
+from functools import partial
 from typing import Dict, Optional, Sequence, Tuple, Type, Union
 
 import torch
@@ -7,6 +8,7 @@ from timm.layers import LayerType
 from torch.utils.checkpoint import checkpoint
 
 from ._checks import check_choice, check_norm, check_positive
+from .projector import Projector
 from .token_mixer import GraphMixer, LinearMixer
 from .tokenizer import ClusteringTokenizer, FilterTokenizer, PoolingTokenizer, RecurrentTokenizer
 from .transformer import TokenTransformer
@@ -130,23 +132,24 @@ class VTStage(nn.ModuleList):
 
         self.few_tokens = num_tokens if num_tokens <= FEW_TOKENS else 0
         self.grad_checkpointing = False
+        attention = dict(num_heads=num_heads, attention_values=attention_values)
         first_tokenizer, next_tokenizer = TOKENIZERS[tokenizer]
         shared = dict(
-            token_dim=token_dim, num_tokens=num_tokens, token_mixer=TOKEN_MIXERS[token_mixer], num_heads=num_heads,
-            attention_values=attention_values, act_layer=act_layer, norm_layer=norm_layer,
-            zero_init_last=zero_init_last, device=device, dtype=dtype)
+            token_dim=token_dim, num_tokens=num_tokens,
+            token_mixer=partial(TOKEN_MIXERS[token_mixer], act_layer=act_layer, **attention),
+            norm_layer=norm_layer, zero_init_last=zero_init_last, device=device, dtype=dtype)
         for i, rate in enumerate(rates):
             if i > 0 and not projector:
                 self.append(TokenModule(drop_path=rate, **shared))
                 continue
             module_class = DynamicVTModule if i > 0 and dynamic_tokens else VTModule
+            make_tokens = first_tokenizer if i == 0 else next_tokenizer if recurrent else FilterTokenizer
             projects = projector and (last_projector or i < depth - 1)
             self.append(module_class(
                 in_chs,
                 feature_dim,
-                tokenizer=first_tokenizer if i == 0 else next_tokenizer if recurrent else FilterTokenizer,
-                projector=projects,
-                position_code=position_code,
+                tokenizer=partial(make_tokens, position_code=position_code),
+                projector=partial(Projector, **attention) if projects else None,
                 drop_path=rate,
                 **shared,
             ))

@@ -79,7 +79,8 @@ def test_reference_lists_what_is_public():
     assert sorted(re.findall(r'^\.\. automodule:: (\S+)$', pages, re.MULTILINE)) == sorted(PUBLIC)
 
 
-@pytest.mark.parametrize('room', ['analysis', 'classification', 'data', 'export', 'segmentation', 'weights'])
+@pytest.mark.parametrize('room', [
+    'analysis', 'classification', 'data', 'export', 'inference', 'layers', 'segmentation', 'training', 'weights'])
 def test_a_room_exports_what_is_public_in_it(room):
     if room == 'segmentation':
         pytest.importorskip('segmentation_models_pytorch')

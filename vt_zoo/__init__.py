@@ -10,4 +10,5 @@ find_old_modules()
 from . import layers, models  # noqa: E402
 
 __all__, __getattr__, __dir__ = exports(__name__, {'weights.loading': ['Loaded', 'load']}, [
-    'analysis', 'classification', 'data', 'export', 'inference', 'recipes', 'segmentation', 'training', 'weights'])
+    'analysis', 'classification', 'data', 'export', 'inference', 'layers', 'models', 'recipes', 'segmentation',
+    'training', 'weights'])

@@ -29,6 +29,6 @@ def exports(
         return getattr(import_module(f'{package}.{modules[name]}'), name)
 
     def names_for_completion() -> List[str]:
-        return sorted({*vars(sys.modules[package]), *modules, *packages})
+        return sorted({*(name for name in vars(sys.modules[package]) if name.startswith('__')), *modules, *packages})
 
     return sorted([*modules, *packages]), find, names_for_completion

@@ -4,19 +4,17 @@ transformers is in tests/docs/test_transformers.py, torch.hub in tests/models/te
 scikit-learn's probe in tests/docs/test_docs.py.
 """
 import math
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from documents import blocks
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-DOCUMENT = (Path(__file__).parents[2] / 'docs' / 'libraries.md').read_text()
 TRUNK_NORMS = ('bn1', 'layer1', 'layer2', 'layer3')
 
 
@@ -64,7 +62,8 @@ def test_encoder_with_weights():
 def detection():
     """What the document's example of torchvision leaves."""
     names = {'torch': torch, 'print': lambda *values: None}
-    exec(re.search('## torchvision.*?^```python\n(.*?)^```$', DOCUMENT, re.MULTILINE | re.DOTALL)[1], names)
+    (_, code), = blocks('docs/libraries.md', name='detector')
+    exec(code, names)
     return SimpleNamespace(**{name: names[name] for name in ('Backbone', 'FasterRCNN', 'images', 'targets')})
 
 

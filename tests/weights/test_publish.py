@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers import change_config
 from hub_server import READER, WRITER, hub_server, newer_client
 from huggingface_hub import ModelCard
 
@@ -31,11 +32,6 @@ def create(**kwargs):
 def logits(model):
     with torch.inference_mode():
         return model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-
-
-def change_config(folder, **changes):
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, **changes}))
 
 
 def tree(folder):

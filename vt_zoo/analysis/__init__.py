@@ -9,5 +9,5 @@ __all__, __getattr__, __dir__ = exports(__name__, {
     'figures': ['draw_interaction', 'draw_locality', 'draw_token', 'draw_token_attention', 'overlay_tokens'],
     'cost': ['count_multiply_adds', 'count_weights'],
     'vit_attention': ['capture_self_attention', 'patch_grid'],
-    'explorer': ['Look', 'create_app', 'look'],
+    'explorer': ['create_app'],
 })

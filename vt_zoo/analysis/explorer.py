@@ -21,7 +21,7 @@ from .gate import Gate, is_uploaded
 from .metrics import attention_entropy, record_interaction
 from .records import capture_tokens
 
-__all__ = ['Look', 'create_app', 'look']
+__all__ = ['create_app']
 
 MAX_SIDE = 1024  # of an image given to a segmenter, which needs about 1 GB of memory at 1024x1024
 MAX_FILE_SIZE = '20mb'

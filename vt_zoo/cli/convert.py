@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='use the moving average of the weights, or do not (default: use it if there is one)')
     add('--dtype', choices=['float16', 'bfloat16'], default=None, help='data type of the weights, if not their own')
     add('--max-shard-size', type=file_size, default=None, metavar='SIZE',
-        help='maximum file size, e.g. 500MB, above which the weights are split into shards; timm cannot read them, '
-             '`vt-zoo predict`, transformers and huggingface_hub.load_torch_model can')
+        help='maximum file size, e.g. 500MB, above which the weights are split into shards. timm cannot read '
+             'shards; `vt-zoo predict`, transformers and huggingface_hub.load_torch_model can')
 
 
 def run(args: argparse.Namespace) -> None:

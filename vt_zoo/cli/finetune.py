@@ -3,7 +3,7 @@
 DATA_DIR holds train/ and val/ (or training/, valid/, validation/, in upper or lower case) with one subfolder per
 class, or the class folders themselves, which are then split; a test/ beside them is not read. Images in subfolders of
 a class folder belong to that class. The classes are printed before training begins. A file that cannot be read as an
-image is named in a warning and left out. --resume continues an interrupted run, to the same result with any number of
+image is named in a warning and left out. --resume continues an interrupted run, with the same result for any number of
 workers; a finished run is left as it is, with exit code 0. Two runs at the same time in one output folder are refused.
 Models that have a trunk_* tag, such as vt_resnet18 and vt_regnety_016, start from those weights, which come from the
 Hugging Face Hub; NAME.untrained starts from random ones. On several GPUs: accelerate launch -m vt_zoo finetune

@@ -1,7 +1,7 @@
 """Measure how local the attention of a Vision Transformer is, layer by layer (Figure 5 of the paper).
 
-The ratio is the share of a patch's attention that stays in its 3x3 neighbourhood. With --random, a model without
-pretrained weights, or whose weights cannot be fetched, is measured with random ones; table and picture then say so.
+The ratio is the share of a patch's attention that stays in its 3x3 neighbourhood. --random measures a model with random
+weights, which also works where there are none to download; table and picture then say so.
 """
 import argparse
 from pathlib import Path

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from timm.data import create_transform, resolve_data_config
 
 from vt_zoo.analysis.figures import draw_token_attention
 from vt_zoo.analysis.records import capture_tokens
@@ -19,7 +18,7 @@ from vt_zoo.data.digits import write_digits
 from vt_zoo.data.images import load_image
 from vt_zoo.errors import InputError
 from vt_zoo.files import run_folder, whole
-from vt_zoo.weights.loading import load_model
+from vt_zoo.weights.loading import CLASSIFICATION, load
 
 from .arguments import positive_int, whole_number
 from .finetune import print_result
@@ -73,10 +72,9 @@ def _is_of_quickstart(data: Path) -> bool:
 
 def draw_tokens(result: FinetuneResult, path: Path) -> None:
     """Draw where the tokens of the first module look on the first held-out image of six digits."""
-    model = load_model(str(result.model_dir))
-    transform = create_transform(**resolve_data_config({}, model=model))
+    loaded = load(result.model_dir, CLASSIFICATION)
     first = {target: path for path, target in reversed(result.val_samples)}
     paths = [first[target] for target in sorted(first)][:6]
-    batch = torch.stack([transform(load_image(p)) for p in paths])
-    images = [load_image(p).resize(batch.shape[:1:-1]) for p in paths]
-    draw_token_attention(images, capture_tokens(model, batch)[0].attention, [Path(p).parent.name for p in paths], path)
+    batch = torch.stack([loaded.prepare(load_image(p)) for p in paths])
+    attention = capture_tokens(loaded.model, batch)[0].attention
+    draw_token_attention([loaded.shown(x) for x in batch], attention, [Path(p).parent.name for p in paths], path)

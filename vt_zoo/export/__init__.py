@@ -2,6 +2,6 @@
 from .._lazy import exports
 
 __all__, __getattr__, __dir__ = exports(__name__, {
-    'formats': ['Exported', 'FORMATS', 'default_out', 'export'],
+    'formats': ['Exported', 'export'],
     'int8': ['Quantized', 'quantize'],
 })

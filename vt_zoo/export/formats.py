@@ -18,7 +18,7 @@ from ..errors import InputError, check_utf8, first_line, printable
 from ..files import whole
 from ..weights.loading import CLASSIFICATION, SEGMENTATION, Loaded, check_input_size, check_logits, load
 
-__all__ = ['FORMATS', 'Exported', 'default_out', 'export']
+__all__ = ['Exported', 'export']
 
 _logger = logging.getLogger(__name__)
 

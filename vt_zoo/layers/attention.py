@@ -10,8 +10,6 @@ each module that calls them registers them with `torch.fx.wrap`.
 """
 import torch
 
-__all__ = ['merge_heads', 'split_heads']
-
 
 def finite(logits: torch.Tensor) -> torch.Tensor:
     """Replace NaN and infinities in float16 logits by finite values; other types are returned unchanged."""

@@ -5,8 +5,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['KMeans']
-
 
 def _nearest(products: torch.Tensor) -> torch.Tensor:
     """Index (B, 1, H*W) of the largest of the products (B, L, H*W); the first one in case of a tie.

@@ -18,8 +18,6 @@ import torch
 import torch.nn as nn
 from timm.layers import FrozenBatchNormAct2d, LayerType, get_norm_layer
 
-__all__ = ['GroupedTokenLinear', 'PixelLinear', 'TokenLinear', 'TokenNorm', 'create_logit_norm', 'pixel_groups']
-
 OF_0_1 = 'its weights are of vt_zoo 0.1, whose VT module was another one: use that version, or train again'
 
 

@@ -6,8 +6,6 @@ from timm.layers import LayerType
 
 from .linear import TokenLinear
 
-__all__ = ['PositionCode']
-
 
 class PositionCode(nn.Module):
     """Encode the token coefficients A: down-sample them to a fixed grid, then compress them by a linear map.

@@ -55,8 +55,7 @@ class VTModule(nn.Module):
             tokenizer: Class of the tokenizer.
             token_mixer: Class of the module that relates the tokens.
             projector: Class of the projector; a module without one (None) returns the feature map unchanged.
-            norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
-                which ones).
+            norm_layer: Norm of the linear maps, over the channels of an NCHW tensor: a class, or timm's name of one.
             drop_path: Stochastic depth rate of each residual branch.
             zero_init_last: Start residual branches, and the filters made from tokens, at zero. Without it, training at
                 the paper's learning rates diverges.

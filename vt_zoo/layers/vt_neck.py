@@ -33,8 +33,8 @@ class VTNeck(nn.Module):
             pyramid_channels: Channels C of each level. 256 reproduces the costs of Tables 9 and 10.
             num_tokens: Number of tokens L of each level. The paper uses 8 (section 4).
             token_dim: Channels CT of a token. The paper uses 1024 (section 4).
-            norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
-                which ones), but not after the laterals.
+            norm_layer: Norm of the linear maps, over the channels of an NCHW tensor: a class, or timm's name of one.
+                The laterals have none.
         """
         super().__init__()
         levels = range(len(in_chs))

@@ -96,8 +96,7 @@ class VTStage(nn.ModuleList):
             attention_values: Use value maps W_V in the transformer and the projector. (All tokenizers but 'pooling'
                 have one in any case.)
             act_layer: Activation of the transformers.
-            norm_layer: Norm over the channels of an NCHW tensor, after linear maps (see `vt_zoo.layers.linear` for
-                which ones).
+            norm_layer: Norm of the linear maps, over the channels of an NCHW tensor: a class, or timm's name of one.
             drop_path: Stochastic depth rate of the residual branches: one for all modules, or one per module.
             zero_init_last: Start residual branches, and the filters made from tokens, at zero. Without it, training at
                 the paper's learning rates diverges.

@@ -49,6 +49,18 @@ class TokenClassifier(AsksModel):
         return self.forward_head(self.forward_features(x))
 
 
+def project_to_features(kwargs: Dict[str, Any]) -> None:
+    """Give the last VT module a projector where its map is read, by `features_only=True`.
+
+    Raises:
+        ValueError: There are to be no projectors.
+    """
+    if kwargs.get('features_only', False):
+        if not kwargs.get('projector', True):
+            raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
+        kwargs.setdefault('last_projector', True)
+
+
 def creation_args(kwargs: Dict[str, Any], names: Sequence[str]) -> Dict[str, Any]:
     """Select the arguments that a model was created with which are in `CREATION_ARGS` or `names` and fit into JSON.
 

@@ -30,7 +30,14 @@ from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args
+from ._classifier import (
+    HUB_FILE,
+    PixelTokens,
+    TokenClassifier,
+    check_images,
+    creation_args,
+    project_to_features,
+)
 from .trunk import count_levels, create_trunk, timms_modules
 
 __all__ = ['VTNet']
@@ -241,6 +248,7 @@ class VTNet(TokenClassifier):
         """
         return self.vt_stage(self.trunk(check_images(x, self.in_chans))[-1])[1]
 
+
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: VTNet) -> Dict[str, torch.Tensor]:
     """Take the trunk from a timm model's weights; the VT stage and the classifier keep the model's own, untrained ones.
 
@@ -309,10 +317,8 @@ def find_first_conv(model: VTNet, names: Union[str, Tuple[str, ...], None]) -> O
 
 
 def _create_vt_net(variant: str, pretrained: bool = False, **kwargs: Any) -> VTNet:
+    project_to_features(kwargs)
     if kwargs.get('features_only', False):
-        if not kwargs.get('projector', True):
-            raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
-        kwargs.setdefault('last_projector', True)
         kwargs.setdefault('out_indices', tuple(range(count_levels(kwargs['trunk']) + 1)))
     new = kwargs.get('pretrained_cfg') in (None, '', 'untrained')
     overlay = preprocessing(kwargs['trunk']) if new else {}

@@ -30,7 +30,7 @@ from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args
+from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args, project_to_features
 
 __all__ = ['VTResNet']
 
@@ -310,6 +310,7 @@ class VTResNet(TokenClassifier, ResNet):
             x = self.layer3(x)
         return x
 
+
 def _keep_trunk(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Take the stem and stages 1 to 3 of a timm ResNet; the VT stage and the classifier keep the model's new weights.
 
@@ -396,10 +397,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_vt_resnet(variant: str, pretrained: bool = False, **kwargs) -> VTResNet:
-    if kwargs.get('features_only', False):
-        if not kwargs.get('projector', True):
-            raise ValueError('features_only=True needs projectors, which refine the map, got projector=False')
-        kwargs.setdefault('last_projector', True)
+    project_to_features(kwargs)
     model = build_model_with_cfg(
         VTResNet,
         variant,

@@ -130,9 +130,14 @@ def as_classifier(model: nn.Module, name: str) -> Loaded:
         InputError: The numbers of classes and class names differ.
     """
     classes = [str(n) for n in _label_names(model) or range(model.num_classes)]
-    if len(classes) != model.num_classes:
-        raise InputError(f'model {name} has {model.num_classes} classes, its config.json names {len(classes)}')
+    _check_names(f'model {name}', model.num_classes, classes)
     return Loaded(model, CLASSIFICATION, classes, resolve_data_config({}, model=model))
+
+
+def _check_names(whose: str, num_classes: int, names: Sequence[str]) -> None:
+    """Raise InputError unless each class has a name."""
+    if len(names) != num_classes:
+        raise InputError(f'{whose} has {num_classes} classes, its config.json names {len(names)}')
 
 
 def _label_names(model: nn.Module) -> Optional[Sequence[str]]:
@@ -205,9 +210,7 @@ def _load_segmenter(path: Path) -> Loaded:
     except Exception as e:  # a damaged file makes the libraries raise nearly anything
         reason = why_weights_do_not_fit(e) if 'loading state_dict' in str(e) else first_line(e)
         raise InputError(f'model folder {path} cannot be loaded: {reason}') from e
-    if len(classes) != model.config['classes']:
-        raise InputError(
-            f'model folder {path} has {model.config["classes"]} classes, its config.json names {len(classes)}')
+    _check_names(f'model folder {path}', model.config['classes'], classes)
     preprocessing = {
         'input_size': (len(mean), *(size if isinstance(size, list) else (None, None))),
         'short_side': None if isinstance(size, list) else size, 'interpolation': 'bilinear', 'crop_pct': 1.0,

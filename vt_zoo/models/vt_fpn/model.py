@@ -151,7 +151,11 @@ class PyramidModel(AsksModel, SegmentationModel):
 
 
 class VTFPN(PyramidModel):
-    """VT-FPN (section 4 of the paper, Figure 4): one transformer relates the tokens of all levels of a pyramid."""
+    """VT-FPN (section 4 of the paper, Figure 4): one transformer relates the tokens of all levels of a pyramid.
+
+    Arguments with the names of segmentation_models_pytorch mean the same as there. Its `upsampling` has no counterpart,
+    since the logits always have the size of the image.
+    """
 
     @supports_config_loading
     def __init__(

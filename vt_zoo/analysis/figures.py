@@ -224,7 +224,7 @@ def _finish(figure, axes, colors) -> None:
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     bar = figure.colorbar(colors, ax=axes, shrink=0.8, pad=0.01)
-    bar.set_label('attention / uniform\n(square-root scale)', fontsize=9)
+    bar.set_label('attention / uniform\n(square-root scale)', fontsize=9 if figure.get_figheight() > 1.8 else 7)
 
 
 def _save(figure, path: Union[str, Path]) -> None:

@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument('--workers', type=at_least(0), default=0, help='processes that load the pictures of a run')
     parser.add_argument('--out', type=Path, default=RESULTS, help='folder to write results to')
     args = parser.parse_args()
+    if args.trunk is not None and 'vt_fpn_small' in args.models:
+        parser.error('--trunk must be left out with vt_fpn_small, whose encoder is no resnet18')
     with complaints(parser):
         for part in ('train', 'val', 'test'):
             load_dataset('folder', args.data_dir, part)

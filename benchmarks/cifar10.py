@@ -6,7 +6,7 @@ trains `test_vt_resnet` and the ResNet whose last stage it replaces by one recip
 order, and writes benchmarks/results/cifar10.md and .json: Table 2 of the paper, and Tables 3 to 7 with `--variants
 ablations`. CIFAR-10 are JPEG files (see benchmarks/cifar.py) of 32x32 pixels; the stem is a 3x3 convolution of stride 1
 without pooling, so that the VT modules see 8x8 pixels and the ResNet's last stage works on 4x4. That costs less than
-enlarging the pictures, and little more than the usual stem. For Table 8's claim,
+enlarging the pictures. For Table 8's claim,
 
     python benchmarks/cifar10.py --data-dir CIFAR10 --work-dir runs --variants teacher --seeds 0
     python benchmarks/cifar10.py --data-dir CIFAR10 --work-dir runs --recipe advanced
@@ -142,7 +142,8 @@ def train(run: dict, data_dir: Path, work_dir: Path, teacher: Path, device: str)
 
 
 def schedule_of(run: dict) -> str:
-    return f'Recipe {run["recipe"]}, {run["epochs"]} epochs, {run["precision"]}'
+    teacher = f', teacher {run["teacher"]}' if 'teacher' in run else ''
+    return f'Recipe {run["recipe"]}, {run["epochs"]} epochs, {run["precision"]}{teacher}'
 
 
 def paper_table(run: dict) -> Tuple[str, Tuple[float, ...]]:

@@ -62,7 +62,7 @@ def test_encoder_with_weights():
 def detection():
     """What the document's example of torchvision leaves."""
     names = {'torch': torch, 'print': lambda *values: None}
-    (_, code), = blocks('docs/libraries.md', name='detector')
+    code, = (code for _, code in blocks('docs/libraries.md', 'python') if 'torchvision' in code)
     exec(code, names)
     return SimpleNamespace(**{name: names[name] for name in ('Backbone', 'FasterRCNN', 'images', 'targets')})
 

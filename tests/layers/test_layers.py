@@ -329,6 +329,7 @@ def test_device_and_dtype_reach_everything(cls, args):
     ('attention_values', lambda: LinearMixer(8, 4, attention_values=True)),
     ('num_tokens', lambda: DynamicVTModule(6, 6, 8, 5, tokenizer=RecurrentTokenizer)),
     ('num_heads', lambda: VTModule(6, 6, 8, 4, projector=partial(Projector, num_heads=4))),
+    ('projector', lambda: VTModule(6, 6, 8, 4, projector=False)),
 ])
 def test_illegal_parts(word, make):
     with pytest.raises(ValueError, match=word):

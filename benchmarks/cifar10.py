@@ -161,7 +161,8 @@ def report(runs: List[dict]) -> str:
         'CPU s an epoch': lambda runs: f'{statistics.median(r["epoch_cpu_seconds"] for r in runs):.0f}'}
     return '\n'.join([
         '# VT against ResNet on photographs', '',
-        f'Command: `python benchmarks/cifar10.py --data-dir DIR`. {environments(runs)}', '',
+        'Commands: `python benchmarks/cifar10.py --data-dir DIR`, and the same with `--variants teacher` and then with '
+        f'`--recipe advanced`, each with `--seeds` for the seeds that the tables have. {environments(runs)}', '',
         'CIFAR-10 as JPEG files of 32x32, which is not the official data: 50,000 training and 10,000 test pictures. '
         '*Plain*: crops and flips, SGD with momentum. *Advanced*: RMSProp, AutoAugment, smooth labels, dropout, '
         'stochastic depth, a moving average of the weights and distillation from the teacher. The models have the '

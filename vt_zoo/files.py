@@ -208,7 +208,8 @@ def whole(path: Union[str, Path], replace: bool = True) -> Iterator[Path]:
         replace: If False, refuse a `path` that exists, even if another process has written it since the caller checked.
 
     Raises:
-        InputError: Another process is writing `path`, or it exists and must not be replaced.
+        InputError: Another process is writing `path`, or it exists and must not be replaced, as a folder is not by a
+            file.
         OSError: The disk is full or the place cannot be written. Nothing is left behind, and `path` is unchanged.
     """
     path = Path(path)
@@ -239,6 +240,8 @@ def _write_whole(path: Path, folder: Path) -> Iterator[Path]:
     mode = new.stat().st_mode  # as the umask allows; files written by safetensors can be read only by their owner
     new.unlink()
     yield new
+    if path.is_dir() and not new.is_dir():
+        raise InputError(f'{path} is a folder, a file is to be written there')
     for file in (new, *new.rglob('*')):
         if file.is_file():
             file.chmod(mode)

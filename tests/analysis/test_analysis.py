@@ -258,8 +258,9 @@ def test_multiply_adds_of_groups_strides_and_products():
 def test_counting_changes_nothing(hand_made, training):
     hand_made.train(training)
     before = {name: value.clone() for name, value in hand_made.state_dict().items()}
+    hand_made[1].eval()  # a frozen norm stays so
     count_multiply_adds(hand_made, (3, 10, 12))
-    assert hand_made.training == training
+    assert (hand_made.training, hand_made[0].training, hand_made[1].training) == (training, training, False)
     assert all(torch.equal(value, before[name]) for name, value in hand_made.state_dict().items())
 
 

@@ -132,19 +132,19 @@ def test_classifier(browser, classifier, seven):
     records = capture_tokens(subject.model, x)
     with Page(browser, classifier) as page:
         page.upload(seven)
-        page.wait_for('Token 0')
+        page.wait_for('Token 1')
         meters = page.page.locator('#prediction meter').all()
         shown = {meter.get_attribute('aria-label'): float(meter.get_attribute('value')) for meter in meters}
         top = subject.model(x).softmax(-1)[0].topk(5)
         assert list(shown) == [str(i) for i in top.indices.tolist()] and next(iter(shown)) == '7'
         np.testing.assert_allclose(list(shown.values()), top.values, atol=1e-5)
         assert page.captions() == [
-            f'{i}: {literal_entropy(a)[1]:.2f}' for i, a in enumerate(records[0].attention[0])]
+            f'{i}: {literal_entropy(a)[1]:.2f}' for i, a in enumerate(records[0].attention[0], 1)]
 
         pictures = [page.picture('#token')]
         for i in range(1, 7):  # faster than the page draws
             page.page.click(f'#tokens button[aria-label="Thumbnail {i} of 16"]')
-        page.wait_for('Token 5')
+        page.wait_for('Token 6')
         pictures.append(page.picture('#token'))
         thumbnails = page.picture('#tokens')
         for record, module in zip(records, (1, 2)):
@@ -156,7 +156,7 @@ def test_classifier(browser, classifier, seven):
         for before, after in pairwise(pictures):
             assert before.shape == after.shape and np.abs(before - after).max() > 50
         assert np.abs(page.picture('#tokens') - thumbnails).max() > 50
-        assert page.captions()[5] == f'5: {share:.2f}'
+        assert page.captions()[5] == f'6: {share:.2f}'
 
 
 def test_bad_uploads(browser, classifier, seven, tmp_path):
@@ -171,7 +171,7 @@ def test_bad_uploads(browser, classifier, seven, tmp_path):
                 ('half.png', 'image half.png cannot be read: '),
                 ('huge.png', 'image huge.png cannot be read: Image size (400000000 pixels) exceeds limit')):
             page.upload(seven)
-            page.wait_for('Token 0')
+            page.wait_for('Token 1')
             page.upload(tmp_path / name)
             page.wait_for(expected)
             page.page.wait_for_selector('#token img', state='detached')
@@ -203,7 +203,7 @@ def test_segmenter(browser, save_segmenter, landscape):
     present = {loaded.classes[i] for i in np.unique(predict_classes(loaded, load_image(landscape)))}
     with explorer(folder) as (_, url), Page(browser, url) as page:
         page.upload(landscape)
-        page.wait_for('Token 0')
+        page.wait_for('Token 1')
         assert set(page.page.locator('#prediction .legend').inner_text().split()) == present
         assert page.page.locator('#prediction img').count() == 1 + len(present)
         page.page.wait_for_function(

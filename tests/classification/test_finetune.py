@@ -93,11 +93,21 @@ def test_finished_run_is_not_that_of_other_settings(few_digits, tiny_settings, t
         train(few_digits, tiny_run.out, replace(tiny_settings, **changes), resume=True)
 
 
-def test_finished_run_from_a_folder(few_digits, tiny_settings, tiny_run, tmp_path):
+def test_finished_run_from_a_folder(few_digits, tiny_settings, tiny_run, tmp_path, input_error):
     settings = replace(tiny_settings, epochs=1, model=str(tiny_run.out))
     train(few_digits, tmp_path / 'run', settings)
     with pytest.raises(RunFinishedError):
         train(few_digits, tmp_path / 'run', settings, resume=True)
+    with input_error('a finished run with model = .a local folder, SHA-256 of its weights'):
+        train(few_digits, tmp_path / 'run', replace(settings, model=str(tmp_path / 'run')), resume=True)
+
+
+def test_history_of_the_user(few_digits, tiny_settings, tmp_path, input_error):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'history.csv').write_text('mine')
+    with input_error('history.csv is there already: add --overwrite to replace it'):
+        train(few_digits, tmp_path / 'run', tiny_settings)
+    assert (tmp_path / 'run' / 'history.csv').read_text() == 'mine'
 
 
 def test_image_that_vanishes(my_digits, tiny_settings, tmp_path, monkeypatch, input_error):
@@ -147,6 +157,20 @@ def test_result_is_the_accuracy_that_timm_finds(tiny_run, few_digits):
     assert (result.correct, result.total) == count_correct(result.model_dir, few_digits / 'val')
     assert (result.reloaded_correct, result.same_predictions) == (result.correct, True)
     assert float(history(tiny_run.out)[-1]['val_top1']) == pytest.approx(100 * result.correct / result.total)
+
+
+@pytest.mark.parametrize('ema_decay, kept', [(0., 'as trained'), (0.9, 'moving average')])
+def test_measured_in_float32_whatever_the_precision_of_training(few_digits, tiny_settings, tmp_path, ema_decay, kept):
+    settings = replace(tiny_settings, epochs=1, precision='bfloat16', model_ema_decay=ema_decay)
+    result = train(few_digits, tmp_path / 'run', settings)
+    loaded = load(tmp_path / 'run')
+    split = find_split(few_digits).val
+    batch = torch.stack([loaded.prepare(load_image(path)) for path, _ in split])
+    with torch.inference_mode():
+        loss = F.cross_entropy(loaded.model(batch), torch.tensor([target for _, target in split])).item()
+    assert float(history(tmp_path / 'run')[-1]['val_loss']) == pytest.approx(loss, rel=1e-5)
+    assert result.same_predictions
+    assert json.loads((tmp_path / 'run' / 'model' / 'config.json').read_text())['training']['weights'] == kept
 
 
 def test_difference_after_reloading_is_told(few_digits, tiny_settings, tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ BAD = [
     ('encoder_depth', 4), ('activation', 'sigmiod')]
 BAD_OF_TOKENS = [
     ('num_tokens', 0), ('num_tokens', 1.5), ('token_dim', 0), ('token_dim', None), ('norm_layer', 'batchnrom'),
-    ('norm_layer', None)]
+    ('norm_layer', None), ('norm_layer', nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize('cls,name,value', [

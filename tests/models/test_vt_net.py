@@ -100,6 +100,25 @@ def test_groups_of_layers_follow_the_depth(trunk):
         assert len(groups) >= 4
 
 
+@pytest.mark.parametrize(('trunk', 'first', 'later'), [
+    ('rexnet_100', 'features_1', 'features_10'), ('inception_v4', 'features_1', 'features_10'),
+    ('visformer_tiny', 'pos_embed1', 'stage1')])
+def test_layers_whose_names_begin_alike_are_in_groups_of_their_own(trunk, first, later):
+    model = create(trunk)
+    groups = group_parameters(model, model.group_matcher())
+    of_first, of_later = (
+        {key for key, group in groups.items() for n in group if n.split('.')[1].endswith(name) or f'.{name}.' in n}
+        for name in (first, later))
+    assert of_first and of_later and max(of_first) < min(of_later)
+
+
+def test_stride_of_a_dilated_trunk():
+    model = create('test_resnet', trunk_args={'output_stride': 8}, features_only=True).eval()
+    maps = model(images(1, 64, 64))
+    assert [64 // m.shape[-1] for m in maps] == model.feature_info.reduction()
+    assert model.feature_info.reduction()[-2:] == [8, 16]
+
+
 @pytest.mark.parametrize(('trunk', 'words'), [
     ('no_such_model', "must be the name of a model of timm, got 'no_such_model'"),
     ('vit_tiny_patch16_224', 'must be a convolutional model with a feature map of stride 16'),

@@ -156,8 +156,9 @@ def test_folder_may_hold_other_files(tmp_path):
     (b'', 'classes.txt is empty'),
     (b'\n\n', 'classes.txt is empty'),
     (b'sky\n\nsea\n', 'classes.txt has an empty line'),
+    (b'sky\nsea\nsky\n', 'classes.txt has sky twice'),
     (b'\xff\xfe\xfd', 'classes.txt cannot be read'),
-    (b'a\n' * 256, '256 classes'),
+    (b''.join(b'%d\n' % i for i in range(256)), '256 classes'),
 ])
 def test_folder_with_wrong_classes(tmp_path, input_error, text, match):
     path = make_folder(tmp_path) / 'classes.txt'

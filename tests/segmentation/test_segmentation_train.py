@@ -339,6 +339,21 @@ def test_unfinished_run_is_kept(composed, segment_settings, unfinished, input_er
     assert tree(unfinished) == before
 
 
+@pytest.mark.parametrize('name', ['best/notes.txt', 'history.csv'])
+def test_what_is_not_of_a_run_is_kept(composed, segment_settings, tmp_path, name, input_error):
+    path = tmp_path / 'run' / name
+    path.parent.mkdir(parents=True)
+    path.write_text('mine')
+    with input_error('is there already: add --overwrite to replace it'):
+        run(composed, tmp_path / 'run', segment_settings)
+    assert path.read_text() == 'mine'
+
+
+def test_validated_in_float32_whatever_the_precision_of_training(composed, segment_settings, tmp_path):
+    result = run(composed, tmp_path / 'run', segment_settings, precision='bf16', ema_decay=0.)
+    assert result.last.pixel_accuracy == measure(tmp_path / 'run' / 'last', composed).pixel_accuracy
+
+
 def test_unfinished_run_stays_where_the_new_one_cannot_begin(
         composed, segment_settings, my_unfinished, input_error):
     before = tree(my_unfinished)

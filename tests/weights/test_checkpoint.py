@@ -101,6 +101,14 @@ def test_place_that_cannot_be_written(tmp_path):
     assert tree(tmp_path) == {'file': b''}
 
 
+def test_file_does_not_take_the_place_of_a_folder(tmp_path, input_error):
+    put(tmp_path / 'a.png', {'notes.txt': 'keep'})
+    before = tree(tmp_path)
+    with input_error('is a folder, a file is to be written there'):
+        put(tmp_path / 'a.png', 'new')
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize('umask', [0o022, 0o027, 0o077])
 def test_files_have_the_mode_of_the_umask(tmp_path, umask):
     old = os.umask(umask)

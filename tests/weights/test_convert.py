@@ -115,6 +115,18 @@ def test_base_model(tmp_path, name, pretrained, base):
     assert config(tmp_path / 'out')['training'].get('base_model') == base
 
 
+def test_pretrained_trunk(tmp_path, monkeypatch):
+    """It is not fetched again, and the model says where it came from."""
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    kwargs = {'trunk': 'regnety_002', 'token_dim': 32}
+    path = save(
+        tmp_path / 'run', ema=False, trained=timm.create_model('vt_net', num_classes=3, **kwargs), model='vt_net',
+        model_kwargs={**kwargs, 'trunk_pretrained': True})
+    convert(path, tmp_path / 'out')
+    training = config(tmp_path / 'out')['training']
+    assert (training['pretrained'], training['base_model']) == (True, 'timm/regnety_002.pycls_in1k')
+
+
 @pytest.mark.parametrize('kind', ['safetensors', 'pickle', 'of DDP'])
 def test_state_dict_alone(tmp_path, kind, input_error):
     state_dict = create(num_classes=5).state_dict()

@@ -24,8 +24,9 @@ def count_multiply_adds(model: nn.Module, input_size: Tuple[int, int, int] = (3,
         Multiply-adds, half of what torch's flop counter counts.
     """
     parameter = next(model.parameters())
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    model.train(training)
+    for module in training:
+        module.training = True
     return counter.get_total_flops() // 2

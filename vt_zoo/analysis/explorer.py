@@ -101,14 +101,14 @@ def _colors(classes: List[str]) -> Dict[str, str]:
 
 
 def _draw_tokens(seen: Optional[Look], module: int) -> Optional[List[Tuple[Image.Image, str]]]:
-    """Draw small pictures of all tokens, with captions."""
+    """Draw small pictures of all tokens, with captions; tokens are counted from 1, as in the figures."""
     if seen is None:
         return None
     image = seen.image.copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     entropy = attention_entropy(seen.attention[module][None], normalize=True)[0].tolist()
     pictures = overlay_tokens(image, seen.attention[module])
-    return [(picture, f'{i}: {e:.2f}') for i, (picture, e) in enumerate(zip(pictures, entropy))]
+    return [(picture, f'{i}: {e:.2f}') for i, (picture, e) in enumerate(zip(pictures, entropy), 1)]
 
 
 def _draw_one(seen: Optional[Look], module: int, token: int) -> Tuple[Optional[Image.Image], str]:
@@ -119,8 +119,8 @@ def _draw_one(seen: Optional[Look], module: int, token: int) -> Tuple[Optional[I
     nats, share = (attention_entropy(attention[None], normalize)[0, token] for normalize in (False, True))
     height, width = attention.shape[-2:]
     return draw_token(seen.image, attention, seen.interaction[module], token), (
-        f'**Token {token}**: the entropy of A is **{nats:.3f}** nats, **{share:.3f}** of ln({height} · {width}), which '
-        'uniform attention has.')
+        f'**Token {token + 1}**: the entropy of A is **{nats:.3f}** nats, **{share:.3f}** of ln({height} · {width}), '
+        'which uniform attention has.')
 
 
 def _draw_all(seen: Optional[Look], module: int, token: int) -> Tuple:

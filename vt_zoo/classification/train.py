@@ -31,7 +31,7 @@ from ..training.loop import Loop, accelerator_of, read_state, to_channels_last
 from ..training.run_state import check_run_folder, read_settings, recorded_path, write_history
 from ..training.sampling import read_batches
 from ..weights.files import write_model
-from ..weights.hub import WEIGHTS, find_hub_id, hub_reason
+from ..weights.hub import WEIGHTS, find_hub_id, find_trunk_hub_id, hub_reason
 from ..weights.loading import check_logits, check_name, find_model, load_model
 from .settings import FinetuneSettings
 
@@ -124,9 +124,10 @@ def _create_model(name: str, settings: FinetuneSettings, num_classes: int, pretr
     if decided:
         raise InputError(f'model_kwargs must not hold {decided[0]}, which data and other settings decide')
     rates = {'drop_rate': settings.drop, 'drop_path_rate': settings.drop_path}
+    model_kwargs = {k: v for k, v in settings.model_kwargs.items() if pretrained or k != 'trunk_pretrained'}
     while True:
         try:
-            return _create_with(name, pretrained, num_classes=num_classes, **rates, **settings.model_kwargs)
+            return _create_with(name, pretrained, num_classes=num_classes, **rates, **model_kwargs)
         except InputError as e:
             unknown = [rate for rate in rates if f"unexpected keyword argument '{rate}'" in str(e)]
             if not unknown or rates.pop(unknown[0]):  # a model without it does not take 0 either
@@ -246,14 +247,17 @@ def _recorded_model(name: str, model_dir: Path) -> Optional[str]:
     return theirs if '.' not in name and str(theirs).split('.')[0] == name else recorded_path(name)
 
 
-def _describe_start(settings: FinetuneSettings, name: str) -> Dict[str, Any]:
+def _describe_start(settings: FinetuneSettings, name: str, model: nn.Module) -> Dict[str, Any]:
     """Describe the settings and the starting weights for `config.json`, without paths on this machine."""
     recorded, pretrained = recorded_path(name), _has_weights(name)
+    base_model = find_hub_id(name) if pretrained and recorded == name else None
+    if not pretrained and settings.model_kwargs.get('trunk_pretrained'):
+        pretrained, base_model = True, find_trunk_hub_id(model)
     return {
         'program': PROGRAM,
         'versions': {'vt_zoo': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         'arguments': {**asdict(settings), 'model': recorded},
-        'pretrained': pretrained, 'base_model': find_hub_id(name) if pretrained and recorded == name else None,
+        'pretrained': pretrained, 'base_model': base_model,
     }
 
 
@@ -319,7 +323,7 @@ def _finetune(
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
         recorded = {**asdict(settings), 'model': _recorded_model(settings.model, model_dir)}
-        check_run_folder(checkpoint, model_dir, resume, recorded)
+        check_run_folder(checkpoint, model_dir, [out / 'history.csv'], resume, recorded)
     start = time.monotonic()
     goes_on = resume and not overwrite and checkpoint.exists()
     tensors, metadata = read_state(checkpoint, PROGRAM) if goes_on else ({}, {})
@@ -335,7 +339,7 @@ def _finetune(
             _logger.info(f'resuming after epoch {len(run.loop.history)} of {settings.epochs}')
         else:
             run = _Run(settings, _starting_point(settings.model), True, split, workers, accelerator)
-        training = _describe_start(settings, run.start)
+        training = _describe_start(settings, run.start, run.loop.model)
         accelerator.wait_for_everyone()
         if main and overwrite:
             checkpoint.unlink(missing_ok=True)
@@ -348,7 +352,8 @@ def _finetune(
             _, predictions = evaluate(run.loop.kept_model, run.val_batches(range(len(split.val))), device)
             correct = int((predictions == targets).sum())
             training.update(
-                epochs=settings.epochs, weights='moving average', train_images=len(split.train),
+                epochs=settings.epochs, weights='moving average' if settings.model_ema_decay else 'as trained',
+                train_images=len(split.train),
                 val_images=len(targets), val_correct=correct)
             write_model(model_dir, run.loop.kept_model, split.classes, run.data_config, training)
             reloaded = to_channels_last(load_model(str(model_dir)).to(device))

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the table and draw the figure."""
     if Path(args.out).suffix not in ('.png', '.svg'):
         raise InputError(f'out must end in .png or .svg, got {args.out}')
+    if Path(args.out).is_dir():
+        raise InputError(f'out must be a file, got the folder {args.out}')
     torch.manual_seed(args.seed)
     if args.random:
         check_name(args.model)

@@ -31,7 +31,7 @@ from vt_zoo.layers import VTStage
 from vt_zoo.layers._checks import check_choice, check_positive
 
 from ._classifier import HUB_FILE, PixelTokens, TokenClassifier, check_images, creation_args, project_to_features
-from .trunk import count_levels, create_trunk, timms_modules
+from .trunk import STRIDE, count_levels, create_trunk, timms_modules
 
 __all__ = ['VTNet']
 
@@ -79,7 +79,8 @@ class VTNet(TokenClassifier):
             trunk_args: Arguments of the timm model that the trunk is cut from.
             num_classes: Number of classes; 0 for no classifier, so that the output is the pooled tokens (B, CT).
             in_chans: Channels of the image.
-            output_stride: Stride of the last feature map, 32 or 16. It does not affect the tokens.
+            output_stride: Stride of the last feature map, 32 or 16; half of that if the trunk ends at stride 8, as with
+                `trunk_args={'output_stride': 8}`. It does not affect the tokens.
             global_pool: Pooling over the tokens: 'avg' (the paper's), 'max', 'avgmax', 'catavgmax' or '' for none.
             depth: Number of VT modules.
             feature_dim: Channels C_out of the feature map that the VT modules refine; None to keep the trunk's.
@@ -120,7 +121,8 @@ class VTNet(TokenClassifier):
         self.feature_info = [
             dict(num_chs=info['num_chs'], reduction=info['reduction'], module=f'trunk.{info["module"]}')
             for info in self.trunk.feature_info.get_dicts()]
-        self.feature_info.append(dict(num_chs=self.vt_stage.out_chs, reduction=output_stride, module='vt_stage'))
+        reduction = self.trunk.feature_info.reduction()[-1] * output_stride // STRIDE
+        self.feature_info.append(dict(num_chs=self.vt_stage.out_chs, reduction=reduction, module='vt_stage'))
         self.num_classes = num_classes
         self.num_features = token_dim
         self.drop_rate = drop_rate
@@ -159,10 +161,12 @@ class VTNet(TokenClassifier):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Regular expressions that group the parameters by depth: the trunk's modules, then the VT stage's."""
-        groups, (prefix, modules) = {}, timms_modules(self.trunk)
+        prefix, modules = timms_modules(self.trunk)
+        own = [name for name, _ in modules.named_parameters(recurse=False)]
+        groups = {'parameters': rf'^trunk\.{prefix}({"|".join(own)})$'} if own else {}
         for name, part in modules.named_children():
-            whole = rf'^trunk\.{prefix}{name}'
-            block = rf'{whole}\.(?:blocks\.|b)?(\d+)'
+            whole = rf'^trunk\.{prefix}{name}\.'
+            block = rf'{whole}(?:blocks\.|b)?(\d+)'
             if list(part.parameters()):
                 groups[name] = whole if coarse else [(block, None), (whole, (0,))]
         return {**groups, 'vt_stage': r'^vt_stage' if coarse else r'^vt_stage\.(\d+)'}

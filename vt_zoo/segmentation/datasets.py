@@ -137,8 +137,11 @@ class FolderDataset(SegmentationDataset):
     def __init__(self, root: Union[str, Path], split: str, transform: Optional[Callable] = None) -> None:
         root = Path(root)
         images = _images(_part(root / 'images', split))
-        super().__init__(
-            _with_masks(images, _part(root / 'masks', split)), _read_names(root / 'classes.txt'), transform)
+        classes = _read_names(root / 'classes.txt')
+        repeated = [name for name in classes if classes.count(name) > 1]
+        if repeated:
+            raise InputError(f'{root / "classes.txt"} has {repeated[0]} twice, each class needs a name of its own')
+        super().__init__(_with_masks(images, _part(root / 'masks', split)), classes, transform)
 
 
 class CocoStuff(SegmentationDataset):

@@ -340,7 +340,8 @@ def _train(
     if not overwrite:
         own = [name for name in ('mean', 'std') if getattr(settings, name) is None]  # the encoder's, which are recorded
         recorded = {**asdict(settings), 'encoder_weights': recorded_path(settings.encoder_weights)}
-        check_run_folder(checkpoint, last_dir, resume, {k: v for k, v in recorded.items() if k not in own})
+        decisive = {k: v for k, v in recorded.items() if k not in own}
+        check_run_folder(checkpoint, last_dir, [best_dir, out / 'history.csv'], resume, decisive)
     start = time.monotonic()
     with accelerator_of(device, settings.precision) as accelerator:
         if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32

@@ -132,6 +132,7 @@ class Loop:
         self.iterations, self.batch_size, self.seed = iterations, batch_size, seed
         self.unit, self.unit_iterations = unit, unit_iterations
         self.trained, self.optimizer = accelerator.prepare(model, created)
+        accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)  # evaluation is in float32, `step` is not
         self.iteration = 0
         self.history: List[Measures] = []
         self.losses: List[float] = []  # since the last evaluation
@@ -185,11 +186,12 @@ class Loop:
         torch.manual_seed(seed_of(self.seed, self.iteration * self.batch_size + self.accelerator.process_index))
         self.trained.train()
         try:
-            outputs = self.trained(images.to(self.device))
+            with self.accelerator.autocast():
+                outputs = self.trained(images.to(self.device))
         except ValueError as e:  # batch norm of a single value per channel
             size = 'x'.join(map(str, images.shape[-2:]))
             raise InputError(f'a batch of {len(images)} images of {size} cannot be trained on: {first_line(e)}') from e
-        loss = loss_of(outputs, targets.to(self.device))
+        loss = loss_of(outputs.float(), targets.to(self.device))
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.optimizer.step()

@@ -1,33 +1,39 @@
 """The folder of a training run, and the state in it from which a run is resumed; shared by both training commands."""
 import csv
 import json
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from ..errors import InputError
 from ..files import check_regular, whole
-from ..weights.loading import why_weights_do_not_fit
+from ..weights.hub import WEIGHTS
+from ..weights.loading import find_model, why_weights_do_not_fit
 
 __all__ = ['RunFinishedError']
-
-
-LOCAL = 'a local folder'
 
 
 class RunFinishedError(InputError):
     """The run to resume has already finished with the same settings, so there is nothing to do."""
 
 
-def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: Dict[str, Any]) -> None:
+def check_run_folder(
+        checkpoint: Path,
+        model_dir: Path,
+        others: Sequence[Path],
+        resume: bool,
+        settings: Dict[str, Any],
+) -> None:
     """Raise InputError if a folder holds a run that must not be lost.
 
     Args:
         checkpoint: Checkpoint of an unfinished run.
         model_dir: Model folder of a finished run, whose config.json has the settings in `arguments` of `training` (or
             of `_training`, in a folder of segmentation_models_pytorch).
+        others: What else the run writes.
         resume: Whether to resume an unfinished run.
         settings: Settings of the run to start or resume, as its model would record them.
 
@@ -37,19 +43,24 @@ def check_run_folder(checkpoint: Path, model_dir: Path, resume: bool, settings: 
     out = checkpoint.parent
     if checkpoint.exists() and not resume:
         raise InputError(f'{out} holds an unfinished run: add --resume to resume it, or --overwrite to start anew')
-    if not model_dir.exists() or checkpoint.exists():
+    if checkpoint.exists():
         return
-    other = ''
+    if not model_dir.exists():
+        for other in others:
+            if other.exists():
+                raise InputError(f'{other} is there already: add --overwrite to replace it, or choose another --out')
+        return
+    differs = ''
     if resume:
         theirs = read_settings(model_dir)
         ours = json.loads(json.dumps(settings))
         differing = [name for name, value in ours.items() if theirs.get(name) != value]
         if not differing:
-            raise RunFinishedError(f'{out} holds this run, and it is finished: its model is in {model_dir}')
+            raise RunFinishedError(f'{out} holds a finished run with these settings: its model is in {model_dir}')
         name = differing[0]
         if name in theirs:
-            other = f' with {name} = {theirs[name]!r} instead of {ours[name]!r}'
-    raise InputError(f'{out} holds a finished run{other}: add --overwrite to replace it, or choose another --out')
+            differs = f' with {name} = {theirs[name]!r} instead of {ours[name]!r}'
+    raise InputError(f'{out} holds a finished run{differs}: add --overwrite to replace it, or choose another --out')
 
 
 def read_settings(model_dir: Path) -> Dict[str, Any]:
@@ -63,8 +74,12 @@ def read_settings(model_dir: Path) -> Dict[str, Any]:
 
 
 def recorded_path(value: Optional[Union[bool, str]]) -> Optional[Union[bool, str]]:
-    """What a model records of a setting that may be a path on this machine."""
-    return LOCAL if isinstance(value, str) and Path(value.removeprefix('local-dir:')).is_dir() else value
+    """What a model records of a setting that may be a path on this machine: of a folder, which weights it holds."""
+    if not isinstance(value, str) or not Path(value.removeprefix('local-dir:')).is_dir():
+        return value
+    weights = find_model(Path(value.removeprefix('local-dir:'))) / WEIGHTS
+    digest = sha256(weights.read_bytes()).hexdigest()[:8] if weights.is_file() else 'missing'
+    return f'a local folder, SHA-256 of its weights {digest}...'
 
 
 def check_same_run(out: Path, theirs: Dict[str, Any], ours: Dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from ..errors import InputError, check_utf8, first_line
 from ..files import check_regular
 from ..layers.linear import OF_0_1
 from .files import write_model
-from .hub import find_hub_id
+from .hub import find_hub_id, find_trunk_hub_id
 from .loading import check_name
 
 __all__ = ['Converted', 'convert']
@@ -221,7 +221,7 @@ def _create_model(
         in_chans = args.get('in_chans') or (args.get('input_size') or [3])[0]
         model = create_model(
             name, num_classes=num_classes, in_chans=in_chans, global_pool=args.get('gp'), bn_eps=args.get('bn_eps'),
-            **args.get('model_kwargs') or {})
+            **{k: v for k, v in (args.get('model_kwargs') or {}).items() if k != 'trunk_pretrained'})
     except Exception as e:  # the arguments come from the checkpoint and may be anything
         raise InputError(f'checkpoint {path} asks for a {name} that cannot be made: {first_line(e)}') from e
     state_dict, prefix = _unwrap(state_dict, model, name, ema, path)
@@ -235,7 +235,13 @@ def _create_model(
     return model.eval(), prefix
 
 
-def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, Any], use_ema: bool) -> Dict[str, Any]:
+def _describe_training(
+        name: str,
+        checkpoint: Dict[str, Any],
+        args: Dict[str, Any],
+        use_ema: bool,
+        model: nn.Module,
+) -> Dict[str, Any]:
     arguments = {k: args[k] for k in _ARGUMENTS if args.get(k) not in (None, '', {}, [])}
     if str(arguments.get('kd_model_name')).startswith('local-dir:'):
         arguments['kd_model_name'] = 'a local folder'
@@ -246,6 +252,8 @@ def _describe_training(name: str, checkpoint: Dict[str, Any], args: Dict[str, An
     }
     if args.get('pretrained') and not args.get('pretrained_path') and not args.get('initial_checkpoint'):
         training['base_model'] = find_hub_id(name)
+    elif not training['pretrained'] and (args.get('model_kwargs') or {}).get('trunk_pretrained'):
+        training.update(pretrained=True, base_model=find_trunk_hub_id(model))
     if isinstance(checkpoint.get('epoch'), int) and 'metric' in checkpoint:  # recovery-*.pth.tar has none, mid-epoch
         training['epochs'] = checkpoint['epoch'] + 1
     # train.py measures the moving average if it has one
@@ -310,7 +318,7 @@ def convert(
         for key, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise InputError(f'weights {key} do not fit into {dtype}: use bfloat16, which has the range of float32')
-    training = _describe_training(name, content, args, use_ema) if args else None
+    training = _describe_training(name, content, args, use_ema, model) if args else None
     try:
         data_config = _data_config(model, {**args, **img_size})
         write_model(out, model, None, data_config, training, max_shard_size, replace=False)

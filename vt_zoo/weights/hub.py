@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Optional
 
+import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from timm.models import get_pretrained_cfg, parse_model_name
 
@@ -30,6 +31,12 @@ def find_hub_id(name: str) -> Optional[str]:
         return model_id if kind == 'hf-hub' else None
     cfg = get_pretrained_cfg(model_id)
     return None if cfg is None or cfg.file or cfg.hf_hub_filename not in (None, WEIGHTS) else cfg.hf_hub_id
+
+
+def find_trunk_hub_id(model: nn.Module) -> Optional[str]:
+    """Repository on the hub that the pretrained trunk of a VTNet comes from; None for other models and other files."""
+    cfg = getattr(getattr(model, 'trunk', None), 'pretrained_cfg', {})
+    return None if cfg.get('file') else cfg.get('hf_hub_id')
 
 
 def download_weights(hub_id: str, cache_dir: Optional[str] = None) -> Path:

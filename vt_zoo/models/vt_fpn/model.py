@@ -20,7 +20,6 @@ from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.base.initialization import initialize_head
 from segmentation_models_pytorch.base.modules import Activation
 from segmentation_models_pytorch.encoders import get_encoder
-from timm.layers import LayerType
 
 from vt_zoo.inference import fold_neck, fold_norms
 from vt_zoo.inference.blocks import reparameterize_blocks
@@ -170,7 +169,7 @@ class VTFPN(PyramidModel):
             token_dim: int = 1024,
             pyramid_channels: int = 256,
             head_channels: int = 128,
-            norm_layer: LayerType = 'batchnorm2d',
+            norm_layer: str = 'batchnorm2d',
             **kwargs: Any,
     ) -> None:
         """
@@ -195,6 +194,8 @@ class VTFPN(PyramidModel):
         """
         check_positive('num_tokens', num_tokens)
         check_positive('token_dim', token_dim)
+        if not isinstance(norm_layer, str):  # a class would not be saved
+            raise ValueError(f"norm_layer must be timm's name of a norm, got {norm_layer!r}")
         check_norm(norm_layer)
         super().__init__(
             encoder_name, encoder_depth, encoder_weights, in_channels, classes, activation, pyramid_channels,

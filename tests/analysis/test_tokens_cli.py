@@ -178,10 +178,17 @@ def test_tokens_refused(command, pictures, tmp_path, words, expected):
     (['--model', 'no_such_model', '--random'], "'no_such_model'"),
     (['--model', 'test_vit.no_such_tag', '--random'], 'no_such_tag'),
     (['--model', 'test_vit', '--random', '--out', 'figure.gif'], 'out must end in .png or .svg, got figure.gif'),
+    (['--model', '.', '--random'], 'model must be a name with --random, got the folder .'),
 ])
 def test_locality_refused(command, tmp_path, words, expected):
     check_refused(command('locality', '--out', tmp_path / 'figure.png', *words), expected)
     assert not list(tmp_path.iterdir())
+
+
+def test_locality_does_not_take_the_place_of_a_folder(command, tmp_path):
+    (tmp_path / 'figure.png').mkdir()
+    words = ['locality', '--model', 'test_vit', '--random', '--out', tmp_path / 'figure.png']
+    check_refused(command(*words), 'out must be a file, got the folder')
 
 
 def test_locality(command, pictures, tmp_path):

@@ -107,7 +107,7 @@ def test_layers_whose_names_begin_alike_are_in_groups_of_their_own(trunk, first,
     model = create(trunk)
     groups = group_parameters(model, model.group_matcher())
     of_first, of_later = (
-        {key for key, group in groups.items() for n in group if n.split('.')[1].endswith(name) or f'.{name}.' in n}
+        {key for key, group in groups.items() for n in group if f'.{name}.' in f'{n}.'}
         for name in (first, later))
     assert of_first and of_later and max(of_first) < min(of_later)
 

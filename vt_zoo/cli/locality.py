@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'out must end in .png or .svg, got {args.out}')
     if Path(args.out).is_dir():
         raise InputError(f'out must be a file, got the folder {args.out}')
+    if args.random and Path(args.model).is_dir():
+        raise InputError(f'model must be a name with --random, got the folder {args.model}')
     torch.manual_seed(args.seed)
     if args.random:
         check_name(args.model)

@@ -163,7 +163,7 @@ class VTNet(TokenClassifier):
         """Regular expressions that group the parameters by depth: the trunk's modules, then the VT stage's."""
         prefix, modules = timms_modules(self.trunk)
         own = [name for name, _ in modules.named_parameters(recurse=False)]
-        groups = {'parameters': rf'^trunk\.{prefix}({"|".join(own)})$'} if own else {}
+        groups = {'parameters': rf'^trunk\.{prefix}(?:{"|".join(own)})$'} if own else {}
         for name, part in modules.named_children():
             whole = rf'^trunk\.{prefix}{name}\.'
             block = rf'{whole}(?:blocks\.|b)?(\d+)'

@@ -353,8 +353,7 @@ def _finetune(
             correct = int((predictions == targets).sum())
             training.update(
                 epochs=settings.epochs, weights='moving average' if settings.model_ema_decay else 'as trained',
-                train_images=len(split.train),
-                val_images=len(targets), val_correct=correct)
+                train_images=len(split.train), val_images=len(targets), val_correct=correct)
             write_model(model_dir, run.loop.kept_model, split.classes, run.data_config, training)
             reloaded = to_channels_last(load_model(str(model_dir)).to(device))
             _, reloaded_predictions = evaluate(reloaded, run.val_batches(range(len(split.val))), device)

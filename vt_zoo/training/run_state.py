@@ -10,7 +10,6 @@ import torch.nn as nn
 
 from ..errors import InputError
 from ..files import check_regular, whole
-from ..weights.hub import WEIGHTS
 from ..weights.loading import find_model, why_weights_do_not_fit
 
 __all__ = ['RunFinishedError']
@@ -77,9 +76,11 @@ def recorded_path(value: Optional[Union[bool, str]]) -> Optional[Union[bool, str
     """What a model records of a setting that may be a path on this machine: of a folder, which weights it holds."""
     if not isinstance(value, str) or not Path(value.removeprefix('local-dir:')).is_dir():
         return value
-    weights = find_model(Path(value.removeprefix('local-dir:'))) / WEIGHTS
-    digest = sha256(weights.read_bytes()).hexdigest()[:8] if weights.is_file() else 'missing'
-    return f'a local folder, SHA-256 of its weights {digest}...'
+    digest = sha256()
+    for file in sorted(find_model(Path(value.removeprefix('local-dir:'))).glob('*.safetensors')):
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return f'a local folder, SHA-256 of its weights {digest.hexdigest()[:8]}...'
 
 
 def check_same_run(out: Path, theirs: Dict[str, Any], ours: Dict[str, Any]) -> None:

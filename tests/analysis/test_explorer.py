@@ -96,6 +96,7 @@ class Page:
     def upload(self, path):
         if self.page.locator('#file table').count():  # lists the file that is open
             self.page.click('#file button[aria-label="Clear"]')
+            self.page.wait_for_selector('#file table', state='detached')  # a file chosen before this is lost
             self.page.wait_for_selector('#token img', state='detached')
         self.page.set_input_files('#file input[type=file]', path)
 

@@ -195,6 +195,7 @@ class _Run:
             'mean': list(self.mean), 'std': list(self.std), 'classes': self.classes,
             'label_map': settings.label_map and {str(key): label for key, label in settings.label_map.items()},
             'train_images': len(self.train_data)}
+        self.encoder_weights = recorded_path(settings.encoder_weights)  # once, as it reads all weights of a folder
         self.validation: Dict[str, Any] = {}  # describes the validation part, once it was checked
         self.metrics: Optional[SegmentMetrics] = None  # of the last evaluation
         if isinstance(settings.eval_size, tuple):
@@ -260,7 +261,7 @@ class _Run:
 
     def arguments(self) -> Dict[str, Any]:
         """The settings, without paths on this machine."""
-        return {**self.fingerprint, 'encoder_weights': recorded_path(self.settings.encoder_weights)}
+        return {**self.fingerprint, 'encoder_weights': self.encoder_weights}
 
     def load(self, checkpoint: Path) -> None:
         """Resume a run. If the validation part has changed, only a warning is given."""

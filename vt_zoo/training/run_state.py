@@ -40,10 +40,10 @@ def check_run_folder(
         RunFinishedError: The run to resume has these settings and is finished.
     """
     out = checkpoint.parent
-    if checkpoint.exists() and not resume:
-        raise InputError(f'{out} holds an unfinished run: add --resume to resume it, or --overwrite to start anew')
     if checkpoint.exists():
-        return
+        if resume:
+            return
+        raise InputError(f'{out} holds an unfinished run: add --resume to resume it, or --overwrite to start anew')
     if not model_dir.exists():
         for other in others:
             if other.exists():
@@ -74,10 +74,11 @@ def read_settings(model_dir: Path) -> Dict[str, Any]:
 
 def recorded_path(value: Optional[Union[bool, str]]) -> Optional[Union[bool, str]]:
     """What a model records of a setting that may be a path on this machine: of a folder, which weights it holds."""
-    if not isinstance(value, str) or not Path(value.removeprefix('local-dir:')).is_dir():
+    folder = Path(value.removeprefix('local-dir:')) if isinstance(value, str) else None
+    if folder is None or not folder.is_dir():
         return value
     digest = sha256()
-    for file in sorted(find_model(Path(value.removeprefix('local-dir:'))).glob('*.safetensors')):
+    for file in sorted(find_model(folder).glob('*.safetensors')):
         if file.is_file():
             digest.update(file.read_bytes())
     return f'a local folder, SHA-256 of its weights {digest.hexdigest()[:8]}...'

@@ -3,7 +3,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
@@ -30,13 +30,17 @@ def find_hub_id(name: str) -> Optional[str]:
     if kind is not None:
         return model_id if kind == 'hf-hub' else None
     cfg = get_pretrained_cfg(model_id)
-    return None if cfg is None or cfg.file or cfg.hf_hub_filename not in (None, WEIGHTS) else cfg.hf_hub_id
+    return _repository(cfg.to_dict()) if cfg is not None else None
 
 
 def find_trunk_hub_id(model: nn.Module) -> Optional[str]:
     """Repository on the hub that the pretrained trunk of a VTNet comes from; None for other models and other files."""
-    cfg = getattr(getattr(model, 'trunk', None), 'pretrained_cfg', {})
-    return None if cfg.get('file') else cfg.get('hf_hub_id')
+    return _repository(getattr(getattr(model, 'trunk', None), 'pretrained_cfg', {}))
+
+
+def _repository(cfg: Dict[str, Any]) -> Optional[str]:
+    elsewhere = cfg.get('file') or cfg.get('hf_hub_filename') not in (None, WEIGHTS)
+    return None if elsewhere else cfg.get('hf_hub_id')
 
 
 def download_weights(hub_id: str, cache_dir: Optional[str] = None) -> Path:

@@ -74,8 +74,9 @@ class VTStage(nn.ModuleList):
         """
         Args:
             in_chs: Channels C_in of the incoming feature map.
-            feature_dim: Channels C_out of the refined feature map. For ResNet-18 and 34 the paper uses 512, the
-                channels of the replaced stage; for ResNet-50 and 101 it uses 1024.
+            feature_dim: Channels C_out of the refined feature map. 512 for ResNet-18 and 34, the channels of the
+                replaced stage, reproduces Tables 2 to 7 (section 4 says 256); the paper uses 1024 for ResNet-50 and
+                101.
             depth: Number of VT modules. The paper uses as many as the replaced stage had blocks: 2 or 3.
             token_dim: Channels CT of a token. The paper uses 1024 (section 4).
             num_tokens: Number of tokens L. The paper uses 16; 32 and 64 did not help (Table 6). With 1 or 2, `forward`

@@ -116,6 +116,8 @@ def run_all(
         All runs that the log then records.
     """
     runs = read_runs(log)
+    if report is not None and runs:
+        report(runs)  # a log that it cannot read stops here, not after hours
     missing = [job for job in jobs if not any(job[0].items() <= run.items() for run in runs)]
     with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
         futures = {pool.submit(work, *job): job[0] for job in missing}

@@ -322,8 +322,9 @@ def _finetune(
 ) -> FinetuneResult:
     checkpoint, model_dir = out / 'checkpoint.safetensors', out / 'model'
     if not overwrite:
-        recorded = {**asdict(settings), 'model': _recorded_model(settings.model, model_dir)}
-        check_run_folder(checkpoint, model_dir, [out / 'history.csv'], resume, recorded)
+        check_run_folder(
+            checkpoint, model_dir, [out / 'history.csv'], resume,
+            lambda: {**asdict(settings), 'model': _recorded_model(settings.model, model_dir)})
     start = time.monotonic()
     goes_on = resume and not overwrite and checkpoint.exists()
     tensors, metadata = read_state(checkpoint, PROGRAM) if goes_on else ({}, {})

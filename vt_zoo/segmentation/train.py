@@ -327,6 +327,12 @@ def train_segmenter(
         return _train(data_dir, Path(out), settings, resume, overwrite, workers, device, progress)
 
 
+def _decisive_settings(settings: SegmentSettings) -> Dict[str, Any]:
+    """What a finished run with these settings must have recorded: mean and std may have been the encoder's."""
+    recorded = {**asdict(settings), 'encoder_weights': recorded_path(settings.encoder_weights)}
+    return {k: v for k, v in recorded.items() if k not in ('mean', 'std') or v is not None}
+
+
 def _train(
         data_dir: Union[str, Path],
         out: Path,
@@ -339,10 +345,8 @@ def _train(
 ) -> SegmentResult:
     checkpoint, best_dir, last_dir = out / 'checkpoint.safetensors', out / 'best', out / 'last'
     if not overwrite:
-        own = [name for name in ('mean', 'std') if getattr(settings, name) is None]  # the encoder's, which are recorded
-        recorded = {**asdict(settings), 'encoder_weights': recorded_path(settings.encoder_weights)}
-        decisive = {k: v for k, v in recorded.items() if k not in own}
-        check_run_folder(checkpoint, last_dir, [best_dir, out / 'history.csv'], resume, decisive)
+        check_run_folder(
+            checkpoint, last_dir, [best_dir, out / 'history.csv'], resume, lambda: _decisive_settings(settings))
     start = time.monotonic()
     with accelerator_of(device, settings.precision) as accelerator:
         if settings.precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would go on in float32

@@ -3,7 +3,7 @@ import csv
 import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,7 @@ def check_run_folder(
         model_dir: Path,
         others: Sequence[Path],
         resume: bool,
-        settings: Dict[str, Any],
+        settings: Callable[[], Dict[str, Any]],
 ) -> None:
     """Raise InputError if a folder holds a run that must not be lost.
 
@@ -34,7 +34,8 @@ def check_run_folder(
             of `_training`, in a folder of segmentation_models_pytorch).
         others: What else the run writes.
         resume: Whether to resume an unfinished run.
-        settings: Settings of the run to start or resume, as its model would record them.
+        settings: Gives the settings of the run to resume, as its model would record them; called only to compare them
+            with those of a finished run, as weights in folders are read for it.
 
     Raises:
         RunFinishedError: The run to resume has these settings and is finished.
@@ -52,7 +53,7 @@ def check_run_folder(
     differs = ''
     if resume:
         theirs = read_settings(model_dir)
-        ours = json.loads(json.dumps(settings))
+        ours = json.loads(json.dumps(settings()))
         differing = [name for name, value in ours.items() if theirs.get(name) != value]
         if not differing:
             raise RunFinishedError(f'{out} holds a finished run with these settings: its model is in {model_dir}')

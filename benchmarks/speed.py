@@ -382,15 +382,14 @@ def measure_predict(args: argparse.Namespace) -> List[dict]:
         for i in range(PICTURES):
             with Image.open(digits[i % len(digits)]) as image:
                 image.resize((32, 32)).save(Path(folder, 'pictures', 'all', f'{i:06d}.png'))
-        for _ in tqdm(range(args.rounds), 'rounds'):
-            for name, words in programs.items():
-                before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-                subprocess.run(
-                    [sys.executable, '-m', *words], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL, check=True)
-                records[name]['seconds'].append(time.perf_counter() - start)
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                records[name]['cpu_seconds'].append(sum(after[:2]) - sum(before[:2]))
+        for _, (name, words) in tqdm([*product(range(args.rounds), programs.items())], 'runs'):
+            before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run(
+                [sys.executable, '-m', *words], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, check=True)
+            records[name]['seconds'].append(time.perf_counter() - start)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            records[name]['cpu_seconds'].append(sum(after[:2]) - sum(before[:2]))
     return list(records.values())
 
 
